@@ -1,0 +1,150 @@
+"""The three passes over parameters: vote, apply the decision, and Lion without a vote.
+
+Each is written once as a formula for ``torch.compile``, and once in eager operations on chunks that stay in cache.
+Both round every operation as the formula stands, so on a CPU they agree bit for bit.
+
+``hyper`` is a float32 tensor [beta1, 1 - beta1, beta2, 1 - beta2, lr, weight_decay]: a tensor, so that a schedule
+does not recompile. Shapes: B blocks, ``[B, 32, 32]``; their words, ``[B, 32]``.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..wire.packing import BLOCK, LANES, pack_bits, unpack_bits
+
+logger = logging.getLogger(__name__)
+
+Vote = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+Apply = Callable[[Tensor, Tensor, int, tuple[Tensor, ...]], None]
+Lone = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One implementation of the passes; all work in place.
+
+    Attributes:
+        vote: ``(gradient, momentum, hyper, zero_votes, words)``: writes the packed signs of the direction into
+            ``words``, and updates the momentum. ``zero_votes``, bool ``[32]``, is what an exact zero votes, by lane.
+        apply: ``(parameter, hyper, top, planes)``: the update by the decision (see ``wire.exchange.Decision``).
+        lone: ``(parameter, gradient, momentum, hyper)``: a whole step of Lion, for one worker; flat tensors.
+    """
+
+    vote: Vote
+    apply: Apply
+    lone: Lone
+
+
+def _vote(gradient: Tensor, momentum: Tensor, hyper: Tensor, zero_votes: Tensor, words: Tensor) -> None:
+    g = gradient.float()
+    u = hyper[0] * momentum + hyper[1] * g
+    momentum.copy_(hyper[2] * momentum + hyper[3] * g)
+    bits = (u > 0) | ((u == 0) & zero_votes)
+    rows = torch.arange(LANES, dtype=torch.int32, device=g.device).view(1, LANES, 1)
+    words.copy_((bits.to(torch.int32) << rows).sum(1, dtype=torch.int32))
+
+
+def _apply(parameter: Tensor, hyper: Tensor, top: int, planes: tuple[Tensor, ...]) -> None:
+    rows = torch.arange(LANES, dtype=torch.int32, device=parameter.device).view(1, LANES, 1)
+    level = sum(((plane.unsqueeze(1) >> rows) & 1) << p for p, plane in enumerate(planes))
+    d = (2 * level - top).float() / top
+    x = parameter.float()
+    parameter.copy_(x - hyper[4] * (d + hyper[5] * x))
+
+
+def _lone(parameter: Tensor, gradient: Tensor, momentum: Tensor, hyper: Tensor) -> None:
+    g = gradient.float()
+    d = torch.sign(hyper[0] * momentum + hyper[1] * g)
+    momentum.copy_(hyper[2] * momentum + hyper[3] * g)
+    x = parameter.float()
+    parameter.copy_(x - hyper[4] * (d + hyper[5] * x))
+
+
+def _chunk(tensor: Tensor) -> int:
+    """Blocks a chunk: what stays in a CPU's cache, or what keeps a GPU busy."""
+    return 128 if tensor.device.type == "cpu" else 4096
+
+
+def _eager_vote(gradient: Tensor, momentum: Tensor, hyper: Tensor, zero_votes: Tensor, words: Tensor) -> None:
+    size = _chunk(gradient)
+    for part, m, out in zip(gradient.split(size), momentum.split(size), words.split(size), strict=True):
+        g = part.float()
+        u = (m * hyper[0]).add_(g * hyper[1])
+        m.mul_(hyper[2]).add_(g * hyper[3])
+        bits = u > 0
+        bits |= (u == 0) & zero_votes
+        pack_bits(bits, out)
+
+
+def _eager_apply(parameter: Tensor, hyper: Tensor, top: int, planes: tuple[Tensor, ...]) -> None:
+    size = _chunk(parameter)
+    for x, *parts in zip(parameter.split(size), *(plane.split(size) for plane in planes), strict=True):
+        d = unpack_bits(parts[0]).float()
+        for p, part in enumerate(parts[1:], 1):
+            d.add_(unpack_bits(part), alpha=1 << p)
+        d.mul_(2).sub_(top).div_(top)
+        wide = x.float()
+        x.copy_(wide - d.add_(wide * hyper[5]).mul_(hyper[4]))
+
+
+def _eager_lone(parameter: Tensor, gradient: Tensor, momentum: Tensor, hyper: Tensor) -> None:
+    size = _chunk(gradient) * BLOCK
+    for x, g, m in zip(parameter.split(size), gradient.split(size), momentum.split(size), strict=True):
+        _lone(x, g, m, hyper)
+
+
+EAGER = Kernels(_eager_vote, _eager_apply, _eager_lone)
+
+
+@functools.cache
+def _compiled() -> Kernels:
+    return Kernels(*(torch.compile(formula, fullgraph=True) for formula in (_vote, _apply, _lone)))
+
+
+@torch.no_grad()
+def compile_kernels(device: torch.device, dtypes: set[torch.dtype], workers: int, top: int) -> Kernels | None:
+    """Compile the passes that a step needs, once for any number of blocks.
+
+    Args:
+        device: of the parameters.
+        dtypes: of the parameters.
+        workers: N.
+        top: of the decisions.
+
+    Returns:
+        The compiled passes; None, with a warning, where they cannot be compiled.
+    """
+    hyper = torch.zeros(6, device=device)
+
+    def example(dtype: torch.dtype, *shape: int) -> Tensor:
+        # 48 is none of the fixed sizes, so that it cannot be taken for one of them.
+        tensor = torch.zeros((48, *shape), dtype=dtype, device=device)
+        torch._dynamo.mark_dynamic(tensor, 0)
+        return tensor
+
+    try:
+        kernels = _compiled()
+        for dtype in sorted(dtypes, key=str):
+            if workers == 1:
+                kernels.lone(example(dtype), example(dtype), example(torch.float32), hyper)
+                continue
+            gradient, momentum = example(dtype, LANES, LANES), example(torch.float32, LANES, LANES)
+            words = example(torch.int32, LANES)
+            kernels.vote(gradient, momentum, hyper, torch.zeros(LANES, dtype=torch.bool, device=device), words)
+            planes = tuple(example(torch.int32, LANES) for _ in range(top.bit_length()))
+            kernels.apply(example(dtype, LANES, LANES), hyper, top, planes)
+    except Exception as error:  # whatever the compiler stack raises: no C++ compiler, no Triton, an unsupported device
+        logger.warning(
+            "torch.compile failed, so DistributedLion steps in eager mode, three to four times slower on a CPU. "
+            "A C++ compiler (CPU) or Triton (GPU) makes it work. The cause: %s",
+            error,
+        )
+        return None
+    return kernels

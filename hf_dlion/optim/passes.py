@@ -1,0 +1,197 @@
+"""The passes of one step over all parameters: pack the votes, apply the decision, or step alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..wire.exchange import Exchange, Sent
+from ..wire.packing import BLOCK, LANES
+from .kernels import EAGER, Kernels
+from .layout import Bucket, Piece, Segment
+
+Gradients = list[Tensor | None]
+
+
+class Passes:
+    """Views of the parameters and momenta as the layout cuts them, and what is done to them.
+
+    Args:
+        parameters: of all groups in order.
+        momenta: theirs, with the same strides.
+        orders: the memory order of each (``layout.memory_order``).
+        buckets: the layout.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        momenta: Sequence[Tensor],
+        orders: Sequence[tuple[int, ...]],
+        buckets: Sequence[Bucket],
+    ) -> None:
+        self.buckets = buckets
+        self.orders = orders
+        self.device = parameters[0].device
+        self.parameters = [_flat(p, order) for p, order in zip(parameters, orders, strict=True)]
+        self.momenta = [_flat(m, order) for m, order in zip(momenta, orders, strict=True)]
+        self._pointers = _pointers(parameters, momenta)
+        self._cuts = {
+            id(segment): (self._cut(self.parameters, segment), self._cut(self.momenta, segment))
+            for bucket in buckets
+            for segment in bucket.segments
+        }
+
+    def still_of(self, parameters: Sequence[Tensor], momenta: Sequence[Tensor]) -> bool:
+        """Whether these still are views of them; not so once ``parameter.data`` or a momentum was replaced."""
+        return self._pointers == _pointers(parameters, momenta)
+
+    def vote_and_apply(
+        self,
+        exchange: Exchange,
+        kernels: Kernels,
+        gradients: Gradients,
+        hypers: Sequence[Tensor],
+        step: int,
+        note: Tensor,
+        check: Callable[[Tensor], None],
+    ) -> None:
+        """Exchange bucket after bucket; while one is on its way, the next is packed.
+
+        Args:
+            exchange: the workers.
+            kernels: which implementation.
+            gradients: of all parameters; None votes zero and leaves the momentum.
+            hypers: for each param group, as the kernels take it.
+            step: its parity is that of the zero votes.
+            note: int32 ``[H]``, sent with the first bucket.
+            check: given everyone's note, ``[N, H]``, before the first parameter changes; may raise.
+        """
+        flat = self._flat_gradients(gradients)
+        lanes = torch.arange(LANES, device=self.device)
+        zero_votes = ((lanes + exchange.channel.rank + step) & 1).bool()
+        under_way: tuple[Bucket, Sent] | None = None
+
+        def finish(bucket: Bucket, sent: Sent) -> None:
+            votes, notes = exchange.receive(sent, bucket.words)
+            if notes.shape[1]:
+                check(notes)
+            decision = exchange.decide(votes, bucket.words, step, bucket.padding_share)
+            planes = [plane.view(-1, LANES) for plane in decision.planes]
+            for segment in bucket.segments:
+                part = tuple(plane[segment.rows] for plane in planes)
+                self._apply(segment, _for_size(kernels, segment), hypers[segment.group], decision.top, part)
+
+        for bucket in self.buckets:
+            words = torch.empty((bucket.blocks, LANES), dtype=torch.int32, device=self.device)
+            for segment in bucket.segments:
+                out = words[segment.rows]
+                self._vote(segment, _for_size(kernels, segment), hypers[segment.group], flat, zero_votes, out)
+            sent = exchange.send(words.view(-1), note)
+            note = note[:0]
+            if under_way is not None:
+                finish(*under_way)
+            under_way = (bucket, sent)
+        if under_way is not None:
+            finish(*under_way)
+
+    def alone(self, kernels: Kernels, gradients: Gradients, hypers: Iterable[Tensor]) -> None:
+        """Lion without a vote.
+
+        Args:
+            kernels: which implementation.
+            gradients: of all parameters; one without is left alone.
+            hypers: for each parameter.
+        """
+        flat = self._flat_gradients(gradients)
+        for x, g, m, hyper in zip(self.parameters, flat, self.momenta, hypers, strict=True):
+            if g is not None:
+                (kernels if len(g) >= BLOCK else EAGER).lone(x, g, m, hyper)
+
+    def _flat_gradients(self, gradients: Gradients) -> Gradients:
+        return [None if g is None else _flat(g, order) for g, order in zip(gradients, self.orders, strict=True)]
+
+    def _cut(self, flat: Sequence[Tensor], segment: Segment) -> list[Tensor]:
+        cut = _part if segment.staged else _blocks
+        return [cut(flat[piece.parameter], piece) for piece in segment.pieces]
+
+    def _vote(
+        self,
+        segment: Segment,
+        kernels: Kernels,
+        hyper: Tensor,
+        gradients: Gradients,
+        zero_votes: Tensor,
+        out: Tensor,
+    ) -> None:
+        _, momenta = self._cuts[id(segment)]
+        if not segment.staged:
+            [piece] = segment.pieces
+            gradient = gradients[piece.parameter]
+            if gradient is None:
+                out.copy_(-zero_votes.to(torch.int32))
+            else:
+                kernels.vote(_blocks(gradient, piece), momenta[0], hyper, zero_votes, out)
+            return
+        # Zeros where there is no gradient: they vote zero, and the momentum there is not written back.
+        staged_gradient = torch.zeros(segment.blocks * BLOCK, dtype=segment.dtype, device=self.device)
+        staged_momentum = torch.zeros(segment.blocks * BLOCK, device=self.device)
+        sources, targets, kept, kept_staged = [], [], [], []
+        for piece, place, momentum in zip(segment.pieces, segment.places, momenta, strict=True):
+            gradient = gradients[piece.parameter]
+            if gradient is not None:
+                sources.append(_part(gradient, piece))
+                targets.append(staged_gradient[place])
+                kept.append(momentum)
+                kept_staged.append(staged_momentum[place])
+        _copy(sources, targets)
+        _copy(kept, kept_staged)
+        kernels.vote(
+            staged_gradient.view(-1, LANES, LANES), staged_momentum.view(-1, LANES, LANES), hyper, zero_votes, out
+        )
+        _copy(kept_staged, kept)
+
+    def _apply(
+        self, segment: Segment, kernels: Kernels, hyper: Tensor, top: int, planes: tuple[Tensor, ...]
+    ) -> None:
+        parameters, _ = self._cuts[id(segment)]
+        if not segment.staged:
+            kernels.apply(parameters[0], hyper, top, planes)
+            return
+        staged = torch.zeros(segment.blocks * BLOCK, dtype=segment.dtype, device=self.device)
+        places = [staged[place] for place in segment.places]
+        _copy(parameters, places)
+        kernels.apply(staged.view(-1, LANES, LANES), hyper, top, planes)
+        _copy(places, parameters)
+
+
+def _for_size(kernels: Kernels, segment: Segment) -> Kernels:
+    # One block would be compiled anew: torch.compile takes a size of one for a constant.
+    return kernels if segment.blocks > 1 else EAGER
+
+
+def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
+    if sources:
+        torch._foreach_copy_(targets, sources)
+
+
+def _part(flat: Tensor, piece: Piece) -> Tensor:
+    return flat[piece.start : piece.start + piece.length]
+
+
+def _blocks(flat: Tensor, piece: Piece) -> Tensor:
+    shape = (piece.length // BLOCK, LANES, LANES)
+    return flat.as_strided(shape, (BLOCK, LANES, 1), flat.storage_offset() + piece.start)
+
+
+def _flat(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
+    """The elements in the memory order of the parameter; a view where the tensor has that order itself."""
+    if tensor.is_contiguous() and order == tuple(range(tensor.dim())):
+        return tensor.detach().view(-1)
+    return tensor.detach().permute(order).reshape(-1)
+
+
+def _pointers(parameters: Sequence[Tensor], momenta: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensors in (parameters, momenta) for tensor in tensors]

@@ -1,0 +1,112 @@
+"""Training arguments: the names that ``optim=`` takes, and the options of their methods.
+
+Extends ``TrainingArguments`` by fields and ``__post_init__``. transformers 5 turns ``optim`` into an enum there, so a
+name of ours stands aside while the parent runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from ..optim.registry import METHODS
+from ..wire.exchange import EXCHANGES, TIES
+
+_NAMES = "; ".join(f"`{name}`: {method.summary}" for name, method in METHODS.items())
+
+
+@dataclass
+class DLionArgumentsMixin:
+    """The fields of Distributed Lion, for any subclass of ``TrainingArguments``; put it first among the bases.
+
+    With one of our names as ``optim``, ``average_tokens_across_devices`` is turned off: every worker's gradient is the
+    mean over its own batch, as the method has it, and a worker with more tokens does not shout louder.
+    """
+
+    # A string: HfArgumentParser would admit only the names of transformers into its enum.
+    optim: str = field(
+        default=TrainingArguments.default_optim,
+        metadata={
+            "help": f"The optimizer. Distributed Lion and its relatives: {_NAMES.replace('%', '%%')}. Or any name that "
+            "transformers knows, such as `adamw_torch`; those train as ever, with averaged gradients."
+        },
+    )
+    # Lion's betas are fields of their own: Adam's default of 0.999 for the second is not Lion's.
+    lion_beta1: float = field(default=0.9, metadata={"help": "Lion's decay of the direction that is voted on."})
+    lion_beta2: float = field(default=0.99, metadata={"help": "Lion's decay of the momentum that a worker keeps."})
+    vote_tie: str = field(
+        default="zero",
+        metadata={
+            "help": "What a majority vote of an even number of workers does where it is split: `zero` leaves the "
+            "parameter (but for its decay), as the paper does; `alternate` takes alternating signs, and sends one bit "
+            "less per parameter on the way back.",
+            "choices": list(TIES),
+        },
+    )
+    vote_exchange: str = field(
+        default="auto",
+        metadata={
+            "help": "How votes travel: `gather`, everyone counts all of them; `sharded`, each rank counts its part; "
+            "`auto`, the one that sends fewer bytes.",
+            "choices": list(EXCHANGES),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        name = str(getattr(self.optim, "value", self.optim))
+        if name not in METHODS:
+            self.optim = _known(name)
+            super().__post_init__()  # type: ignore[misc]
+            return
+        self.optim = OptimizerNames.ADAMW_TORCH
+        super().__post_init__()  # type: ignore[misc]
+        self.optim = name
+        self.average_tokens_across_devices = False
+        self._check_votes()
+
+    def _check_votes(self) -> None:
+        for given, value, known in (
+            ("vote_tie", self.vote_tie, TIES),
+            ("vote_exchange", self.vote_exchange, EXCHANGES),
+        ):
+            if value not in known:
+                raise ValueError(f"{given}={value!r} is not known; it is one of {', '.join(map(repr, known))}.")
+        if getattr(self, "fp16", False):
+            raise ValueError(
+                f"fp16 with optim={self.optim!r}: the gradient scaler skips a step on the one rank that overflowed, and "
+                "the others would wait for its vote. Use bf16=True."
+            )
+        if getattr(self, "deepspeed", None) or getattr(self, "fsdp", None):
+            raise ValueError(
+                f"optim={self.optim!r} with {'deepspeed' if getattr(self, 'deepspeed', None) else 'fsdp'}: no worker "
+                "would hold the whole model and its own gradient. Supported is plain data parallelism, one process "
+                "per GPU; leave that argument out."
+            )
+
+    @property
+    def votes(self) -> bool:
+        """Whether ``optim`` is a method of this package, whose gradients stay on their worker."""
+        return self.optim in METHODS
+
+
+@dataclass
+class DLionTrainingArguments(DLionArgumentsMixin, TrainingArguments):
+    """``TrainingArguments`` that know Distributed Lion by name: ``optim="dlion_mavo"`` or ``"dlion_avg"``.
+
+    Everything else is as in transformers, from Python, by ``HfArgumentParser`` and in ``--help``.
+    """
+
+
+def _known(name: str) -> Any:
+    theirs = [member.value for member in OptimizerNames]
+    if name in theirs:
+        return name
+    close = difflib.get_close_matches(name, [*METHODS, *theirs], n=1)
+    raise ValueError(
+        f"optim={name!r} is not known.{f' Did you mean {close[0]!r}?' if close else ''} Methods of hf_dlion: "
+        f"{', '.join(METHODS)}. Optimizers of transformers: {', '.join(theirs)}."
+    )

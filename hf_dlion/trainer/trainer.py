@@ -1,0 +1,115 @@
+"""The Trainer, and the mixin that makes any Trainer vote.
+
+Extension points of transformers 5: ``create_accelerator_and_postprocess``, ``create_optimizer`` with
+``optimizer_cls_and_kwargs``, ``_load_optimizer_and_scheduler``, and ``log``.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers import Trainer
+
+from ..optim.dlion import DistributedLion
+from ..optim.registry import METHODS
+from ..wire.ledger import Ledger, fp32_all_reduce_bytes
+from .local_gradients import keep_gradients_local
+
+logger = logging.getLogger(__name__)
+
+
+class DLionTrainerMixin:
+    """Makes a Trainer run the methods of this package by name; put it first among the bases.
+
+    With ``args.optim`` one of ours, gradients stay on their worker, the optimizer exchanges votes, and the training
+    log has, besides what transformers puts there:
+
+    - ``bits_sent_per_param``, ``bits_received_per_param``: by this rank, per trainable parameter and step, since the
+      last log;
+    - ``bytes_sent_total``: by this rank since the start of ``train()``;
+    - ``fp32_allreduce_ratio``: bytes sent over those of an fp32 all-reduce of the gradients;
+    - ``vote_ties``, ``vote_unanimous``: the shares of parameters on which the workers were split evenly, or agreed;
+    - ``grad_norm``: the mean over the workers of the norm of each one's own gradient, before clipping.
+
+    ``max_grad_norm`` clips each worker's gradient by that gradient's own norm. A common factor changes no sign, so
+    this only weighs the steps against each other inside the momentum; 0 turns it off.
+
+    With any other ``optim`` the Trainer is what it was.
+    """
+
+    args: Any
+    accelerator: Any
+    optimizer: Any
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the parent, and gradients are kept local."""
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        if not self._votes:
+            return
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"optim={self.args.optim!r} with {self.args.n_gpu} GPUs in one process (nn.DataParallel): a process is "
+                "one worker and has one vote. Start one process per GPU: `accelerate launch --multi_gpu script.py`."
+            )
+        keep_gradients_local(self.accelerator)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """As the parent, with the method that ``args.optim`` names."""
+        if self._votes:
+            method = METHODS[self.args.optim]
+            self.optimizer_cls_and_kwargs = (method.optimizer, method.keywords(self.args))
+        optimizer: Optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        self._logged = Ledger()
+        return optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the parent, with the traffic and the votes in the logs of training."""
+        # Only the training log has both; the Trainer writes it on all ranks at once, so collectives are safe.
+        if self._votes and "loss" in logs and "learning_rate" in logs:
+            logs = {**logs, **self._observations(logs)}
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is not None and self._votes and self.args.world_size > 1:
+            logger.warning(
+                "%s has the momentum of rank 0 only, so all %d workers resume with that one. Training goes on, but not "
+                "exactly as if it had not been interrupted.",
+                checkpoint,
+                self.args.world_size,
+            )
+
+    @property
+    def _votes(self) -> bool:
+        return self.args.optim in METHODS
+
+    def _observations(self, logs: dict[str, float]) -> dict[str, float]:
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if not isinstance(optimizer, DistributedLion):
+            return {}
+        parameters = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
+        total = optimizer.ledger
+        new = total.since(self._logged)
+        self._logged = total.copy()
+        found: dict[str, float] = {"bytes_sent_total": total.sent_bytes}
+        if new.steps:
+            found["bits_sent_per_param"] = 8 * new.sent_bytes / (parameters * new.steps)
+            found["bits_received_per_param"] = 8 * new.received_bytes / (parameters * new.steps)
+            if optimizer.workers > 1:
+                dense = fp32_all_reduce_bytes(parameters, optimizer.workers) * new.steps
+                found["fp32_allreduce_ratio"] = new.sent_bytes / dense
+        shares = optimizer.vote_shares()
+        if shares is not None:
+            found |= {"vote_ties": shares.ties, "vote_unanimous": shares.unanimous}
+        if "grad_norm" in logs:
+            norm = torch.tensor(logs["grad_norm"], device=self.accelerator.device)
+            found["grad_norm"] = self.accelerator.reduce(norm, reduction="mean").item()
+        return {name: round(value, 6) if isinstance(value, float) else value for name, value in found.items()}
+
+
+class DLionTrainer(DLionTrainerMixin, Trainer):
+    """``transformers.Trainer`` that trains by Distributed Lion where ``args.optim`` says so."""

@@ -1,0 +1,70 @@
+"""The collectives used here, each entered in the ledger."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .ledger import Ledger
+
+
+class Channel:
+    """A process group with its ledger: every byte that this package sends goes through here.
+
+    Args:
+        group: the workers; None is the default group.
+        ledger: where the bytes are counted.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, ledger: Ledger) -> None:
+        self.group = group
+        self.ledger = ledger
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+
+    def all_gather(self, part: Tensor) -> tuple[Tensor, dist.Work]:
+        """Everyone gets everyone's ``part``. One round; (N-1) * |part| bytes sent and received by each rank.
+
+        Args:
+            part: any shape, contiguous, the same on every rank.
+
+        Returns:
+            ``[N, *part.shape]``, valid once the returned work has been waited for.
+        """
+        parts = part.new_empty((self.size, *part.shape))
+        work = dist.all_gather_single(parts.view(-1), part.view(-1), group=self.group, async_op=True)
+        size = (self.size - 1) * part.nbytes
+        self.ledger.record(size, size)
+        assert work is not None
+        return parts, work
+
+    def all_to_all(self, parts: Tensor) -> tuple[Tensor, dist.Work]:
+        """Row i goes to rank i. One round; (N-1)/N * |parts| bytes sent and received by each rank.
+
+        Args:
+            parts: ``[N, ...]``, contiguous.
+
+        Returns:
+            ``[N, ...]``, row i from rank i, valid once the returned work has been waited for.
+        """
+        received = torch.empty_like(parts)
+        work = dist.all_to_all_single(received, parts, group=self.group, async_op=True)
+        size = (self.size - 1) * parts[0].nbytes
+        self.ledger.record(size, size)
+        assert work is not None
+        return received, work
+
+    def gather_integers(self, values: list[int], device: torch.device) -> list[list[int]]:
+        """Everyone's ``values`` (64 bits each), by rank. One small round."""
+        parts, work = self.all_gather(torch.tensor(values, dtype=torch.int64, device=device))
+        work.wait()
+        return parts.tolist()
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Everyone's ``value``, by rank. For error messages only: pickled, and not in the ledger."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values

@@ -1,0 +1,97 @@
+"""DistributedLion against the plain reference, over real processes."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hf_dlion import DistributedLion
+from hf_dlion.optim import dlion, layout
+from hf_dlion.wire.packing import LANES
+from tests.harness import run_workers
+from tests.reference import ReferenceLion
+
+SETTINGS = {"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}
+# Sizes that fill no word, one that fills blocks, and one worked on in place with a rest that is staged.
+SHAPES = [(7,), (3, 11), (), (0,), (64, 32), (13, 1601)]
+STEPS = 20
+
+
+def parameters(dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+
+
+def gradients(rank: int, step: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Random, coarse enough that directions meet zero, and a third exactly zero."""
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    drawn = []
+    for shape in SHAPES:
+        gradient = torch.randn(shape, generator=generator).mul(4).round().div(4)
+        drawn.append((gradient * (torch.rand(shape, generator=generator) > 1 / 3)).to(dtype))
+    return drawn
+
+
+def lanes() -> torch.Tensor:
+    """Each element's lane, in the order of the flat parameters in the words, from the layout."""
+    found = [torch.zeros(torch.Size(shape).numel(), dtype=torch.int64) for shape in SHAPES]
+    members = [[(index, parameter) for index, parameter in enumerate(parameters(torch.float32))]]
+    for bucket in layout.make_buckets(members):
+        for segment in bucket.segments:
+            place = 0
+            for piece in segment.pieces:
+                found[piece.parameter][piece.start : piece.start + piece.length] = (
+                    torch.arange(place, place + piece.length) % LANES
+                )
+                place += piece.length
+    return torch.cat(found)
+
+
+def flatten(tensors: list[Any]) -> torch.Tensor:
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+def same_on_all_ranks(tensor: torch.Tensor, workers: int) -> bool:
+    everyone = [torch.empty_like(tensor) for _ in range(workers)]
+    dist.all_gather(everyone, tensor)
+    return all(torch.equal(other, tensor) for other in everyone)
+
+
+def follow_reference(rank: int, workers: int, cases: list[tuple[str, str, str, torch.dtype]], compiled: bool) -> None:
+    dlion.COMPILE_FROM = 0 if compiled else 1 << 30
+    for aggregation, tie, exchange, dtype in cases:
+        case = f"{aggregation} {tie} {exchange} {dtype}"
+        mine = parameters(dtype)
+        optimizer = DistributedLion(mine, aggregation=aggregation, tie=tie, exchange=exchange, **SETTINGS)
+        reference = ReferenceLion(
+            flatten(mine).clone(), workers, **SETTINGS, aggregation=aggregation, tie=tie, lanes=lanes()
+        )
+        for step in range(STEPS):
+            for parameter, gradient in zip(mine, gradients(rank, step, dtype), strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            reference.step([flatten(gradients(other, step, dtype)) for other in range(workers)])
+            assert same_on_all_ranks(flatten(mine), workers), f"{case}: ranks differ after step {step}"
+            assert torch.equal(flatten(mine), reference.parameters), f"{case}: not the reference after step {step}"
+            momenta = flatten([optimizer.state[parameter]["momentum"] for parameter in mine])
+            assert torch.equal(momenta, reference.momenta[rank]), f"{case}: momentum after step {step}"
+        assert not compiled or optimizer._plan.kernels is not None
+
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 5])
+def test_equals_the_reference(workers: int) -> None:
+    cases = list(itertools.product(("mavo", "avg"), ("zero", "alternate"), ("gather", "sharded"), DTYPES))
+    run_workers(follow_reference, workers, workers, cases, False)
+
+
+@pytest.mark.parametrize(("workers", "aggregation"), [(1, "mavo"), (2, "mavo"), (3, "avg")])
+def test_compiled_equals_the_reference(workers: int, aggregation: str) -> None:
+    cases = [(aggregation, "zero", "sharded", dtype) for dtype in DTYPES]
+    run_workers(follow_reference, workers, workers, cases, True, timeout=400)

@@ -1,0 +1,147 @@
+"""Wrong use: what was given, why not, what instead; the same error on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from hf_dlion import DistributedLion
+from tests.harness import run_workers
+
+
+def ones() -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.ones(8))]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr=-1.0.*negative"),
+        ({"lr": float("nan")}, "lr=nan"),
+        ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\)"),
+        ({"betas": (0.9,)}, "there are two"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1"),
+        ({"aggregation": "median"}, "aggregation='median' is not known; it is one of 'mavo', 'avg'"),
+        ({"tie": "random"}, "tie='random'"),
+        ({"exchange": "ring"}, "exchange='ring'"),
+    ],
+)
+def test_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DistributedLion(ones(), **options)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "message"),
+    [
+        (torch.zeros(3, dtype=torch.complex64), "complex64"),
+        (torch.zeros(3).expand(4, 3), "not dense in memory"),
+    ],
+)
+def test_parameters(parameter: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DistributedLion([torch.nn.Parameter(parameter)])
+
+
+def test_a_refused_group_is_not_added() -> None:
+    optimizer = DistributedLion(ones())
+    with pytest.raises(ValueError, match="lr=-1"):
+        optimizer.add_param_group({"params": ones(), "lr": -1})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_sparse_gradient() -> None:
+    embedding = torch.nn.Embedding(5, 4, sparse=True)
+    optimizer = DistributedLion(embedding.parameters())
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        optimizer.step()
+
+
+def test_bad_gradient_of_a_single_worker() -> None:
+    [parameter] = parameters = ones()
+    optimizer = DistributedLion(parameters)
+    parameter.grad = torch.full((8,), float("inf"))
+    with pytest.raises(FloatingPointError, match=r"parameter 0, shape \(8,\), has a NaN or Inf at step 0"):
+        optimizer.step()
+    assert torch.equal(parameter.detach(), torch.ones(8))
+
+
+def outcome(step: Callable[[], Any]) -> str:
+    try:
+        step()
+    except (RuntimeError, FloatingPointError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def misuse(rank: int, kind: str) -> str:
+    parameters = ones() if kind != "another size" or rank == 0 else [torch.nn.Parameter(torch.ones(9))]
+    if kind == "one more":
+        parameters += ones() * rank
+    if kind == "other weights":
+        parameters = [torch.nn.Parameter(torch.full((8,), 1.0 + rank))]
+    optimizer = DistributedLion(
+        parameters,
+        lr=0.1 + rank if kind == "another lr" else 0.1,
+        tie="alternate" if kind == "another option" and rank == 1 else "zero",
+    )
+    for parameter in parameters:
+        parameter.grad = torch.linspace(1, 2, parameter.numel()) * (1 if kind == "averaged" else rank + 1)
+        if kind == "nan" and rank == 1:
+            parameter.grad[3] = float("nan")
+    before = [parameter.detach().clone() for parameter in parameters]
+    message = outcome(optimizer.step)
+    assert all(torch.equal(parameter, old) for parameter, old in zip(parameters, before, strict=True))
+    return message
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("averaged", ["RuntimeError", "averaged before the step", "keep_gradients_local", "same data"]),
+        ("another size", ["parameter 0 is float32 (8,)", "float32 (9,)", "on rank 1"]),
+        ("one more", ["the size of param group 0 is 1 on rank 0 and 2 on rank 1"]),
+        ("another lr", ["lr of param group 0 is 0.1 on rank 0 and 1.1 on rank 1"]),
+        ("another option", ["tie is zero on rank 0 and alternate on rank 1"]),
+        ("other weights", ["the parameters differ between the ranks"]),
+        ("nan", ["FloatingPointError", "rank 1", "parameter 0", "NaN or Inf", "step 0"]),
+    ],
+)
+def test_every_rank_says_what_is_wrong(kind: str, parts: list[str]) -> None:
+    messages = run_workers(misuse, 2, kind, timeout=60)
+    for message in messages:
+        for part in parts:
+            assert part in message
+
+
+def steps_apart(rank: int) -> str:
+    parameters = ones()
+    optimizer = DistributedLion(parameters)
+    parameters[0].grad = torch.linspace(1, 2, 8) + rank
+    optimizer.step()
+    if rank == 1:
+        optimizer.param_groups[0]["lr"] *= 2
+    return outcome(optimizer.step)
+
+
+def test_a_schedule_that_drifts_apart_is_found_at_its_step() -> None:
+    for message in run_workers(steps_apart, 3, timeout=60):
+        assert "lr of param group 0 is 0.0001 on rank 0 and 0.0002 on rank 1" in message
+
+
+def zero_then_real(rank: int) -> str:
+    parameters = ones()
+    optimizer = DistributedLion(parameters)
+    parameters[0].grad = torch.zeros(8)
+    first = outcome(optimizer.step)
+    parameters[0].grad = torch.ones(8)
+    return first + ", " + outcome(optimizer.step)
+
+
+def test_zero_gradients_do_not_hide_averaged_ones() -> None:
+    for message in run_workers(zero_then_real, 2, timeout=60):
+        assert message.startswith("no error, RuntimeError: all 2 workers have exactly the same gradients")
