@@ -43,9 +43,7 @@ def run_workers(function: Callable[..., Any], workers: int, *args: Any, timeout:
     return [value for _, value in outcomes]
 
 
-def _run(
-    function: Callable[..., Any], workers: int, args: tuple[Any, ...], timeout: float
-) -> list[tuple[bool, Any]]:
+def _run(function: Callable[..., Any], workers: int, args: tuple[Any, ...], timeout: float) -> list[tuple[bool, Any]]:
     # A fork server imports torch once, and forks before any thread has started.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.harness", "hf_dlion", "transformers"])

@@ -256,22 +256,23 @@ class DistributedLion(Optimizer):
     def _make_plan(self, workers: int) -> _Plan:
         parameters = self._all_parameters()
         device = parameters[0].device
-        numbers = iter(range(len(parameters)))
-        buckets = make_buckets([[(next(numbers), p) for p in group["params"]] for group in self.param_groups])
-        kernels = None
-        if sum(parameter.numel() for parameter in parameters) >= COMPILE_FROM:
-            top = top_level(self.aggregation, self.tie, workers)
-            kernels = compile_kernels(device, {parameter.dtype for parameter in parameters}, workers, top)
+        elements = sum(parameter.numel() for parameter in parameters)
         exchange = None
         if workers > 1:
             channel = Channel(self.process_group, self.ledger)
-            words = [bucket.words for bucket in buckets]
+            words = elements // 32
             exchange = make_exchange(self.exchange, channel, words, self.aggregation, self.tie, device)
+        numbers = iter(range(len(parameters)))
+        groups = [[(next(numbers), parameter) for parameter in group["params"]] for group in self.param_groups]
+        kernels = None
+        if elements >= COMPILE_FROM:
+            top = top_level(self.aggregation, self.tie, workers)
+            kernels = compile_kernels(device, {parameter.dtype for parameter in parameters}, workers, top)
         return _Plan(
             workers=workers,
             device=device,
             parameters=parameters,
-            buckets=buckets,
+            buckets=make_buckets(groups, exchange.buckets if exchange else 1),
             layout=digest(self._describe_layout()),
             kernels=kernels,
             exchange=exchange,

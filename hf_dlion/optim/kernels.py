@@ -53,7 +53,9 @@ def _vote(gradient: Tensor, momentum: Tensor, hyper: Tensor, zero_votes: Tensor,
 
 def _apply(parameter: Tensor, hyper: Tensor, top: int, planes: tuple[Tensor, ...]) -> None:
     rows = torch.arange(LANES, dtype=torch.int32, device=parameter.device).view(1, LANES, 1)
-    level = sum(((plane.unsqueeze(1) >> rows) & 1) << p for p, plane in enumerate(planes))
+    level = (planes[0].unsqueeze(1) >> rows) & 1
+    for p, plane in enumerate(planes[1:], 1):
+        level = level + (((plane.unsqueeze(1) >> rows) & 1) << p)
     d = (2 * level - top).float() / top
     x = parameter.float()
     parameter.copy_(x - hyper[4] * (d + hyper[5] * x))

@@ -16,8 +16,11 @@ from torch import Tensor
 
 from ..wire.packing import BLOCK, LANES
 
-BUCKET_BLOCKS = 1 << 14
+MAX_BUCKET_BLOCKS = 1 << 14
 """Blocks a bucket, at most: 16.8 million parameters, 2 MiB of words. Bounds the memory of a step."""
+
+MIN_BUCKET_BLOCKS = 1 << 11
+"""Blocks a bucket, at least, where there are several to overlap: 2.1 million parameters, 256 KiB of words."""
 
 SEGMENT_BLOCKS = 1 << 9
 """Blocks a segment, at most: gradient and momentum then stay in a CPU's cache while they are read twice."""
@@ -91,16 +94,19 @@ class Bucket:
         self.blocks += blocks
 
 
-def make_buckets(groups: Sequence[Sequence[tuple[int, Tensor]]]) -> list[Bucket]:
+def make_buckets(groups: Sequence[Sequence[tuple[int, Tensor]]], count: int) -> list[Bucket]:
     """Lay out the parameters of all groups, the same on every rank.
 
     Args:
         groups: for each param group its parameters, each with its index over all groups.
+        count: how many buckets there should be, if they are not too small or too large then.
     """
     buckets = [Bucket()]
+    blocks = sum(-(-parameter.numel() // BLOCK) for members in groups for _, parameter in members)
+    limit = min(max(-(-blocks // count), MIN_BUCKET_BLOCKS), MAX_BUCKET_BLOCKS)
 
     def append(group: int, pieces: tuple[Piece, ...], blocks: int, dtype: torch.dtype, staged: bool) -> None:
-        if buckets[-1].blocks + blocks > BUCKET_BLOCKS:
+        if buckets[-1].blocks + blocks > limit:
             buckets.append(Bucket())
         buckets[-1].add(group, pieces, blocks, dtype, staged)
 
@@ -144,7 +150,8 @@ def memory_order(tensor: Tensor) -> tuple[int, ...]:
     Raises:
         ValueError: the tensor has holes or overlaps itself.
     """
-    order = tuple(sorted(range(tensor.dim()), key=lambda i: (-tensor.stride(i), -tensor.size(i), i)))
+    strides = tensor.stride()
+    order = tuple(sorted(range(tensor.dim()), key=lambda i: (-strides[i], -tensor.shape[i], i)))
     if not tensor.permute(order).is_contiguous():
         raise ValueError(
             f"a parameter of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not dense in memory, and "

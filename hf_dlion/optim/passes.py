@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..wire.exchange import Exchange, Sent
+from ..wire.exchange import Decision, Exchange, Sent
 from ..wire.packing import BLOCK, LANES
 from .kernels import EAGER, Kernels
 from .layout import Bucket, Piece, Segment
@@ -58,7 +58,7 @@ class Passes:
         note: Tensor,
         check: Callable[[Tensor], None],
     ) -> None:
-        """Exchange bucket after bucket; while one is on its way, the next is packed.
+        """Exchange bucket after bucket; while one is on its way, the next is packed, and the one before applied.
 
         Args:
             exchange: the workers.
@@ -72,30 +72,36 @@ class Passes:
         flat = self._flat_gradients(gradients)
         lanes = torch.arange(LANES, device=self.device)
         zero_votes = ((lanes + exchange.channel.rank + step) & 1).bool()
-        under_way: tuple[Bucket, Sent] | None = None
 
-        def finish(bucket: Bucket, sent: Sent) -> None:
+        def decide(bucket: Bucket, sent: Sent) -> Callable[[], Decision]:
             votes, notes = exchange.receive(sent, bucket.words)
             if notes.shape[1]:
                 check(notes)
-            decision = exchange.decide(votes, bucket.words, step, bucket.padding_share)
+            return exchange.decide(votes, bucket.words, step, bucket.padding_share)
+
+        def apply(bucket: Bucket, decision: Decision) -> None:
             planes = [plane.view(-1, LANES) for plane in decision.planes]
             for segment in bucket.segments:
                 part = tuple(plane[segment.rows] for plane in planes)
                 self._apply(segment, _for_size(kernels, segment), hypers[segment.group], decision.top, part)
 
-        for bucket in self.buckets:
-            words = torch.empty((bucket.blocks, LANES), dtype=torch.int32, device=self.device)
-            for segment in bucket.segments:
-                out = words[segment.rows]
-                self._vote(segment, _for_size(kernels, segment), hypers[segment.group], flat, zero_votes, out)
-            sent = exchange.send(words.view(-1), note)
-            note = note[:0]
-            if under_way is not None:
-                finish(*under_way)
-            under_way = (bucket, sent)
-        if under_way is not None:
-            finish(*under_way)
+        sent: list[tuple[Bucket, Sent]] = []
+        decided: list[tuple[Bucket, Callable[[], Decision]]] = []
+        for bucket in [*self.buckets, None, None]:
+            if bucket is not None:
+                words = torch.empty((bucket.blocks, LANES), dtype=torch.int32, device=self.device)
+                for segment in bucket.segments:
+                    out = words[segment.rows]
+                    self._vote(segment, _for_size(kernels, segment), hypers[segment.group], flat, zero_votes, out)
+                sent.append((bucket, exchange.send(words.view(-1), note)))
+                note = note[:0]
+            # Two buckets are on their way up, or one up and one down, while a third is packed or applied.
+            if len(sent) == 2 or (bucket is None and sent):
+                earlier, parcel = sent.pop(0)
+                decided.append((earlier, decide(earlier, parcel)))
+            if len(decided) == 2 or (bucket is None and decided):
+                earlier, decision = decided.pop(0)
+                apply(earlier, decision())
 
     def alone(self, kernels: Kernels, gradients: Gradients, hypers: Iterable[Tensor]) -> None:
         """Lion without a vote.
@@ -153,9 +159,7 @@ class Passes:
         )
         _copy(kept_staged, kept)
 
-    def _apply(
-        self, segment: Segment, kernels: Kernels, hyper: Tensor, top: int, planes: tuple[Tensor, ...]
-    ) -> None:
+    def _apply(self, segment: Segment, kernels: Kernels, hyper: Tensor, top: int, planes: tuple[Tensor, ...]) -> None:
         parameters, _ = self._cuts[id(segment)]
         if not segment.staged:
             kernels.apply(parameters[0], hyper, top, planes)

@@ -77,8 +77,8 @@ class DLionArgumentsMixin:
                 raise ValueError(f"{given}={value!r} is not known; it is one of {', '.join(map(repr, known))}.")
         if getattr(self, "fp16", False):
             raise ValueError(
-                f"fp16 with optim={self.optim!r}: the gradient scaler skips a step on the one rank that overflowed, and "
-                "the others would wait for its vote. Use bf16=True."
+                f"fp16 with optim={self.optim!r}: the gradient scaler skips a step on the one rank that overflowed, "
+                "and the others would wait for its vote. Use bf16=True."
             )
         if getattr(self, "deepspeed", None) or getattr(self, "fsdp", None):
             raise ValueError(

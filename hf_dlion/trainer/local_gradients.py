@@ -59,9 +59,9 @@ def keep_gradients_local(target: Accelerator | DistributedDataParallel) -> None:
             f"DDP was given the communication hook {handler.comm_hook.value!r}, which reduces gradients; Distributed "
             "Lion needs them as they are. Leave comm_hook out of DistributedDataParallelKwargs."
         )
-    if any(isinstance(model, DistributedDataParallel) for model in target._models):
+    if target._models and target.num_processes > 1:
         raise ValueError(
-            "this accelerator has already wrapped a model in DDP, whose gradients it will average. Call "
+            "this accelerator has already prepared a model, whose gradients it will average. Call "
             "keep_gradients_local(accelerator) before accelerator.prepare(model)."
         )
     target.ddp_handler = LocalGradients(**{f.name: getattr(handler, f.name) for f in fields(handler)})

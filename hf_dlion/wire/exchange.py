@@ -7,12 +7,13 @@ words to everyone and counts them all. ``sharded``: rank r is the server of the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from .collectives import Channel
 from .counting import count_planes, equals, majority, parity_words, popcount
@@ -82,7 +83,7 @@ class VoteStatistics:
 
 
 class Exchange(ABC):
-    """Sends words and returns the decision; one bucket can be on its way while the next is packed.
+    """Sends words and returns the decision; several buckets can be on their way.
 
     Args:
         channel: the workers.
@@ -90,6 +91,9 @@ class Exchange(ABC):
         tie: ``"zero"`` or ``"alternate"``; matters to ``"mavo"`` with an even number of workers.
         device: of the words.
     """
+
+    buckets: int
+    """Into how many buckets, if they are not too small for it, a step's words are best cut."""
 
     def __init__(self, channel: Channel, aggregation: str, tie: str, device: torch.device) -> None:
         self.channel = channel
@@ -111,8 +115,8 @@ class Exchange(ABC):
         """Wait for the votes that this rank counts, int32 ``[N, C]``, and everyone's note, ``[N, H]``."""
 
     @abstractmethod
-    def decide(self, votes: Tensor, words: int, step: int, padding_share: float) -> Decision:
-        """Count the votes and learn the whole decision.
+    def decide(self, votes: Tensor, words: int, step: int, padding_share: float) -> Callable[[], Decision]:
+        """Count the votes and start to tell the others; call what comes back for the whole decision.
 
         Args:
             votes: from :meth:`receive`.
@@ -148,29 +152,38 @@ class GatherExchange(Exchange):
     Round 1, all-gather: (N-1) * 4W bytes sent and received by each rank. No way back.
     """
 
+    buckets = 1
+
     @staticmethod
     def sent_words(words: int, workers: int, planes: int) -> int:
         """Words that a rank sends for a bucket of ``words``."""
         return (workers - 1) * words
 
+    @override
     def send(self, words: Tensor, note: Tensor) -> Sent:
         return self.channel.all_gather(torch.cat([words, note]))
 
+    @override
     def receive(self, sent: Sent, words: int) -> tuple[Tensor, Tensor]:
         parts, work = sent
         work.wait()
         return parts[:, :words], parts[:, words:]
 
-    def decide(self, votes: Tensor, words: int, step: int, padding_share: float) -> Decision:
-        return Decision(tuple(self._decide(votes.unbind(), words, step, padding_share)), self._top)
+    @override
+    def decide(self, votes: Tensor, words: int, step: int, padding_share: float) -> Callable[[], Decision]:
+        decision = Decision(tuple(self._decide(votes.unbind(), words, step, padding_share)), self._top)
+        return lambda: decision
 
 
 class ShardedExchange(Exchange):
     """Rank r counts the r-th of N equal parts, of C words each, and tells the others.
 
     Round 1, all-to-all: (N-1) * 4C bytes sent and received by each rank. Round 2, all-gather of the P planes of the
-    decision: (N-1) * 4CP bytes. C is W / N, rounded up to an even number.
+    decision: (N-1) * 4CP bytes. C is W / N, rounded up to an even number. With several buckets, one's way back
+    overlaps with the next one's way up.
     """
+
+    buckets = 4
 
     @staticmethod
     def part_words(words: int, workers: int) -> int:
@@ -182,53 +195,58 @@ class ShardedExchange(Exchange):
         """Words that a rank sends for a bucket of ``words``."""
         return (workers - 1) * cls.part_words(words, workers) * (1 + planes)
 
+    @override
     def send(self, words: Tensor, note: Tensor) -> Sent:
         workers = self.channel.size
         part = self.part_words(len(words), workers)
         padded = torch.nn.functional.pad(words, (0, workers * part - len(words)))
         return self.channel.all_to_all(torch.cat([padded.view(workers, part), note.expand(workers, -1)], dim=1))
 
+    @override
     def receive(self, sent: Sent, words: int) -> tuple[Tensor, Tensor]:
         parts, work = sent
         work.wait()
         part = self.part_words(words, self.channel.size)
         return parts[:, :part], parts[:, part:]
 
-    def decide(self, votes: Tensor, words: int, step: int, padding_share: float) -> Decision:
+    @override
+    def decide(self, votes: Tensor, words: int, step: int, padding_share: float) -> Callable[[], Decision]:
         part = votes.shape[1]
         valid = min(part, words - self.channel.rank * part)
         decided = torch.stack(self._decide(votes.unbind(), valid, step, padding_share))
         parts, work = self.channel.all_gather(decided)
-        work.wait()
-        planes = parts.transpose(0, 1).reshape(len(decided), -1)
-        return Decision(tuple(plane[:words] for plane in planes), self._top)
+
+        def whole() -> Decision:
+            work.wait()
+            planes = parts.transpose(0, 1).reshape(len(decided), -1)
+            return Decision(tuple(plane[:words] for plane in planes), self._top)
+
+        return whole
 
 
 def top_level(aggregation: str, tie: str, workers: int) -> int:
-    """n of :class:`Decision`."""
+    """N of :class:`Decision`."""
     if aggregation == "avg":
         return workers
     return 2 if workers % 2 == 0 and tie == "zero" else 1
 
 
 def make_exchange(
-    exchange: str, channel: Channel, words: Sequence[int], aggregation: str, tie: str, device: torch.device
+    exchange: str, channel: Channel, words: int, aggregation: str, tie: str, device: torch.device
 ) -> Exchange:
     """The exchange of that name; ``"auto"`` is the one that sends fewer bytes, then the one with fewer rounds.
 
     Args:
         exchange: one of ``EXCHANGES``.
         channel: the workers.
-        words: W of every bucket of a step.
+        words: W of a whole step.
         aggregation: ``"mavo"`` or ``"avg"``.
         tie: ``"zero"`` or ``"alternate"``.
         device: of the words.
     """
-    workers = channel.size
     if exchange == "auto":
-        planes = top_level(aggregation, tie, workers).bit_length()
-        gathered = sum(GatherExchange.sent_words(count, workers, planes) for count in words)
-        sharded = sum(ShardedExchange.sent_words(count, workers, planes) for count in words)
-        exchange = "gather" if gathered <= sharded else "sharded"
-    kinds = {"gather": GatherExchange, "sharded": ShardedExchange}
-    return kinds[exchange](channel, aggregation, tie, device)
+        planes = top_level(aggregation, tie, channel.size).bit_length()
+        gathered = GatherExchange.sent_words(words, channel.size, planes)
+        exchange = "gather" if gathered <= ShardedExchange.sent_words(words, channel.size, planes) else "sharded"
+    kind = GatherExchange if exchange == "gather" else ShardedExchange
+    return kind(channel, aggregation, tie, device)

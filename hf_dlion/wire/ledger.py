@@ -24,7 +24,9 @@ class Ledger:
     def since(self, earlier: Ledger) -> Ledger:
         """What was added after ``earlier``, a :meth:`copy` of this ledger."""
         return Ledger(
-            self.sent_bytes - earlier.sent_bytes, self.received_bytes - earlier.received_bytes, self.steps - earlier.steps
+            self.sent_bytes - earlier.sent_bytes,
+            self.received_bytes - earlier.received_bytes,
+            self.steps - earlier.steps,
         )
 
     def copy(self) -> Ledger:
@@ -33,5 +35,5 @@ class Ledger:
 
 
 def fp32_all_reduce_bytes(parameters: int, workers: int) -> float:
-    """Bytes that one rank sends in a bandwidth-optimal all-reduce of fp32 gradients: 2 (N-1)/N * 4 bytes a parameter."""
+    """Bytes that a rank sends in a bandwidth-optimal fp32 all-reduce: 2 (N-1)/N * 4 bytes a parameter."""
     return 2 * (workers - 1) / workers * 4 * parameters

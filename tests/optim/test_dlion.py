@@ -40,7 +40,7 @@ def lanes() -> torch.Tensor:
     """Each element's lane, in the order of the flat parameters in the words, from the layout."""
     found = [torch.zeros(torch.Size(shape).numel(), dtype=torch.int64) for shape in SHAPES]
     members = [[(index, parameter) for index, parameter in enumerate(parameters(torch.float32))]]
-    for bucket in layout.make_buckets(members):
+    for bucket in layout.make_buckets(members, 1):
         for segment in bucket.segments:
             place = 0
             for piece in segment.pieces:

@@ -162,7 +162,10 @@ def tied_and_strided(rank: int) -> None:
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(8, 6).t())  # not contiguous, but dense
     image = torch.nn.Parameter(torch.randn(2, 3, 40, 40).contiguous(memory_format=torch.channels_last))
-    plain = [torch.nn.Parameter(parameter.detach().clone(memory_format=torch.contiguous_format)) for parameter in (weight, image)]
+    plain = [
+        torch.nn.Parameter(parameter.detach().clone(memory_format=torch.contiguous_format))
+        for parameter in (weight, image)
+    ]
     optimizers = [DistributedLion([weight, image], lr=0.1), DistributedLion(plain, lr=0.1)]
     for step in range(3):
         random_gradients([weight, image], 10 * step + rank)
@@ -195,7 +198,7 @@ def test_process_groups_vote_apart() -> None:
 
 
 def several_buckets(rank: int) -> None:
-    layout.BUCKET_BLOCKS, layout.SEGMENT_BLOCKS = 20, 17
+    layout.MAX_BUCKET_BLOCKS, layout.MIN_BUCKET_BLOCKS, layout.SEGMENT_BLOCKS = 20, 20, 17
     torch.manual_seed(0)
     mine = [torch.nn.Parameter(torch.randn(shape)) for shape in ((40000,), (70, 70), (300,), (21, 1024))]
     same = [torch.nn.Parameter(parameter.detach().clone()) for parameter in mine]
@@ -204,7 +207,7 @@ def several_buckets(rank: int) -> None:
         random_gradients(mine, 10 * step + rank)
         small.step()
     assert len(small._plan.buckets) > 3
-    layout.BUCKET_BLOCKS, layout.SEGMENT_BLOCKS = 1 << 14, 1 << 9
+    layout.MAX_BUCKET_BLOCKS, layout.MIN_BUCKET_BLOCKS, layout.SEGMENT_BLOCKS = 1 << 14, 1 << 11, 1 << 9
     large = DistributedLion(same, lr=0.1)
     for step in range(3):
         random_gradients(same, 10 * step + rank)

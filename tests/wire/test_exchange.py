@@ -40,12 +40,13 @@ def decide_everything(rank: int, workers: int) -> None:
     for kind, aggregation, tie, words, step in itertools.product(
         ("gather", "sharded"), ("mavo", "avg"), ("zero", "alternate"), (32, 96, 160), (0, 1)
     ):
-        exchange = make_exchange(kind, Channel(None, Ledger()), [words], aggregation, tie, CPU)
+        case = f"{kind} {aggregation} {tie} {words} {step}"
+        exchange = make_exchange(kind, Channel(None, Ledger()), words, aggregation, tie, CPU)
         votes, notes = exchange.receive(exchange.send(votes_of(rank, words), note), words)
-        decision = exchange.decide(votes, words, step, padding_share=0.0)
+        decision = exchange.decide(votes, words, step, padding_share=0.0)()
         level = sum(unpack(plane) << p for p, plane in enumerate(decision.planes)).float()
         found = (2 * level - decision.top) / decision.top
-        assert torch.equal(found, expected(workers, words, aggregation, tie, step)), (kind, aggregation, tie, words, step)
+        assert torch.equal(found, expected(workers, words, aggregation, tie, step)), case
         assert notes.tolist() == [[other, 7 * other, -1] for other in range(workers)]
 
 
@@ -56,9 +57,9 @@ def test_decisions_equal_an_unpacked_count(workers: int) -> None:
 
 def sent_words(rank: int, kind: str, aggregation: str, tie: str, words: int) -> tuple[str, float, float]:
     ledger = Ledger()
-    exchange = make_exchange(kind, Channel(None, ledger), [words], aggregation, tie, CPU)
+    exchange = make_exchange(kind, Channel(None, ledger), words, aggregation, tie, CPU)
     sent = exchange.send(votes_of(rank, words), torch.empty(0, dtype=torch.int32))
-    exchange.decide(exchange.receive(sent, words)[0], words, 0, 0.0)
+    exchange.decide(exchange.receive(sent, words)[0], words, 0, 0.0)()
     return type(exchange).__name__, ledger.sent_bytes / 4 / words, ledger.received_bytes / 4 / words
 
 
@@ -90,9 +91,9 @@ def test_auto_gathers_a_buffer_too_small_to_share_out() -> None:
 
 def statistics(rank: int, kind: str) -> tuple[int, int, int, float]:
     words = 160
-    exchange = make_exchange(kind, Channel(None, Ledger()), [words], "mavo", "zero", CPU)
+    exchange = make_exchange(kind, Channel(None, Ledger()), words, "mavo", "zero", CPU)
     votes, _ = exchange.receive(exchange.send(votes_of(rank, words), torch.empty(0, dtype=torch.int32)), words)
-    exchange.decide(votes, words, 0, padding_share=0.25)
+    exchange.decide(votes, words, 0, padding_share=0.25)()
     seen = exchange.statistics
     return int(seen.ties), int(seen.unanimous), seen.counted, seen.padding
 

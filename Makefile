@@ -1,0 +1,41 @@
+# make demo: pretrain a small GPT-2 with two workers on this machine. make test: lint, types and tests.
+# Both set up their environment in .venv at the first call.
+
+VENV := .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+DEMO_OUTPUT := out/demo
+
+.PHONY: demo test lint types smoke benchmark clean
+
+demo: $(VENV)/.installed
+	$(BIN)/accelerate launch --config_file examples/configs/cpu_2.yaml examples/pretrain_gpt2.py \
+		--use_cpu --optim dlion_mavo $(DEMO_OPTIONS) --output_dir $(DEMO_OUTPUT)
+
+test: lint types
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+# A few steps of the examples, with two processes where processes matter.
+smoke: $(VENV)/.installed
+	$(BIN)/accelerate launch --config_file examples/configs/cpu_2.yaml examples/pretrain_gpt2.py --use_cpu \
+		--optim dlion_avg --max_steps 6 --eval_steps 3 --logging_steps 2 --max_eval_blocks 32 --output_dir out/smoke
+
+# The comparison in the README; as root on Linux for limited links.
+benchmark: $(VENV)/.installed
+	$(BIN)/python examples/benchmark_network.py --workers 4 --output model_cards/network/4_workers
+	$(BIN)/python examples/benchmark_network.py --workers 2 --output model_cards/network/2_workers
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,dev,plot]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) out
