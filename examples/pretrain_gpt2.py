@@ -3,9 +3,10 @@
 Two processes on the CPU, on the source of Python's own standard library (nothing is downloaded):
 
     accelerate launch --config_file examples/configs/cpu_2.yaml examples/pretrain_gpt2.py --use_cpu \\
-        --optim dlion_mavo --learning_rate 1e-3 --max_steps 400
+        --optim dlion_mavo --learning_rate 7e-4 --weight_decay 0.1 \\
+        --per_device_train_batch_size 4 --max_steps 1200
 
-The same with averaged gradients and AdamW, to compare: `--optim adamw_torch --learning_rate 3e-3`. On GPUs,
+With `--optim adamw_torch`, and a learning rate for it, gradients are averaged as ever: the baseline. On GPUs,
 leave `--use_cpu` away and take `one_node_gpus.yaml` or `several_nodes.yaml`:
 
     accelerate launch --config_file examples/configs/one_node_gpus.yaml examples/pretrain_gpt2.py \\
@@ -45,9 +46,9 @@ from hf_dlion import DLionTrainer, DLionTrainingArguments
 # Where this script differs from the Trainer: it shows progress and a validation curve without being asked.
 DEFAULTS: dict[str, Any] = {
     "output_dir": "pretrain_gpt2_output",
-    "logging_steps": 10,
+    "logging_steps": 25,
     "eval_strategy": "steps",
-    "eval_steps": 100,
+    "eval_steps": 200,
     "eval_on_start": True,
     "save_total_limit": 2,
     "lr_scheduler_type": "cosine",
@@ -91,7 +92,7 @@ class ScriptArguments:
             "byte-level BPE trained on its own training split."
         },
     )
-    vocab_size: int = field(default=4096, metadata={"help": "Entries of that BPE."})
+    vocab_size: int = field(default=2048, metadata={"help": "Entries of that BPE."})
     block_size: int = field(default=128, metadata={"help": "Tokens a sample: documents are packed into such blocks."})
     validation_fraction: float = field(
         default=0.05, metadata={"help": "Share of the text kept for validation, where it is split here."}

@@ -116,7 +116,7 @@ def local_files(path: Path, text_column: str, validation_fraction: float) -> Cor
             else:
                 yield from _text_documents(file, validation_fraction)
 
-    return _hashed(path.name, documents)
+    return _hashed(str(path), documents)
 
 
 def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
@@ -176,7 +176,9 @@ def text_of(row: dict[str, Any], text_column: str, where: str) -> str:
         raise DataError(f"--text_column {text_column}: {where} has no such field. The fields are: {there}.")
     text = row[text_column]
     if not isinstance(text, str):
-        raise DataError(f"--text_column {text_column}: in {where} it is a {type(text).__name__}, not text.")
+        raise DataError(
+            f"--text_column {text_column}: in {where} its value is of type {type(text).__name__}, not text."
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can write half a surrogate pair

@@ -147,21 +147,23 @@ class DistributedLion(Optimizer):
         """Load what :meth:`state_dict` gave, of this worker. The momentum stays float32.
 
         Raises:
-            ValueError: the param groups or the shape of a momentum do not fit.
+            ValueError: the param groups do not fit, or a momentum is missing or of another shape; nothing was loaded.
         """
-        super().load_state_dict(state_dict)
-        saved = (index for group in state_dict["param_groups"] for index in group["params"])
-        for index, parameter in zip(saved, self._all_parameters(), strict=True):
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        momenta = []
+        for index, parameter in zip(saved, self._all_parameters(), strict=False):
             momentum = state_dict["state"].get(index, {}).get(MOMENTUM)
-            if momentum is None:
-                momentum = torch.zeros_like(parameter)
-            if momentum.shape != parameter.shape:
+            if momentum is None or momentum.shape != parameter.shape:
+                found = "there is none" if momentum is None else f"it has shape {tuple(momentum.shape)}"
                 raise ValueError(
-                    f"the momentum of parameter {index} has shape {tuple(momentum.shape)}, the parameter has "
-                    f"{tuple(parameter.shape)}: this state is of another model."
+                    f"no {MOMENTUM} of shape {tuple(parameter.shape)} for parameter {index}: {found}. This state is of "
+                    "another model or optimizer."
                 )
-            kept = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
-            self.state[parameter] = {MOMENTUM: kept.copy_(momentum)}
+            momenta.append(torch.empty_like(parameter, dtype=torch.float32, requires_grad=False).copy_(momentum))
+        super().load_state_dict(state_dict)
+        # torch casts state to the dtype of its parameter; ours keeps its own.
+        for parameter, momentum in zip(self._all_parameters(), momenta, strict=True):
+            self.state[parameter] = {MOMENTUM: momentum}
         self._plan = None
 
     @overload

@@ -108,9 +108,16 @@ def test_state_dict_resumes_bit_for_bit(dtype: torch.dtype) -> None:
     run_workers(resumes_where_it_stopped, 3, dtype)
 
 
-def test_state_of_another_model_is_refused() -> None:
-    state = DistributedLion([torch.nn.Parameter(torch.ones(3))]).state_dict()
-    with pytest.raises(ValueError, match=r"shape \(3,\), the parameter has \(4,\)"):
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: DistributedLion([torch.nn.Parameter(torch.ones(3))]), r"shape \(4,\).*it has shape \(3,\)"),
+        (lambda: torch.optim.AdamW([torch.nn.Parameter(torch.ones(4))]), "there is none"),
+    ],
+)
+def test_the_state_of_something_else_is_refused(made: Any, message: str) -> None:
+    state = made().state_dict()
+    with pytest.raises(ValueError, match=message):
         DistributedLion([torch.nn.Parameter(torch.ones(4))]).load_state_dict(state)
 
 
