@@ -38,7 +38,15 @@ import yaml
 from gpt2_models import NAMES, TINY, ModelError, build_model
 from text_corpora import EMBEDDED, DataError
 from text_data import DEFAULT_CACHE, TextData, TextOptions, load_text_data, stream_text_data
-from transformers import HfArgumentParser, TrainerState, default_data_collator, set_seed
+from transformers import (
+    HfArgumentParser,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_dlion import DLionTrainer, DLionTrainingArguments
@@ -166,13 +174,22 @@ def load_data(script_args: ScriptArguments, args: DLionTrainingArguments) -> Tex
     return stream_text_data(options, args.seed if args.data_seed is None else args.data_seed)
 
 
+class ReportLastStep(TrainerCallback):
+    """Logs and validates at the last step whatever the intervals are: the table is about the whole run."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            control.should_evaluate = True
+
+
 def summarise(
     script_args: ScriptArguments, trainer: DLionTrainer, data: TextData, seconds: float, first_step: int
 ) -> dict[str, Any]:
     """The figures of the run, as they go into `results.json`.
 
     Seconds and bytes are counted from `first_step` on, where this run began or went on; losses are of the
-    whole history. Bytes are those that rank 0 sent up to the last logged step.
+    whole history. Bytes are those that rank 0 sent.
     """
     args, state = trainer.args, trainer.state
     history = state.log_history
@@ -234,7 +251,7 @@ def table(results: dict[str, Any]) -> str:
         "seconds": shown("seconds", "{:.0f}", ""),
         f"bytes a worker sent, {steps} steps": shown("bytes_sent", "{:,.0f}", "not counted"),
         "bytes of an fp32 all-reduce": shown("bytes_fp32_allreduce", "{:,.0f}", ""),
-        "all-reduce over sent": shown("fp32_allreduce_over_sent", "{:.1f}", "not counted"),
+        "all-reduce over sent": shown("fp32_allreduce_over_sent", "{:.1f}", "-"),
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
@@ -253,12 +270,10 @@ def main() -> None:
         eval_dataset=data.validation,
         data_collator=default_data_collator,  # blocks are full: nothing to pad
         processing_class=data.tokenizer,
+        callbacks=[ReportLastStep()],
     )
     first_step = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE)).global_step if checkpoint else 0
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
-    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), None)
-    if last is None or last["step"] != trainer.state.global_step:
-        trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
         results = summarise(script_args, trainer, data, outcome.metrics["train_runtime"], first_step)
