@@ -71,6 +71,7 @@ def _config(name: str, block_size: int) -> PretrainedConfig:
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
+            loss_type="ForCausalLM",  # what transformers falls back to, without the warning
         )
     if name in GPT2PP_SIZES:
         layers, heads, width, inner = GPT2PP_SIZES[name]
