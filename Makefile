@@ -4,13 +4,13 @@
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-DEMO_OUTPUT := out/demo
 
 .PHONY: demo test lint types smoke benchmark clean
 
 demo: $(VENV)/.installed
 	$(BIN)/accelerate launch --config_file examples/configs/cpu_2.yaml examples/pretrain_gpt2.py \
-		--use_cpu --optim dlion_mavo $(DEMO_OPTIONS) --output_dir $(DEMO_OUTPUT)
+		--use_cpu --optim dlion_mavo --learning_rate 7e-4 --weight_decay 0.1 \
+		--per_device_train_batch_size 4 --max_steps 1200 --save_strategy no --output_dir out/demo
 
 test: lint types
 	$(BIN)/python -m pytest
@@ -27,10 +27,11 @@ smoke: $(VENV)/.installed
 	$(BIN)/accelerate launch --config_file examples/configs/cpu_2.yaml examples/pretrain_gpt2.py --use_cpu \
 		--optim dlion_avg --max_steps 6 --eval_steps 3 --logging_steps 2 --max_eval_blocks 32 --output_dir out/smoke
 
-# The comparison in the README; as root on Linux for limited links.
+# The measurements in the README; as root on Linux for limited links.
 benchmark: $(VENV)/.installed
 	$(BIN)/python examples/benchmark_network.py --workers 4 --output model_cards/network/4_workers
 	$(BIN)/python examples/benchmark_network.py --workers 2 --output model_cards/network/2_workers
+	$(BIN)/python examples/benchmark_step.py --output model_cards/step
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

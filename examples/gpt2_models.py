@@ -53,6 +53,10 @@ def build_model(name: str, tokenizer: PreTrainedTokenizerBase, block_size: int) 
             f"--model {name}: its config is a {type(config).__name__}, which is no causal language model. "
             f"Give one that is, or one of {', '.join(NAMES)}."
         ) from error
+    # transformers reads the kind of loss from the class's name, and finds none in GPT2LMHeadModel: the Trainer then
+    # counts the first token of a block, which nothing predicts, and all losses are too small by 1 / block_size.
+    if model.loss_type is None:
+        model.loss_type = "ForCausalLM"
     model.config.use_cache = False  # a key-value cache is for generation; generate() turns it on again
     return model
 
@@ -71,7 +75,6 @@ def _config(name: str, block_size: int) -> PretrainedConfig:
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
-            loss_type="ForCausalLM",  # what transformers falls back to, without the warning
         )
     if name in GPT2PP_SIZES:
         layers, heads, width, inner = GPT2PP_SIZES[name]

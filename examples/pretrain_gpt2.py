@@ -61,6 +61,7 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
+    "ddp_find_unused_parameters": False,
 }
 TRAINER_STATE = "trainer_state.json"
 MAX_EXPONENT = 700.0  # of what a float can hold: the perplexity of a run that blew up

@@ -144,7 +144,7 @@ def compile_kernels(device: torch.device, dtypes: set[torch.dtype], workers: int
             kernels.apply(example(dtype, LANES, LANES), hyper, top, planes)
     except Exception as error:  # whatever the compiler stack raises: no C++ compiler, no Triton, an unsupported device
         logger.warning(
-            "torch.compile failed, so DistributedLion steps in eager mode, three to four times slower on a CPU. "
+            "torch.compile failed, so DistributedLion steps in eager mode, which is slower. "
             "A C++ compiler (CPU) or Triton (GPU) makes it work. The cause: %s",
             error,
         )
