@@ -50,6 +50,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_dlion import DLionTrainer, DLionTrainingArguments
+from hf_dlion.wire.ledger import fp32_all_reduce_bytes
 
 # Where this script differs from the Trainer: it shows progress and a validation curve without being asked.
 DEFAULTS: dict[str, Any] = {
@@ -200,8 +201,7 @@ def summarise(
     sent = counted[-1]["bytes_sent_total"] if counted else None
     counted_steps = (counted[-1]["step"] if counted else state.global_step) - first_step
     parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    # A ring all-reduce: every rank sends 2 (N - 1) / N of the buffer, 4 bytes a parameter.
-    allreduce = 2 * (args.world_size - 1) / args.world_size * 4 * parameters * counted_steps
+    allreduce = fp32_all_reduce_bytes(parameters, args.world_size) * counted_steps
     return {
         "method": str(getattr(args.optim, "value", args.optim)),
         "workers": args.world_size,
@@ -281,6 +281,8 @@ def main() -> None:
         path = Path(str(args.output_dir)) / "results.json"
         path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         print(table(results))
+    # Leave the group together: a rank that exits with gloo's threads still running is sometimes aborted.
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
