@@ -79,6 +79,15 @@ def test_importing_the_package_imports_no_transformers() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+def test_another_major_version_is_refused() -> None:
+    code = "import transformers; transformers.__version__ = '6.0.0'; import importlib.metadata as m; "
+    code += "real = m.version; m.version = lambda name: '6.0.0' if name == 'transformers' else real(name); "
+    code += "from hf_dlion import DLionTrainer"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "transformers>=5.0,<6 is required" in done.stderr
+
+
 def test_a_name_that_is_not_there() -> None:
     import hf_dlion
 
