@@ -235,10 +235,20 @@ class DistributedLion(Optimizer):
 
     @property
     def workers(self) -> int:
-        """N, the number of workers that vote; 1 without a process group."""
+        """N, the number of workers that vote; 1 without a process group.
+
+        Raises:
+            RuntimeError: this rank is not in ``process_group``.
+        """
         if self.process_group is None and not (dist.is_available() and dist.is_initialized()):
             return 1
-        return dist.get_world_size(self.process_group)
+        size = dist.get_world_size(self.process_group)
+        if size < 1:
+            raise RuntimeError(
+                f"rank {dist.get_rank()} is not in the process_group that its optimizer was given, so it cannot vote "
+                "there. Give each rank the group that it is a member of."
+            )
+        return size
 
     def _all_parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from hf_dlion import DistributedLion
 from tests.harness import run_workers
@@ -145,3 +146,17 @@ def zero_then_real(rank: int) -> str:
 def test_zero_gradients_do_not_hide_averaged_ones() -> None:
     for message in run_workers(zero_then_real, 2, timeout=60):
         assert message.startswith("no error, RuntimeError: all 2 workers have exactly the same gradients")
+
+
+def votes_elsewhere(rank: int) -> str:
+    group = dist.new_group([0, 1])
+    parameters = ones()
+    optimizer = DistributedLion(parameters, process_group=group)
+    parameters[0].grad = torch.linspace(1, 2, 8) + rank
+    return outcome(optimizer.step)
+
+
+def test_a_rank_outside_the_process_group_is_told() -> None:
+    inside, _, outside = run_workers(votes_elsewhere, 3, timeout=60)
+    assert inside == "no error"
+    assert "rank 2 is not in the process_group" in outside
