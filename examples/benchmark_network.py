@@ -48,9 +48,8 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
-METHODS = ("dlion_mavo", "dlion_avg", "ddp_fp32", "ddp_fp16", "ddp_powersgd")
-BASELINE = "ddp_fp32"
-UNLIMITED = "unlimited"
+from network_report import METHODS, UNLIMITED, BenchmarkError, bits_per_second, plot, table
+
 RATES = ("100mbit", "1gbit", "10gbit", UNLIMITED)
 SETTINGS = ("workers", "methods", "hidden", "layers", "vocab", "seed", "steps", "seconds")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -60,10 +59,6 @@ BURST_BYTES = 72 * 1024
 BURST_SECONDS = 0.5e-3
 QUEUE_BYTES = 8 * 2**20  # of tbf: more than TCP has in flight here, so that nothing is dropped
 PREFIX = "dlion"
-
-
-class BenchmarkError(Exception):
-    """What went wrong, and what to do instead."""
 
 
 def gpt2_shapes(hidden: int, layers: int, vocab: int, positions: int = 1024) -> list[tuple[int, ...]]:
@@ -318,15 +313,6 @@ def limit(names: list[str], bits: float) -> None:
         call("tc", "-n", names[-1], "qdisc", "replace", "dev", f"port{rank}", "root", *discipline)
 
 
-def bits_per_second(rate: str) -> float:
-    """`100mbit` -> 1e8; `unlimited` -> inf."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg])bit", rate)
-    bits = float(match[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[match[2]] if match else 0.0
-    if rate != UNLIMITED and bits < 1e3:
-        raise BenchmarkError(f"unknown rate '{rate}': give a number and kbit, mbit or gbit, or {UNLIMITED}")
-    return bits or math.inf
-
-
 def why_loopback(options: argparse.Namespace) -> str | None:
     """Why there are no namespaces, or None if there are."""
     missing = [tool for tool in ("ip", "tc") if not shutil.which(tool)]
@@ -388,55 +374,6 @@ def machine() -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             facts[name] = importlib.metadata.version(name)
     return facts
-
-
-def table(report: dict[str, Any]) -> str:
-    """The results in Markdown. Bits are those that a worker sends per parameter and step."""
-    lines = [
-        f"| link | method | seconds, median (min to max) | {BASELINE} / it | bits, interface | ledger |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    baseline = {r["rate"]: r["median"] for r in report["results"] if r["method"] == BASELINE}
-    for r in report["results"]:
-        ratio = f"{baseline[r['rate']] / r['median']:.2f}" if r["rate"] in baseline else "-"
-        bits = [r[f"{counter}_bits_per_parameter"] for counter in ("interface", "ledger")]
-        cells = [r["rate"], r["method"], f"{r['median']:.4f} ({r['min']:.4f} to {r['max']:.4f})", ratio]
-        lines.append(f"| {' | '.join(cells + [f'{b:.3f}' if b else '-' for b in bits])} |")
-    facts = ", ".join(f"{name} {fact}" for name, fact in report["machine"].items())
-    return "\n".join([*lines, "", f"{title(report)}; {report['network']}; {facts}."])
-
-
-def title(report: dict[str, Any]) -> str:
-    settings = report["settings"]
-    return f"One update of {settings['parameters'] / 1e6:.1f} M parameters, {settings['workers']} workers"
-
-
-def plot(report: dict[str, Any], path: Path) -> None:
-    """Step time over link rate, a line a method. What is unlimited stands apart, at the right."""
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator
-
-    rates = sorted({r["rate"] for r in report["results"]}, key=bits_per_second)
-    top = 10 * max([bits_per_second(rate) for rate in rates if rate != UNLIMITED], default=1e9)
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for method, marker, color in zip(METHODS, "os^vD", ("C0", "C9", "C3", "C1", "C2"), strict=True):
-        points = [r for r in report["results"] if r["method"] == method]
-        limited = [r for r in points if r["rate"] != UNLIMITED]
-        for part, style, label in ((limited, "-", None), (points, "none", method)) if points else ():
-            places = [min(top, bits_per_second(r["rate"])) for r in part]
-            spread = [[r["median"] - r["min"] for r in part], [r["max"] - r["median"] for r in part]]
-            look: dict[str, Any] = {"linestyle": style, "marker": marker, "color": color, "capsize": 3}
-            axes.errorbar(places, [r["median"] for r in part], spread, label=label, **look)
-    axes.set(xscale="log", yscale="log", xlabel="link rate (bit/s, each way)", ylabel="step time (s)")
-    axes.set_xticks([min(top, bits_per_second(rate)) for rate in rates], rates)
-    axes.xaxis.minorticks_off()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    axes.set_title(f"{title(report)} (bars: min to max)")
-    figure.savefig(path, dpi=110)
 
 
 def say(text: str) -> None:
