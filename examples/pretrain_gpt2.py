@@ -281,7 +281,6 @@ def main() -> None:
         path = Path(str(args.output_dir)) / "results.json"
         path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         print(table(results))
-    # Leave the group together: a rank that exits with gloo's threads still running is sometimes aborted.
     trainer.accelerator.end_training()
 
 

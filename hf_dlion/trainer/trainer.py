@@ -13,9 +13,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
 
 from ..optim.dlion import DistributedLion
 from ..optim.registry import METHODS
+from ..wire.collectives import settle
 from ..wire.ledger import Ledger, fp32_all_reduce_bytes
 from .local_gradients import keep_gradients_local
 
@@ -65,6 +67,12 @@ class DLionTrainerMixin:
         optimizer: Optimizer = super().create_optimizer(model)  # type: ignore[misc]
         self._logged = Ledger()
         return optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As the parent."""
+        output: TrainOutput = super().train(*args, **kwargs)  # type: ignore[misc]
+        settle()  # so that accelerator.end_training() may follow at once
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the parent, with the traffic and the votes in the logs of training."""

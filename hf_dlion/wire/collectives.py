@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import time
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ class Channel:
         self.ledger = ledger
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
+        atexit.unregister(settle)
+        atexit.register(settle)
 
     def all_gather(self, part: Tensor) -> tuple[Tensor, dist.Work]:
         """Everyone gets everyone's ``part``. One round; (N-1) * |part| bytes sent and received by each rank.
@@ -68,3 +72,14 @@ class Channel:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+
+def settle() -> None:
+    """Let gloo's threads put down the tensors of the last collective; done before a process group ends.
+
+    They take the GIL for it, and may get to it after the collective has returned. A process that meanwhile exits is
+    aborted, and one that destroys the group waits for ever (pytorch/pytorch#190489). torch cannot say when they are
+    done; they need microseconds, and get a tenth of a second.
+    """
+    if dist.is_initialized() and "gloo" in dist.get_backend_config():
+        time.sleep(0.1)
