@@ -35,7 +35,7 @@ benchmark: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,dev,plot]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
 	touch $@
 
 clean:

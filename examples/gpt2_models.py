@@ -11,9 +11,11 @@ from transformers import (
 )
 
 TINY = "gpt2-tiny"
+MINI = "gpt2-mini"
 # name: layers, heads, width
 GPT2_SIZES = {
     TINY: (4, 4, 128),
+    MINI: (6, 5, 160),
     "gpt2": (12, 12, 768),
     "gpt2-medium": (24, 16, 1024),
     "gpt2-large": (36, 20, 1280),
@@ -62,8 +64,8 @@ def build_model(name: str, tokenizer: PreTrainedTokenizerBase, block_size: int) 
 
 
 def _config(name: str, block_size: int) -> PretrainedConfig:
-    # The tiny one has no positions beyond the block: they would be weights voted on and never trained.
-    context = block_size if name == TINY else max(block_size, GPT2_CONTEXT)
+    # The small ones have no positions beyond the block: they would be weights voted on and never trained.
+    context = block_size if name in (TINY, MINI) else max(block_size, GPT2_CONTEXT)
     if name in GPT2_SIZES:
         layers, heads, width = GPT2_SIZES[name]
         # No dropout: a pretraining run hardly sees a token twice.

@@ -21,36 +21,18 @@ path continues from that one. The data order is the Trainer's: given by `--seed`
 skipped forward on resuming. A streamed dataset is skipped forward by reading it again from its start.
 """
 
-import argparse
-import json
-import math
-import os
-import platform
-import shlex
 import sys
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-import yaml
+from arguments import ArgumentsError, checkpoint_to_resume, parse_arguments
 from gpt2_models import NAMES, TINY, ModelError, build_model
+from run_results import ReportLastStep, train_and_report
 from text_corpora import EMBEDDED, DataError
 from text_data import DEFAULT_CACHE, TextData, TextOptions, load_text_data, stream_text_data
-from transformers import (
-    HfArgumentParser,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import default_data_collator, set_seed
 
 from hf_dlion import DLionTrainer, DLionTrainingArguments
-from hf_dlion.wire.ledger import fp32_all_reduce_bytes
 
 # Where this script differs from the Trainer: it shows progress and a validation curve without being asked.
 DEFAULTS: dict[str, Any] = {
@@ -64,8 +46,6 @@ DEFAULTS: dict[str, Any] = {
     "warmup_steps": 0.05,
     "ddp_find_unused_parameters": False,
 }
-TRAINER_STATE = "trainer_state.json"
-MAX_EXPONENT = 700.0  # of what a float can hold: the perplexity of a run that blew up
 
 
 @dataclass
@@ -114,54 +94,7 @@ class ScriptArguments:
         default=None,
         metadata={"help": f"Where tokenizers and token ids are kept. Without it: {DEFAULT_CACHE} (follows HF_HOME)."},
     )
-
-
-class ArgumentsError(ValueError):
-    """The arguments do not go together; the message says what was given, why not, and what to do instead."""
-
-
-def parse_arguments() -> tuple[ScriptArguments, DLionTrainingArguments]:
-    summary = (__doc__ or "").partition("\n")[0]
-    parser = HfArgumentParser([ScriptArguments, DLionTrainingArguments], description=summary)
-    parser.set_defaults(**DEFAULTS)
-    recipe_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    recipe_parser.add_argument("--config")
-    recipe = recipe_parser.parse_known_args()[0].config
-    if recipe is not None:
-        known = vars(parser.parse_known_args([])[0])
-        parser.set_defaults(**read_recipe(recipe, set(known)))
-    script_args, training_args = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    return script_args, training_args
-
-
-def read_recipe(path: str, known: set[str]) -> dict[str, Any]:
-    try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ArgumentsError(f"--config {path}: cannot be read as YAML ({error}).") from error
-    if not isinstance(recipe, dict):
-        found = type(recipe).__name__
-        raise ArgumentsError(f"--config {path}: expected lines of 'name: value', found a {found}.")
-    if unknown := set(recipe) - known:
-        names = ", ".join(sorted(map(str, unknown)))
-        raise ArgumentsError(f"--config {path}: no such argument: {names}. See --help for those there are.")
-    return recipe
-
-
-def checkpoint_to_resume(args: DLionTrainingArguments) -> str | None:
-    wanted: str | None = args.resume_from_checkpoint
-    if wanted is None:
-        return None
-    folder = str(args.output_dir)
-    if wanted == "auto":
-        newest: str | None = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-        return newest
-    if not (Path(wanted) / TRAINER_STATE).is_file():
-        raise ArgumentsError(
-            f"--resume_from_checkpoint {wanted}: no checkpoint there (no {TRAINER_STATE}). Give the path "
-            f"of a checkpoint-... folder, or 'auto' for the newest one in {folder}."
-        )
-    return wanted
+    model_card: bool = field(default=False, metadata={"help": "Write a model card, README.md, beside the model."})
 
 
 def load_data(script_args: ScriptArguments, args: DLionTrainingArguments) -> TextData:
@@ -176,90 +109,8 @@ def load_data(script_args: ScriptArguments, args: DLionTrainingArguments) -> Tex
     return stream_text_data(options, args.seed if args.data_seed is None else args.data_seed)
 
 
-class ReportLastStep(TrainerCallback):
-    """Logs and validates at the last step whatever the intervals are: the table is about the whole run."""
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-            control.should_evaluate = True
-
-
-def summarise(
-    script_args: ScriptArguments, trainer: DLionTrainer, data: TextData, seconds: float, first_step: int
-) -> dict[str, Any]:
-    """The figures of the run, as they go into `results.json`.
-
-    Seconds and bytes are counted from `first_step` on, where this run began or went on; losses are of the
-    whole history. Bytes are those that rank 0 sent.
-    """
-    args, state = trainer.args, trainer.state
-    history = state.log_history
-    validation = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    training = [entry["loss"] for entry in history if "loss" in entry]
-    counted = [entry for entry in history if "bytes_sent_total" in entry and entry["step"] > first_step]
-    sent = counted[-1]["bytes_sent_total"] if counted else None
-    counted_steps = (counted[-1]["step"] if counted else state.global_step) - first_step
-    parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    allreduce = fp32_all_reduce_bytes(parameters, args.world_size) * counted_steps
-    return {
-        "method": str(getattr(args.optim, "value", args.optim)),
-        "workers": args.world_size,
-        "model": script_args.model,
-        "trainable_parameters": parameters,
-        "dataset": data.name,
-        "dataset_key": data.key,
-        "steps": state.global_step,
-        "tokens_per_step": trainer.get_total_train_batch_size(args) * script_args.block_size,
-        "train_loss": training[-1] if training else None,
-        "validation_loss_first": validation[0],
-        "validation_loss_last": validation[-1],
-        "validation_perplexity": math.exp(min(validation[-1], MAX_EXPONENT)),
-        "seconds": seconds,
-        "bytes_counted_steps": counted_steps,
-        "bytes_sent": sent,
-        "bytes_fp32_allreduce": allreduce,
-        "fp32_allreduce_over_sent": allreduce / sent if sent else None,
-        "learning_rate": args.learning_rate,
-        "weight_decay": args.weight_decay,
-        "seed": args.seed,
-        "command": shlex.join(sys.argv),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {args.device.type}",
-        "log_history": history,
-    }
-
-
-def table(results: dict[str, Any]) -> str:
-    def shown(key: str, form: str, otherwise: str) -> str:
-        return otherwise if results[key] is None else form.format(results[key])
-
-    steps = results["bytes_counted_steps"]
-    rows = {
-        "method": results["method"],
-        "workers": str(results["workers"]),
-        "model": f"{results['model']}, {results['trainable_parameters'] / 1e6:.1f} M parameters",
-        "data": results["dataset"],
-        "steps": f"{results['steps']}, of {results['tokens_per_step']} tokens",
-        "train loss": shown("train_loss", "{:.3f}", "not logged"),
-        "validation loss, first": shown("validation_loss_first", "{:.3f}", ""),
-        "validation loss, last": shown("validation_loss_last", "{:.3f}", ""),
-        "validation perplexity": shown("validation_perplexity", "{:.1f}", ""),
-        "seconds": shown("seconds", "{:.0f}", ""),
-        f"bytes a worker sent, {steps} steps": shown("bytes_sent", "{:,.0f}", "not counted"),
-        "bytes of an fp32 all-reduce": shown("bytes_fp32_allreduce", "{:,.0f}", ""),
-        "all-reduce over sent": shown("fp32_allreduce_over_sent", "{:.1f}", "-"),
-    }
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
-
-
 def main() -> None:
-    script_args, args = parse_arguments()
+    script_args, args = parse_arguments([ScriptArguments, DLionTrainingArguments], __doc__, DEFAULTS)
     checkpoint = checkpoint_to_resume(args)
     data = load_data(script_args, args)
     set_seed(args.seed)
@@ -273,14 +124,9 @@ def main() -> None:
         processing_class=data.tokenizer,
         callbacks=[ReportLastStep()],
     )
-    first_step = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE)).global_step if checkpoint else 0
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        results = summarise(script_args, trainer, data, outcome.metrics["train_runtime"], first_step)
-        path = Path(str(args.output_dir)) / "results.json"
-        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        print(table(results))
+    about = {"model": script_args.model, "dataset": data.name, "dataset_key": data.key}
+    about |= {"tokens_per_step": trainer.get_total_train_batch_size(args) * script_args.block_size}
+    train_and_report(trainer, checkpoint, about, script_args.model_card)
     trainer.accelerator.end_training()
 
 

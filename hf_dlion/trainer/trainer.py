@@ -19,6 +19,7 @@ from ..optim.dlion import DistributedLion
 from ..optim.registry import METHODS
 from ..wire.collectives import settle
 from ..wire.ledger import Ledger, fp32_all_reduce_bytes
+from .card import write_card
 from .local_gradients import keep_gradients_local
 
 logger = logging.getLogger(__name__)
@@ -121,3 +122,42 @@ class DLionTrainerMixin:
 
 class DLionTrainer(DLionTrainerMixin, Trainer):
     """``transformers.Trainer`` that trains by Distributed Lion where ``args.optim`` says so."""
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        loss_key: str = "eval_loss",
+    ) -> None:
+        """Write the card of the run, ``README.md`` with ``learning_curve.png``, into the output folder, on rank 0.
+
+        With metadata for the hub (base model, datasets, library, tags, validation results), the method and its
+        settings, the learning curve, the bytes a worker sent against an fp32 all-reduce, versions and command. Results
+        of other evaluations in a card that is there already are kept. ``push_to_hub`` calls this.
+
+        Args:
+            language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args: as in
+                ``Trainer.create_model_card``. Names that are no repository's are in the text only.
+            loss_key: entry of the log with the validation loss, in nats per token.
+        """
+        if self.is_world_process_zero():
+            write_card(
+                self,
+                loss_key,
+                language=language,
+                license=license,
+                tags=tags,
+                model_name=model_name,
+                finetuned_from=finetuned_from,
+                tasks=tasks,
+                dataset_tags=dataset_tags,
+                dataset=dataset,
+                dataset_args=dataset_args,
+            )

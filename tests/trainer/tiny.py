@@ -55,4 +55,4 @@ def act_as_launched(rank: int) -> None:
 def trainer(rank: int, folder: str | Path, **options: Any) -> DLionTrainer:
     if dist.is_initialized():
         act_as_launched(rank)
-    return DLionTrainer(model=model(), args=arguments(folder, **options), train_dataset=rows())
+    return DLionTrainer(model=model(), args=arguments(folder, **options), train_dataset=rows(), eval_dataset=rows(8))

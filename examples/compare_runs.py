@@ -1,0 +1,208 @@
+"""Runs one training script by several methods, each at its best learning rate of a few, and compares them.
+
+    python examples/compare_runs.py examples/configs/studies/gpt2_text.yaml --output out/gpt2_text
+
+A study is a YAML file: the script, arguments for all runs, the methods with their number of workers and their
+learning rates, and the seeds. Every method is run once per learning rate with the first seed; the one with the
+lowest validation loss is run with the other seeds too. A run that has its `results.json` is not run again, so the
+command can be stopped and repeated. It leaves, beside the runs, `summary.json`, `curves.png`, and `README.md` with the
+table.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PROCESSES = "examples/configs/cpu_2.yaml"
+
+
+class StudyError(ValueError):
+    """A study that cannot be run; the message says what was given, why not, and what to do instead."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run."""
+
+    method: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        name = re.sub("[^a-z0-9_]+", "_", self.method.lower())
+        return f"{name}/lr_{self.learning_rate:g}/seed_{self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared. `methods` are by label; their entries besides `workers` and `learning_rates` are arguments."""
+
+    title: str
+    script: str
+    arguments: dict[str, Any]
+    methods: dict[str, dict[str, Any]]
+    seeds: list[int]
+    note: str = ""
+
+    @classmethod
+    def read(cls, path: Path) -> "Study":
+        try:
+            return cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (OSError, yaml.YAMLError, TypeError) as error:
+            raise StudyError(f"{path}: cannot be read as a study ({error}). See examples/configs/studies/.") from error
+
+    def command(self, cell: Cell, folder: Path) -> list[str]:
+        method = self.methods[cell.method]
+        own = {key: value for key, value in method.items() if key not in ("workers", "learning_rates")}
+        chosen = {"learning_rate": cell.learning_rate, "seed": cell.seed, "output_dir": str(folder)}
+        flags = [f"--{key}={value}" for key, value in (self.arguments | own | chosen).items()]
+        if method["workers"] == 1:
+            return [sys.executable, self.script, *flags]
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", PROCESSES]
+        return [*launch, "--num_processes", str(method["workers"]), self.script, *flags]
+
+
+def run(study: Study, cell: Cell, root: Path) -> dict[str, Any]:
+    """The cell's results, from its folder or from a run now."""
+    folder = root / cell.folder
+    results, log = folder / "results.json", folder / "log.txt"
+    if not results.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        print(f"running {cell.folder}", flush=True)
+        threads = max(1, (os.cpu_count() or 1) // study.methods[cell.method]["workers"])
+        with log.open("w") as output:
+            done = subprocess.run(
+                study.command(cell, folder),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            )
+        if done.returncode:
+            raise StudyError(f"{cell.folder} ended with exit code {done.returncode}; its output is in {log}.")
+    found: dict[str, Any] = json.loads(results.read_text())
+    return found
+
+
+def compare(study: Study, root: Path) -> dict[str, Any]:
+    """All runs of a study: by method, the search and the final runs."""
+    outcome = {}
+    for method, settings in study.methods.items():
+        first, *others = study.seeds
+        search = {rate: run(study, Cell(method, rate, first), root) for rate in settings["learning_rates"]}
+        best = min(search, key=lambda rate: _loss(search[rate]))
+        final = {first: search[best]} | {seed: run(study, Cell(method, best, seed), root) for seed in others}
+        outcome[method] = {
+            "workers": settings["workers"],
+            "learning_rate": best,
+            "search": {f"{rate:g}": _loss(results) for rate, results in search.items()},
+            "final": {str(seed): _kept(results) for seed, results in final.items()},
+        }
+    return outcome
+
+
+def _loss(results: dict[str, Any]) -> float:
+    loss: float = results["validation_loss_last"]
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _kept(results: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in results.items() if key != "log_history"} | {
+        "validation_curve": [
+            (entry["step"], value)
+            for entry in results["log_history"]
+            for key, value in entry.items()
+            if key == results["loss_key"]
+        ]
+    }
+
+
+def table(outcome: dict[str, Any]) -> str:
+    """Validation loss and perplexity at the best learning rate, mean and range over the seeds."""
+    reference = next(iter(outcome))
+    base = _mean(outcome[reference], "validation_loss_last")
+    lines = [
+        "| method | workers | learning rates tried | validation loss (min to max) | perplexity | "
+        f"against {reference} | bytes a worker sent |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for method, found in outcome.items():
+        losses = [results["validation_loss_last"] for results in found["final"].values()]
+        mean = statistics.fmean(losses)
+        tried = ", ".join(
+            f"**{rate}**: {loss:.3f}" if float(rate) == found["learning_rate"] else f"{rate}: {loss:.3f}"
+            for rate, loss in found["search"].items()
+        )
+        sent = next(iter(found["final"].values()))["bytes_sent"]
+        spread = f"{mean:.4f} ({min(losses):.4f} to {max(losses):.4f})" if len(losses) > 1 else f"{mean:.4f}"
+        lines.append(
+            f"| {method} | {found['workers']} | {tried} | {spread} | {math.exp(mean):.2f} | "
+            f"{math.exp(mean - base) - 1:+.1%} | {'not counted' if sent is None else f'{sent:,}'} |"
+        )
+    return "\n".join(lines)
+
+
+def _mean(found: dict[str, Any], key: str) -> float:
+    return statistics.fmean(results[key] for results in found["final"].values())
+
+
+def draw(outcome: dict[str, Any], path: Path) -> None:
+    """Validation loss over steps, the mean over the seeds with their range."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    for method, found in outcome.items():
+        curves = [dict(results["validation_curve"]) for results in found["final"].values()]
+        steps = sorted(set.intersection(*map(set, curves)))
+        values = [[curve[step] for curve in curves] for step in steps]
+        (line,) = axes.plot(steps, [statistics.fmean(v) for v in values], marker=".", label=method)
+        axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], alpha=0.2, color=line.get_color())
+    axes.set(xlabel="step", ylabel="validation loss, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    summary, _, details = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", type=Path, help="YAML file of the study")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the runs and the comparison")
+    options = parser.parse_args()
+    study = Study.read(options.study)
+    outcome = compare(study, options.output)
+    command = shlex.join(["python", *sys.argv])
+    record = {"title": study.title, "command": command, "study": vars(study), "methods": outcome}
+    (options.output / "summary.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    draw(outcome, options.output / "curves.png")
+    text = [
+        f"# {study.title}\n",
+        f"{study.note.strip()}\n",
+        table(outcome) + "\n",
+        "Bold: the learning rate of the lowest validation loss, at which the runs with the other seeds were made.\n",
+        "![Validation loss over steps](curves.png)\n",
+        f"```bash\n{command}\n```\n",
+    ]
+    (options.output / "README.md").write_text("\n".join(text), encoding="utf-8")
+    print(text[2])
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except StudyError as error:
+        sys.exit(f"compare_runs.py: {error}")

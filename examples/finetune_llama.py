@@ -1,0 +1,356 @@
+"""Finetunes LLaMA, or any causal language model, on instructions, with Distributed Lion; whole or by LoRA.
+
+Two processes on the CPU; the model is a path or a hub id, the data a JSON or JSONL file or a hub id, in rows of
+`instruction`, `input` and `output`:
+
+    accelerate launch --config_file examples/configs/cpu_2.yaml examples/finetune_llama.py --use_cpu \\
+        --model path/to/model --dataset alpaca.json --optim dlion_mavo --learning_rate 1e-4 --weight_decay 0.01 \\
+        --per_device_train_batch_size 4 --max_steps 500
+
+With `--optim adamw_torch`, and a learning rate for it, gradients are averaged as ever: the baseline. On GPUs,
+leave `--use_cpu` away and take `one_node_gpus.yaml` or `several_nodes.yaml`:
+
+    accelerate launch --config_file examples/configs/one_node_gpus.yaml examples/finetune_llama.py \\
+        --config examples/configs/recipes/llama_7b_alpaca.yaml --model meta-llama/Llama-2-7b-hf
+
+`--config` reads arguments from a YAML file; what stands on the command line wins over it. `--lora_r 16` trains a
+LoRA adapter of that rank in place of the whole model: only the adapter is voted on, travels and is saved. With
+`--dtype bfloat16` its frozen base takes half the memory.
+
+The loss is that of the responses alone. A batch is padded to its longest row, with the tokenizer's pad token; where
+there is none, as for LLaMA, with its unknown token or else the token that ends a response. Padding is masked and has
+no labels, so the id does not matter to training, and neither tokenizer nor embeddings change. `eval_response_loss`
+is the exact mean over all response tokens of the validation rows, whatever the batches and processes;
+`eval_loss`, the Trainer's, is a mean of means of batches.
+
+`--resume_from_checkpoint auto` continues from the newest checkpoint in the output folder if there is one; a
+path continues from that one.
+"""
+
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from arguments import ArgumentsError, checkpoint_to_resume, parse_arguments
+from gpt2_models import ModelError
+from instruction_data import IGNORED, PROMPTS, InstructionData, PadToLongest, load_instruction_data, looks_local
+from peft import LoraConfig, get_peft_model
+from run_results import ReportLastStep, train_and_report
+from text_corpora import DataError, reason
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_dlion import DLionTrainer, DLionTrainingArguments
+
+# Where this script differs from the Trainer: it shows progress and a validation curve without being asked.
+DEFAULTS: dict[str, Any] = {
+    "output_dir": "finetune_llama_output",
+    "logging_steps": 10,
+    "eval_strategy": "steps",
+    "eval_steps": 200,
+    "eval_on_start": True,
+    "save_total_limit": 2,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "ddp_find_unused_parameters": False,
+}
+ALL_LINEAR = "all-linear"
+RESPONSE_LOSS = "response_loss"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class ScriptArguments:
+    """What is trained, and on what."""
+
+    config: str | None = field(
+        default=None,
+        metadata={"help": "YAML file with arguments (names without dashes); the command line wins."},
+    )
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or path of a causal language model with its tokenizer. Needed."},
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Of the parameters as they are loaded. bfloat16 is for the frozen base of LoRA, whose adapter "
+            "stays in float32: small updates to bfloat16 parameters are lost. To compute in bfloat16, use --bf16.",
+            "choices": list(DTYPES),
+        },
+    )
+    dataset: str = field(
+        default="tatsu-lab/alpaca",
+        metadata={"help": "JSON file (a list), JSONL file or hub id; rows of instruction, input and output."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Which one, of a hub dataset with several."})
+    prompt: str = field(
+        default="auto",
+        metadata={
+            "help": "'alpaca' is Stanford Alpaca's prompt, 'chat' the tokenizer's chat template, 'auto' the latter "
+            "where there is one.",
+            "choices": list(PROMPTS),
+        },
+    )
+    max_length: int = field(
+        default=512,
+        metadata={"help": "Tokens a row. Longer responses are cut; rows without room for a response are dropped."},
+    )
+    validation_fraction: float = field(
+        default=0.05, metadata={"help": "Share of the rows kept for validation, chosen by a hash of their content."}
+    )
+    lora_r: int = field(default=0, metadata={"help": "Rank of the LoRA adapter; 0 trains the whole model."})
+    lora_alpha: float = field(default=16.0, metadata={"help": "The adapter is scaled by this over the rank."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of what goes into the adapter."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: [ALL_LINEAR],
+        metadata={
+            "help": f"Names of the modules with an adapter, such as q_proj v_proj; '{ALL_LINEAR}' is every linear "
+            "layer but the output."
+        },
+    )
+    model_card: bool = field(default=False, metadata={"help": "Write a model card, README.md, beside the model."})
+
+    def __post_init__(self) -> None:
+        if self.model is None:
+            raise ArgumentsError("--model is missing: give a hub id or the path of a model, here or in --config.")
+        # argparse checks the choices of the command line, and not those of a recipe.
+        for name, value, choices in (("dtype", self.dtype, DTYPES), ("prompt", self.prompt, PROMPTS)):
+            if value not in choices:
+                raise ArgumentsError(f"--{name} {value}: it is one of {', '.join(choices)}.")
+        if self.lora_r < 0:
+            raise ArgumentsError(f"--lora_r {self.lora_r}: give a rank such as 16, or 0 to train the whole model.")
+        if self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
+            raise ArgumentsError(
+                f"--lora_alpha {self.lora_alpha}, --lora_dropout {self.lora_dropout}: the first is above 0, the "
+                "second in [0, 1)."
+            )
+        if isinstance(self.lora_target_modules, str):  # YAML: one name, without brackets
+            self.lora_target_modules = [self.lora_target_modules]
+
+
+class RestoreCache(TrainerCallback):
+    """The Trainer turns the key-value cache off; a model that is saved to generate with has it on."""
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kwargs["model"].config.use_cache = True
+
+
+# --- Tokenizer and model --------------------------------------------------------------------------
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    if looks_local(name) and not Path(name).expanduser().is_dir():
+        raise ModelError(f"--model {name}: no such folder, seen from {Path.cwd()}. Give one, or a hub id.")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # a different class for each of the many ways to fail
+        raise ModelError(
+            f"--model {name}: its tokenizer could not be loaded: {reason(error)}. Give a folder with a saved model "
+            "and its tokenizer, or a hub id that can be reached from here."
+        ) from error
+
+
+def load_model(name: str, dtype: str, max_length: int, data: InstructionData) -> PreTrainedModel:
+    """The pretrained model, checked against the data, that stops where a response of the data ends."""
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype])
+    except Exception as error:  # a different class for each of the many ways to fail
+        raise ModelError(
+            f"--model {name}: could not be loaded as a causal language model: {reason(error)}. Give a folder with a "
+            "saved one, or a hub id that can be reached from here."
+        ) from error
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and positions < max_length:
+        raise ModelError(f"--max_length {max_length}: {name} has {positions} positions. Give {positions} or less.")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    largest = max(data.largest_id, data.prompt.end_id)
+    if largest >= vocabulary:
+        raise ModelError(
+            f"--model {name}: its tokenizer gives the token {largest}, and the model has embeddings for {vocabulary}. "
+            "Tokenizer and model do not belong together, or the model was not resized."
+        )
+    # transformers reads the kind of loss from the class's name, and finds none in some of them (GPT2LMHeadModel): the
+    # Trainer then counts first tokens of rows, which nothing predicts.
+    if model.loss_type is None:
+        model.loss_type = "ForCausalLM"
+    _prepare_generation(model, data.prompt.end_id)
+    return model
+
+
+def _prepare_generation(model: PreTrainedModel, end_id: int) -> None:
+    config = model.generation_config
+    if config is None:
+        return
+    known = config.eos_token_id
+    stops = [known] if isinstance(known, int) else list(known or [])
+    if end_id not in stops:
+        config.eos_token_id = [*stops, end_id] if stops else end_id
+    # transformers refuses to save a config that was changed and has sampling flags without sampling, as those of some
+    # published models: that would be after the training.
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        raise ModelError(
+            f"--model {model.name_or_path}: its generation_config.json could not be saved again with the model: "
+            f"{' '.join(str(error).split())} Mend it there."
+        ) from error
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase, end_id: int, vocabulary: int) -> int:
+    """Any id with an embedding serves, as padding is masked: the tokenizer's own where it has one."""
+    candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id)
+    return next((token for token in candidates if token is not None and token < vocabulary), end_id)
+
+
+def add_lora(model: PreTrainedModel, script_args: ScriptArguments, checkpointing: bool) -> Any:
+    """The model with an adapter; everything else is frozen."""
+    wanted = script_args.lora_target_modules
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=script_args.lora_r,
+        lora_alpha=script_args.lora_alpha,
+        lora_dropout=script_args.lora_dropout,
+        target_modules=ALL_LINEAR if wanted == [ALL_LINEAR] else wanted,
+    )
+    there = [name for name, _ in model.named_modules()]
+    unmatched = [
+        target
+        for target in wanted
+        if target != ALL_LINEAR and not any(name == target or name.endswith(f".{target}") for name in there)
+    ]
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)}
+    hint = f"The linear layers of {script_args.model} are {', '.join(sorted(linear))}; '{ALL_LINEAR}' takes all."
+    if unmatched:
+        raise ModelError(f"--lora_target_modules {' '.join(wanted)}: nothing is called {', '.join(unmatched)}. {hint}")
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError(
+            f"--lora_target_modules {' '.join(wanted)}: not all of it can take an adapter. {hint}"
+        ) from error
+    if checkpointing:  # a checkpointed segment needs an input with a gradient, and the embedding is frozen
+        adapted.enable_input_require_grads()
+    return adapted
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    return type(module).__name__ in ("Linear", "Conv1D")
+
+
+# --- Validation loss ------------------------------------------------------------------------------
+
+
+def response_sums(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    """Of each row the sum of the losses of its response tokens, and their number: all that leaves the process."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    sums = torch.stack(
+        [
+            # Row by row: the loss is computed in fp32, which for the whole batch would be all logits once more.
+            cross_entropy(row[:-1].float(), target[1:], ignore_index=IGNORED, reduction="sum")
+            for row, target in zip(logits, labels, strict=True)
+        ]
+    )
+    return torch.stack([sums, (labels[:, 1:] != IGNORED).sum(dim=1).to(sums.dtype)], dim=1)
+
+
+def response_loss(prediction: EvalPrediction) -> dict[str, float]:
+    """In nats per response token."""
+    loss, tokens = prediction.predictions.astype("float64").sum(axis=0)
+    return {RESPONSE_LOSS: float(loss / tokens)}
+
+
+# --- The run --------------------------------------------------------------------------------------
+
+
+def build_trainer(script_args: ScriptArguments, args: DLionTrainingArguments) -> tuple[DLionTrainer, InstructionData]:
+    name = str(script_args.model)
+    tokenizer = load_tokenizer(name)
+    data = load_instruction_data(
+        script_args.dataset,
+        script_args.dataset_config,
+        tokenizer,
+        script_args.prompt,
+        script_args.max_length,
+        script_args.validation_fraction,
+        lambda: args.main_process_first(desc="loading the dataset"),
+    )
+    set_seed(args.seed)
+    model = load_model(name, script_args.dtype, script_args.max_length, data)
+    padding = pad_id(tokenizer, data.prompt.end_id, model.get_input_embeddings().num_embeddings)
+    if script_args.lora_r:
+        model = add_lora(model, script_args, bool(args.gradient_checkpointing))
+    trainer = DLionTrainer(
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        data_collator=PadToLongest(padding),
+        processing_class=tokenizer,
+        compute_metrics=response_loss,
+        preprocess_logits_for_metrics=response_sums,
+        callbacks=[ReportLastStep(), RestoreCache()],
+    )
+    return trainer, data
+
+
+def how_to_use(model: str, folder: str, end_id: int) -> str:
+    return (
+        f"The adapter is in {folder}. To load it, and to merge it into its base model:\n"
+        "    from peft import PeftModel\n"
+        "    from transformers import AutoModelForCausalLM\n"
+        f"    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({model!r}), {folder!r})\n"
+        '    model.merge_and_unload().save_pretrained("merged")\n'
+        f"A response ends with token {end_id}: generate(..., eos_token_id={end_id}) if the base model stops at another."
+    )
+
+
+def main() -> None:
+    script_args, args = parse_arguments([ScriptArguments, DLionTrainingArguments], __doc__, DEFAULTS)
+    checkpoint = checkpoint_to_resume(args)
+    trainer, data = build_trainer(script_args, args)
+    if trainer.is_world_process_zero():
+        print(f"Prompt: {data.prompt.name}. {data.counts.summary(script_args.max_length)}")
+        if script_args.dtype != "float32" and not script_args.lora_r:
+            print(f"--dtype {script_args.dtype} without LoRA: small updates are lost. Better: float32 with --bf16.")
+    about: dict[str, Any] = {
+        "model": script_args.model,
+        "dataset": script_args.dataset,
+        "prompt": data.prompt.name,
+        "max_length": script_args.max_length,
+        "row_counts": asdict(data.counts),
+        "dtype": script_args.dtype,
+        "lora": {key: value for key, value in vars(script_args).items() if key.startswith("lora_")}
+        if script_args.lora_r
+        else None,
+    }
+    train_and_report(trainer, checkpoint, about, script_args.model_card, loss_key=f"eval_{RESPONSE_LOSS}")
+    if script_args.lora_r and trainer.is_world_process_zero():
+        print(how_to_use(str(script_args.model), str(args.output_dir), data.prompt.end_id))
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ArgumentsError, DataError, ModelError) as error:
+        sys.exit(f"finetune_llama.py: {error}")

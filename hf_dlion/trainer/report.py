@@ -1,0 +1,109 @@
+"""The figures of a training run, from the Trainer that ran it."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from transformers import Trainer
+
+from ..optim.dlion import DistributedLion
+from ..optim.registry import METHODS
+from ..wire.ledger import fp32_all_reduce_bytes
+
+_PACKAGES = ("hf-dlion", "torch", "transformers", "accelerate", "datasets", "peft")
+_MAX_EXPONENT = 700.0  # of what a float can hold: the perplexity of a run that blew up
+
+
+def run_report(trainer: Trainer, loss_key: str = "eval_loss") -> dict[str, Any]:
+    """What a run was, and what came of it, as JSON takes it.
+
+    Args:
+        trainer: after ``train()``.
+        loss_key: entry of its log with the validation loss, in nats per token.
+
+    Returns:
+        Settings, losses (of the whole history of a resumed run), seconds of ``train()``, versions, the command of this
+        process, and the bytes that this rank handed to collectives for the ``bytes_counted_steps`` of this process,
+        beside those of an fp32 all-reduce. None where there is no figure: bytes of transformers' own optimizers, a
+        validation loss without validation.
+    """
+    args, history = trainer.args, trainer.state.log_history
+    training = [entry["loss"] for entry in history if "loss" in entry]
+    validation = [entry[loss_key] for entry in history if loss_key in entry]
+    seconds = [entry["train_runtime"] for entry in history if "train_runtime" in entry]
+    return {
+        "method": method_name(args),
+        "method_options": method_options(args),
+        "workers": args.world_size,
+        "trainable_parameters": trainable_parameters(trainer),
+        "steps": trainer.state.global_step,
+        "rows_per_step": trainer.get_total_train_batch_size(args),
+        "train_loss": training[-1] if training else None,
+        "validation_loss_first": validation[0] if validation else None,
+        "validation_loss_last": validation[-1] if validation else None,
+        "validation_perplexity": math.exp(min(validation[-1], _MAX_EXPONENT)) if validation else None,
+        "seconds": seconds[-1] if seconds else None,
+        **_traffic(trainer),
+        "learning_rate": args.learning_rate,
+        "lr_scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "warmup_steps": args.get_warmup_steps(trainer.state.max_steps),
+        "weight_decay": args.weight_decay,
+        "max_grad_norm": args.max_grad_norm,
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        "seed": args.seed,
+        "command": shlex.join(sys.argv),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {args.device.type}",
+    }
+
+
+def method_name(args: Any) -> str:
+    """The name that was given as ``optim``."""
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def method_options(args: Any) -> dict[str, Any]:
+    """What the optimizer of ours is made with; of the others, Adam's arguments where they are named so."""
+    name = method_name(args)
+    if name in METHODS:
+        return METHODS[name].keywords(args)
+    if "adam" in name:
+        return {"betas": [args.adam_beta1, args.adam_beta2], "eps": args.adam_epsilon}
+    return {}
+
+
+def trainable_parameters(trainer: Trainer) -> int:
+    """How many numbers a worker's gradient has."""
+    return sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+
+
+def _traffic(trainer: Trainer) -> dict[str, Any]:
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    counted = isinstance(optimizer, DistributedLion)
+    sent = optimizer.ledger.sent_bytes if counted else None
+    steps = optimizer.ledger.steps if counted else trainer.state.global_step
+    dense = round(fp32_all_reduce_bytes(trainable_parameters(trainer), trainer.args.world_size) * steps)
+    return {
+        "bytes_counted_steps": steps,
+        "bytes_sent": sent,
+        "bytes_fp32_allreduce": dense,
+        "fp32_allreduce_over_sent": dense / sent if sent else None,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found

@@ -1,0 +1,114 @@
+"""The mixin with TRL's Trainers, two processes each."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_dlion import DistributedLion, DLionArgumentsMixin, DLionTrainerMixin
+from tests.harness import run_workers
+from tests.trainer.tiny import act_as_launched
+
+pytest.importorskip("trl", reason="TRL is not installed: pip install 'hf-dlion[trl]'")
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(40))]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), num_attention_heads=2, pad_token_id=0, **shape))
+
+
+def counting(start: int) -> str:
+    return " ".join(f"w{(start + i) % 40}" for i in range(6))
+
+
+def settings(folder: str, optim: str) -> dict[str, Any]:
+    return {
+        "output_dir": folder,
+        "optim": optim,
+        "learning_rate": 3e-3,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+    }
+
+
+def outcome(trainer: Any) -> tuple[torch.Tensor, list[dict[str, float]], bool]:
+    trainer.train()
+    weights = torch.cat([parameter.detach().reshape(-1) for parameter in trainer.model.parameters()])
+    voted = isinstance(trainer.optimizer.optimizer, DistributedLion)
+    return weights, trainer.state.log_history, voted
+
+
+def sft(rank: int, folder: str) -> Any:
+    act_as_launched(rank)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import trl
+
+    class DLionSFTTrainer(DLionTrainerMixin, trl.SFTTrainer): ...
+
+    @dataclass
+    class DLionSFTConfig(DLionArgumentsMixin, trl.SFTConfig): ...
+
+    rows = Dataset.from_list([{"text": counting(start)} for start in range(64)])
+    args = DLionSFTConfig(**settings(folder, "dlion_mavo"), max_length=16)
+    return outcome(DLionSFTTrainer(model=f"{folder}/model", args=args, train_dataset=rows))
+
+
+def dpo(rank: int, folder: str) -> Any:
+    act_as_launched(rank)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import trl
+
+    class DLionDPOTrainer(DLionTrainerMixin, trl.DPOTrainer): ...
+
+    @dataclass
+    class DLionDPOConfig(DLionArgumentsMixin, trl.DPOConfig): ...
+
+    rows = Dataset.from_list(
+        [
+            {"prompt": f"w{start % 40}", "chosen": f" {counting(start)}", "rejected": f" {counting(start + 7)}"}
+            for start in range(64)
+        ]
+    )
+    args = DLionDPOConfig(**settings(folder, "dlion_avg"), max_length=24)
+    return outcome(DLionDPOTrainer(model=f"{folder}/model", args=args, train_dataset=rows))
+
+
+@pytest.mark.parametrize("trains", [sft, dpo])
+def test_two_workers_vote(trains: Any, tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    (first, log, voted), (second, _, _) = run_workers(trains, 2, str(tmp_path))
+    assert voted
+    assert torch.equal(first, second)
+    start = torch.cat([parameter.detach().reshape(-1) for parameter in model().parameters()])
+    moved = (first - start).abs()
+    assert (moved > 0).float().mean() > 0.5
+    assert moved.max() <= 4 * 3e-3 + 1e-6
+    steps = [entry for entry in log if "bits_sent_per_param" in entry]
+    assert len(steps) == 4
+    assert all(1 <= entry["bits_sent_per_param"] < 1.5 for entry in steps[1:])
