@@ -6,7 +6,8 @@ A study is a YAML file: the script, arguments for all runs, the methods with the
 learning rates, and the seeds. Every method is run once per learning rate with the first seed; the one with the
 lowest validation loss is run with the other seeds too. A run that has its `results.json` is not run again, so the
 command can be stopped and repeated. It leaves, beside the runs, `summary.json`, `curves.png`, and `README.md` with the
-table.
+table. `--publish FOLDER` copies these, and of each method the model card of its best run with the JSON behind it, and
+no weights.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -175,6 +177,20 @@ def draw(outcome: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def publish(outcome: dict[str, Any], seed: int, root: Path, target: Path) -> None:
+    """Copies the comparison, and each method's best run without its weights."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("README.md", "summary.json", "curves.png"):
+        shutil.copy(root / name, target / name)
+    for method, found in outcome.items():
+        source = root / Cell(method, found["learning_rate"], seed).folder
+        own = target / source.relative_to(root).parts[0]
+        own.mkdir(exist_ok=True)
+        for pattern in ("README.md", "*.png", "results.json", "*shot.json"):
+            for path in source.glob(pattern):
+                shutil.copy(path, own / path.name)
+
+
 def main() -> None:
     summary, _, details = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
@@ -182,6 +198,7 @@ def main() -> None:
     )
     parser.add_argument("study", type=Path, help="YAML file of the study")
     parser.add_argument("--output", type=Path, required=True, help="folder for the runs and the comparison")
+    parser.add_argument("--publish", type=Path, help="folder for the comparison and the model cards")
     options = parser.parse_args()
     study = Study.read(options.study)
     outcome = compare(study, options.output)
@@ -199,6 +216,8 @@ def main() -> None:
     ]
     (options.output / "README.md").write_text("\n".join(text), encoding="utf-8")
     print(text[2])
+    if options.publish is not None:
+        publish(outcome, study.seeds[0], options.output, options.publish)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The seven tasks of `evaluate_3shot.py`: a YAML a task, and what reads them."""
