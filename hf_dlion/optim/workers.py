@@ -1,0 +1,240 @@
+"""What the optimizers of this package share: the workers, their ledger, and finding out that ranks do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..wire.collectives import Channel
+from ..wire.ledger import Ledger
+from .agreement import Note, Opening, checksum, differing, digest, exchange_openings
+from .layout import memory_order
+
+STEP = "step"
+
+
+class WorkersOptimizer(Optimizer):
+    """An optimizer of several workers that hold the same parameters and each its own gradients.
+
+    The state of a parameter is float32 tensors of its shape, made with the parameter, under the names of
+    ``_state_names``. The step number is an entry of every param group.
+
+    Args:
+        params: parameters, named parameters or param groups; dense, real floating point, on one device.
+        defaults: hyperparameters of a param group.
+        process_group: the workers; None is the default group.
+        state_names: keys of a parameter's state.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        process_group: dist.ProcessGroup | None,
+        state_names: tuple[str, ...],
+    ) -> None:
+        self.process_group = process_group
+        self.ledger = Ledger()
+        self._state_names = state_names
+        self._checking_gradients = True
+        self._opened = False
+        super().__init__(params, defaults | {STEP: 0})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with a state of zeros. On all ranks alike, between two steps."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group[STEP] = self.param_groups[0][STEP]
+        try:
+            self._check_group(group)
+            for parameter in group["params"]:
+                _check_parameter(parameter, self.param_groups[0]["params"][0].device)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        for parameter in group["params"]:
+            self.state[parameter] = {
+                name: torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+                for name in self._state_names
+            }
+        self._changed()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, of this worker. The state stays float32.
+
+        Raises:
+            ValueError: the param groups do not fit, or a tensor is missing or of another shape; nothing was loaded.
+        """
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        states = []
+        for index, parameter in zip(saved, self._all_parameters(), strict=False):
+            found = state_dict["state"].get(index, {})
+            states.append({name: _fitting(found.get(name), name, index, parameter) for name in self._state_names})
+        super().load_state_dict(state_dict)
+        # torch casts state to the dtype of its parameter; ours keeps its own.
+        for parameter, state in zip(self._all_parameters(), states, strict=True):
+            self.state[parameter] = state
+        self._changed()
+
+    @property
+    def workers(self) -> int:
+        """N, the number of workers; 1 without a process group.
+
+        Raises:
+            RuntimeError: this rank is not in ``process_group``.
+        """
+        if self.process_group is None and not (dist.is_available() and dist.is_initialized()):
+            return 1
+        size = dist.get_world_size(self.process_group)
+        if size < 1:
+            raise RuntimeError(
+                f"rank {dist.get_rank()} is not in the process_group that its optimizer was given, so it cannot vote "
+                "there. Give each rank the group that it is a member of."
+            )
+        return size
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError where a hyperparameter is out of its range."""
+        check_range("lr", group["lr"], "it cannot be negative.")
+        check_range("weight_decay", group["weight_decay"], "it cannot be negative.")
+
+    def _changed(self) -> None:
+        """Parameters or state are others now."""
+        self._opened = False
+
+    def _options(self) -> dict[str, Any]:
+        """Options that must be the same on all ranks, besides hyperparameters."""
+        return {}
+
+    def _settings(self) -> tuple[str, ...]:
+        """Names of the hyperparameters that must be the same on all ranks at every step."""
+        raise NotImplementedError
+
+    def _all_parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _gradients(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        for parameter in parameters:
+            if parameter.grad is not None and parameter.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"a gradient of layout {parameter.grad.layout} (parameter of shape {tuple(parameter.shape)}): "
+                    f"{type(self).__name__} works on every element. Use dense gradients, as "
+                    "nn.Embedding(sparse=False) gives."
+                )
+        return [parameter.grad for parameter in parameters]
+
+    def _open(
+        self, channel: Channel, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], compiled: bool
+    ) -> bool:
+        """Before the first step: find out, on all ranks alike, whether they fit together and all have compiled."""
+        opening = Opening(
+            digest(self._describe_layout()),
+            int(compiled),
+            checksum(parameters),
+            checksum([g for g in gradients if g is not None]),
+        )
+        openings = exchange_openings(channel, opening, parameters[0].device)
+        if any(other.layout != opening.layout for other in openings):
+            raise RuntimeError(
+                f"the ranks do not optimize the same parameters in the same way: "
+                f"{differing(channel, self._describe_layout())}. Build model and optimizer alike on every rank."
+            )
+        if any(other.parameters != opening.parameters for other in openings):
+            raise RuntimeError(
+                "the parameters differ between the ranks before the first step, so the replicas would never be the "
+                "same. Wrap the model in DistributedDataParallel (accelerator.prepare does), which sends rank 0's "
+                "parameters to all, or load the same weights on every rank."
+            )
+        if self._checking_gradients and any(other.gradients for other in openings):
+            if all(other.gradients == opening.gradients for other in openings):
+                raise RuntimeError(
+                    f"all {channel.size} workers have exactly the same gradients, so their votes say nothing. Either "
+                    "the gradients were averaged before the step (DDP still all-reduces: call "
+                    "hf_dlion.keep_gradients_local before accelerator.prepare, or use DLionTrainer), or every worker "
+                    "was given the same data (shard the data loader: accelerator.prepare does)."
+                )
+            self._checking_gradients = False
+        self._opened = True
+        return all(other.compiled for other in openings)
+
+    def _note(self, bad_gradient: int, device: torch.device) -> Tensor:
+        return Note(digest(self._describe_settings()), bad_gradient).pack(device)
+
+    def _check_notes(self, channel: Channel, notes: Sequence[Note]) -> None:
+        if any(note.settings != notes[0].settings for note in notes):
+            raise RuntimeError(
+                f"the ranks have different hyperparameters: {differing(channel, self._describe_settings())}. "
+                "Set them, and step the scheduler, alike on every rank."
+            )
+        for rank, note in enumerate(notes):
+            if note.bad_gradient >= 0:
+                raise FloatingPointError(f"rank {rank}: {self._describe_bad(note.bad_gradient)}")
+
+    def _describe_layout(self) -> dict[str, Any]:
+        described = self._options() | {"the number of param groups": len(self.param_groups)}
+        for index, parameter in enumerate(self._all_parameters()):
+            described[f"parameter {index}"] = (
+                f"{str(parameter.dtype).removeprefix('torch.')} {tuple(parameter.shape)}, strides {parameter.stride()}"
+            )
+        described |= {f"the size of param group {i}": len(g["params"]) for i, g in enumerate(self.param_groups)}
+        return described
+
+    def _describe_settings(self) -> dict[str, Any]:
+        described: dict[str, Any] = {}
+        for index, group in enumerate(self.param_groups):
+            for name in (STEP, *self._settings()):
+                value = group[name]
+                described[f"{name} of param group {index}"] = float(value) if isinstance(value, Tensor) else value
+        return described
+
+    def _describe_bad(self, index: int) -> str:
+        parameters = self._all_parameters()
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        name = f" ({names[index]})" if len(names) == len(parameters) else ""
+        return (
+            f"the gradient of parameter {index}{name}, shape {tuple(parameters[index].shape)}, has a NaN or Inf "
+            f"at step {self.param_groups[0][STEP]}. No parameter was updated. Look for a too large learning rate, a "
+            "division by zero in the loss, or a batch without targets."
+        )
+
+
+def check_range(name: str, value: Any, what: str, below: float = float("inf")) -> None:
+    """Raise ValueError unless 0 <= value < below."""
+    if not 0 <= float(value) < below:
+        raise ValueError(f"{name}={value}: {what}")
+
+
+def check_betas(betas: Sequence[float]) -> None:
+    """Raise ValueError unless these are two decays."""
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas={betas}: there are two, each at least 0 and less than 1.")
+
+
+def _fitting(found: Tensor | None, name: str, index: int, parameter: Tensor) -> Tensor:
+    if found is None or found.shape != parameter.shape:
+        what = "there is none" if found is None else f"it has shape {tuple(found.shape)}"
+        raise ValueError(
+            f"no {name} of shape {tuple(parameter.shape)} for parameter {index}: {what}. This state is of "
+            "another model or optimizer."
+        )
+    return torch.empty_like(parameter, dtype=torch.float32, requires_grad=False).copy_(found)
+
+
+def _check_parameter(parameter: Tensor, device: torch.device) -> None:
+    if parameter.layout != torch.strided or not parameter.is_floating_point():
+        raise ValueError(
+            f"a parameter of dtype {parameter.dtype}, layout {parameter.layout}, shape {tuple(parameter.shape)}: the "
+            "sign of an update is defined for dense, real floating-point parameters. Leave others out of the optimizer."
+        )
+    if parameter.device != device:
+        raise ValueError(
+            f"parameters on {device} and on {parameter.device}: one worker holds all its parameters on one device. "
+            "Models spread over devices are not supported; use more workers, or LoRA."
+        )
+    memory_order(parameter)
