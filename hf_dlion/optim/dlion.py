@@ -94,6 +94,8 @@ class DistributedLion(WorkersOptimizer):
             another device than the first.
     """
 
+    _state_format = torch.preserve_format  # the passes read momenta in the memory order of their parameters
+
     def __init__(
         self,
         params: Iterable[Any],

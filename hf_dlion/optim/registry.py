@@ -8,7 +8,13 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from .dgc import DeepGradientCompression
 from .dlion import DistributedLion
+from .gadamw import GlobalAdamW
+from .glion import GlobalLion
+from .graddrop import GradDrop
+from .signum import DistributedSignum
+from .terngrad import TernGrad
 
 
 @dataclass(frozen=True)
@@ -32,19 +38,70 @@ class Method:
         return {"lr": arguments.learning_rate, **self.fixed, **self.options(arguments)}
 
 
+def _vote_options(arguments: Any) -> dict[str, Any]:
+    return {"tie": arguments.vote_tie, "exchange": arguments.vote_exchange}
+
+
 def _lion_options(arguments: Any) -> dict[str, Any]:
-    return {
-        "betas": (arguments.lion_beta1, arguments.lion_beta2),
-        "tie": arguments.vote_tie,
-        "exchange": arguments.vote_exchange,
-    }
+    return {"betas": (arguments.lion_beta1, arguments.lion_beta2)}
+
+
+def _adam_options(arguments: Any) -> dict[str, Any]:
+    return {"betas": (arguments.adam_beta1, arguments.adam_beta2), "eps": arguments.adam_epsilon}
+
+
+def _rule_options(arguments: Any) -> dict[str, Any]:
+    return {"rule": arguments.base_rule, "momentum": arguments.sgd_momentum, **_adam_options(arguments)}
 
 
 METHODS: dict[str, Method] = {
     "dlion_mavo": Method(
-        DistributedLion, "Distributed Lion, majority vote: 1 bit up", {"aggregation": "mavo"}, _lion_options
+        DistributedLion,
+        "Distributed Lion, majority vote: 1 bit up",
+        {"aggregation": "mavo"},
+        lambda arguments: _lion_options(arguments) | _vote_options(arguments),
     ),
     "dlion_avg": Method(
-        DistributedLion, "Distributed Lion, average of the signs: 1 bit up", {"aggregation": "avg"}, _lion_options
+        DistributedLion,
+        "Distributed Lion, average of the signs: 1 bit up",
+        {"aggregation": "avg"},
+        lambda arguments: _lion_options(arguments) | _vote_options(arguments),
+    ),
+    "dsignum_mavo": Method(
+        DistributedSignum,
+        "Distributed Signum, majority vote: 1 bit up",
+        {"aggregation": "mavo"},
+        lambda arguments: {"momentum": arguments.signum_momentum, **_vote_options(arguments)},
+    ),
+    "dsignum_avg": Method(
+        DistributedSignum,
+        "Distributed Signum, average of the signs: 1 bit up",
+        {"aggregation": "avg"},
+        lambda arguments: {"momentum": arguments.signum_momentum, **_vote_options(arguments)},
+    ),
+    "glion": Method(GlobalLion, "Lion on the averaged gradient: 32 bits", {}, _lion_options),
+    "gadamw": Method(GlobalAdamW, "AdamW on the averaged gradient: 32 bits", {}, _adam_options),
+    "terngrad": Method(
+        TernGrad,
+        "ternary gradients, SGD or AdamW: 2 bits up",
+        {},
+        lambda arguments: {"clip": arguments.terngrad_clip, "seed": arguments.seed, **_rule_options(arguments)},
+    ),
+    "graddrop": Method(
+        GradDrop,
+        "the largest entries of the gradient, the rest kept, SGD or AdamW",
+        {},
+        lambda arguments: {"drop": arguments.drop_share, **_rule_options(arguments)},
+    ),
+    "dgc": Method(
+        DeepGradientCompression,
+        "Deep Gradient Compression: the largest entries, with momentum corrected",
+        {},
+        lambda arguments: {
+            "drop": arguments.drop_share,
+            "warmup_steps": arguments.dgc_warmup_steps,
+            "clip": arguments.dgc_clip,
+            **_rule_options(arguments),
+        },
     ),
 }

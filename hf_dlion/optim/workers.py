@@ -31,6 +31,8 @@ class WorkersOptimizer(Optimizer):
         state_names: keys of a parameter's state.
     """
 
+    _state_format = torch.contiguous_format
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -59,7 +61,9 @@ class WorkersOptimizer(Optimizer):
             raise
         for parameter in group["params"]:
             self.state[parameter] = {
-                name: torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+                name: torch.zeros_like(
+                    parameter, dtype=torch.float32, requires_grad=False, memory_format=self._state_format
+                )
                 for name in self._state_names
             }
         self._changed()
@@ -75,7 +79,7 @@ class WorkersOptimizer(Optimizer):
         states = []
         for index, parameter in zip(saved, self._all_parameters(), strict=False):
             found = state_dict["state"].get(index, {})
-            states.append({name: _fitting(found.get(name), name, index, parameter) for name in self._state_names})
+            states.append({name: self._fitting(found.get(name), name, index, parameter) for name in self._state_names})
         super().load_state_dict(state_dict)
         # torch casts state to the dtype of its parameter; ours keeps its own.
         for parameter, state in zip(self._all_parameters(), states, strict=True):
@@ -98,6 +102,16 @@ class WorkersOptimizer(Optimizer):
                 "there. Give each rank the group that it is a member of."
             )
         return size
+
+    def _fitting(self, found: Tensor | None, name: str, index: int, parameter: Tensor) -> Tensor:
+        if found is None or found.shape != parameter.shape:
+            what = "there is none" if found is None else f"it has shape {tuple(found.shape)}"
+            raise ValueError(
+                f"no {name} of shape {tuple(parameter.shape)} for parameter {index}: {what}. This state is of "
+                "another model or optimizer."
+            )
+        own = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False, memory_format=self._state_format)
+        return own.copy_(found)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError where a hyperparameter is out of its range."""
@@ -214,16 +228,6 @@ def check_betas(betas: Sequence[float]) -> None:
     """Raise ValueError unless these are two decays."""
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas={betas}: there are two, each at least 0 and less than 1.")
-
-
-def _fitting(found: Tensor | None, name: str, index: int, parameter: Tensor) -> Tensor:
-    if found is None or found.shape != parameter.shape:
-        what = "there is none" if found is None else f"it has shape {tuple(found.shape)}"
-        raise ValueError(
-            f"no {name} of shape {tuple(parameter.shape)} for parameter {index}: {what}. This state is of "
-            "another model or optimizer."
-        )
-    return torch.empty_like(parameter, dtype=torch.float32, requires_grad=False).copy_(found)
 
 
 def _check_parameter(parameter: Tensor, device: torch.device) -> None:

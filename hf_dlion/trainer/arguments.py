@@ -56,6 +56,27 @@ class DLionArgumentsMixin:
         },
     )
 
+    signum_momentum: float = field(default=0.9, metadata={"help": "Signum's decay of the momentum that is voted on."})
+    base_rule: str = field(
+        default="sgd",
+        metadata={
+            "help": "How terngrad, graddrop and dgc step with their averaged gradient: `sgd`, with momentum, or "
+            "`adamw`.",
+            "choices": ["sgd", "adamw"],
+        },
+    )
+    sgd_momentum: float = field(default=0.9, metadata={"help": "Momentum of that SGD; dgc has it on the workers."})
+    terngrad_clip: float = field(
+        default=2.5, metadata={"help": "Standard deviations to which terngrad clips each layer's gradient; 0: no clip."}
+    )
+    drop_share: float = field(
+        default=0.96, metadata={"help": "Share of the entries that graddrop and dgc do not send at a step."}
+    )
+    dgc_warmup_steps: int = field(default=0, metadata={"help": "Steps in which dgc goes from a quarter sent to that."})
+    dgc_clip: float = field(
+        default=1.0, metadata={"help": "Norm to which dgc clips gradients, over the root of the workers; 0: no clip."}
+    )
+
     def __post_init__(self) -> None:
         name = str(getattr(self.optim, "value", self.optim))
         if name not in METHODS:
@@ -72,6 +93,7 @@ class DLionArgumentsMixin:
         for given, value, known in (
             ("vote_tie", self.vote_tie, TIES),
             ("vote_exchange", self.vote_exchange, EXCHANGES),
+            ("base_rule", self.base_rule, ("sgd", "adamw")),
         ):
             if value not in known:
                 raise ValueError(f"{given}={value!r} is not known; it is one of {', '.join(map(repr, known))}.")

@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers import Trainer
 
-from ..optim.dlion import DistributedLion
 from ..optim.registry import METHODS
+from ..optim.workers import WorkersOptimizer
 from ..wire.ledger import fp32_all_reduce_bytes
 
 _PACKAGES = ("hf-dlion", "torch", "transformers", "accelerate", "datasets", "peft")
@@ -87,7 +87,7 @@ def trainable_parameters(trainer: Trainer) -> int:
 
 def _traffic(trainer: Trainer) -> dict[str, Any]:
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    counted = isinstance(optimizer, DistributedLion)
+    counted = isinstance(optimizer, WorkersOptimizer)
     sent = optimizer.ledger.sent_bytes if counted else None
     steps = optimizer.ledger.steps if counted else trainer.state.global_step
     dense = round(fp32_all_reduce_bytes(trainable_parameters(trainer), trainer.args.world_size) * steps)

@@ -17,6 +17,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..optim.dlion import DistributedLion
 from ..optim.registry import METHODS
+from ..optim.workers import WorkersOptimizer
 from ..wire.collectives import settle
 from ..wire.ledger import Ledger, fp32_all_reduce_bytes
 from .card import write_card
@@ -98,7 +99,7 @@ class DLionTrainerMixin:
 
     def _observations(self, logs: dict[str, float]) -> dict[str, float]:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        if not isinstance(optimizer, DistributedLion):
+        if not isinstance(optimizer, WorkersOptimizer):
             return {}
         parameters = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
         total = optimizer.ledger
@@ -111,7 +112,7 @@ class DLionTrainerMixin:
             if optimizer.workers > 1:
                 dense = fp32_all_reduce_bytes(parameters, optimizer.workers) * new.steps
                 found["fp32_allreduce_ratio"] = new.sent_bytes / dense
-        shares = optimizer.vote_shares()
+        shares = optimizer.vote_shares() if isinstance(optimizer, DistributedLion) else None
         if shares is not None:
             found |= {"vote_ties": shares.ties, "vote_unanimous": shares.unanimous}
         if "grad_norm" in logs:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from transformers import Trainer
 
 from hf_dlion import DistributedLion, DLionTrainer, DLionTrainerMixin
+from hf_dlion.optim.registry import METHODS
 from tests.harness import run_workers
 from tests.trainer import tiny
 
@@ -84,6 +85,21 @@ def test_the_log_has_the_traffic_and_the_votes(tmp_path: Path) -> None:
         assert 0.05 < entry["vote_unanimous"] < 1
         per_step = entry["bytes_sent_total"] - steps[number - 2]["bytes_sent_total"]
         assert entry["bits_sent_per_param"] == pytest.approx(8 * per_step / parameters, abs=1e-5)
+
+
+def every_method(rank: int, folder: str) -> dict[str, tuple[list[dict[str, float]], torch.Tensor]]:
+    return {name: train(rank, folder, {"optim": name, "max_steps": 3, "logging_steps": 1}) for name in METHODS}
+
+
+def test_every_method_trains_by_name(tmp_path: Path) -> None:
+    first, second = run_workers(every_method, 2, str(tmp_path))
+    start = weights(tiny.model())
+    for name in METHODS:
+        log, parameters = first[name]
+        assert torch.equal(parameters, second[name][1]), name
+        assert not torch.equal(parameters, start), name
+        assert all(entry["bytes_sent_total"] > 0 for entry in log if "learning_rate" in entry), name
+        assert ("vote_ties" in log[0]) == name.startswith(("dlion", "dsignum")), name
 
 
 class NormTrainer(DLionTrainer):

@@ -1,0 +1,109 @@
+"""Deep Gradient Compression (Lin et al., ICLR 2018, arXiv 1712.01887, Algorithm 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..wire.collectives import Channel
+from .mean_gradient import MeanGradient
+from .sparse import RESIDUAL, largest, sum_chosen
+from .workers import STEP, check_range
+
+VELOCITY = "velocity"
+
+
+class DeepGradientCompression(MeanGradient):
+    """Gradient dropping with a momentum that is corrected for what is dropped.
+
+    For each parameter of worker i, with N workers::
+
+        g_i = g_i * min(1, clip / (sqrt(N) * |g_i|))                           # local clipping, of all parameters
+        u_i = momentum * u_i + g_i                                             # momentum correction
+        v_i = v_i + u_i
+        s_i = v_i where |v_i| is among the k largest, else 0                   # what travels: indices and values
+        v_i = v_i - s_i;  u_i = 0 where s_i was sent                           # momentum factor masking
+        x   = x - lr * 1/N * sum_i s_i
+
+    k is (1 - drop) * d, reached over ``warmup_steps`` from d / 4 by equal factors. With another rule than SGD, which
+    has no momentum here, the sum is that rule's gradient.
+
+    Args:
+        params: as in :class:`MeanGradient`, like ``lr``, ``weight_decay``, ``rule``, ``betas``, ``eps`` and
+            ``process_group``; the default rule is plain SGD.
+        momentum: of the correction.
+        drop: share of the entries that are not sent, in [0, 1). At least one entry of a parameter is.
+        warmup_steps: until then, less is dropped.
+        clip: of the norm that the mean gradient may have; 0 turns clipping off.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-2,
+        weight_decay: float = 0.0,
+        *,
+        momentum: float = 0.9,
+        drop: float = 0.96,
+        warmup_steps: int = 0,
+        clip: float = 1.0,
+        rule: str = "sgd",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        check_range("drop", drop, "it is a share, at least 0 and less than 1.", below=1)
+        check_range("momentum", momentum, "it is a decay, at least 0 and less than 1.", below=1)
+        check_range("warmup_steps", warmup_steps, "it is a number of steps, or 0.")
+        check_range("clip", clip, "it is a norm, or 0.")
+        self.correction = momentum
+        self.drop = drop
+        self.warmup_steps = warmup_steps
+        self.clip = clip
+        super().__init__(
+            params,
+            lr,
+            weight_decay,
+            rule=rule,
+            momentum=0.0,
+            betas=betas,
+            eps=eps,
+            process_group=process_group,
+            local_state=(VELOCITY, RESIDUAL),
+        )
+
+    @property
+    def kept(self) -> float:
+        """The share of the entries that is sent in the next step."""
+        final, step = 1 - self.drop, self.param_groups[0][STEP]
+        if step >= self.warmup_steps or final >= 0.25:
+            return final
+        return float(0.25 * (final / 0.25) ** (step / self.warmup_steps))
+
+    def _sum(self, channel: Channel | None, gradients: Sequence[Tensor], states: Sequence[dict[str, Tensor]]) -> Tensor:
+        scale, kept = self._clip_factor(gradients), self.kept
+        indices, values, offset = [], [], 0
+        for gradient, state in zip(gradients, states, strict=True):
+            velocity, residual = state[VELOCITY].view(-1), state[RESIDUAL].view(-1)
+            velocity.mul_(self.correction).add_(gradient * scale)
+            residual.add_(velocity)
+            chosen = largest(residual, kept)
+            indices.append(chosen + offset)
+            values.append(residual[chosen])
+            residual[chosen] = 0
+            velocity[chosen] = 0
+            offset += len(gradient)
+        return sum_chosen(channel, indices, values, offset)
+
+    def _clip_factor(self, gradients: Sequence[Tensor]) -> Tensor:
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        bound = self.clip / self.workers**0.5
+        return torch.where(norm > bound, bound / norm, 1.0) if self.clip else torch.ones_like(norm)
+
+    def _options(self) -> dict[str, Any]:
+        own = {"momentum": self.correction, "drop": self.drop, "warmup_steps": self.warmup_steps, "clip": self.clip}
+        return super()._options() | own

@@ -1,0 +1,74 @@
+"""Gradient Dropping (Aji & Heafield, EMNLP 2017, arXiv 1704.05021)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ..wire.collectives import Channel
+from .mean_gradient import MeanGradient
+from .sparse import RESIDUAL, largest, sum_chosen
+from .workers import check_range
+
+
+class GradDrop(MeanGradient):
+    """Workers send the largest entries of their gradients, and keep the rest for later.
+
+    For each parameter of worker i::
+
+        r_i = r_i + g_i
+        s_i = r_i where |r_i| is among the (1 - drop) * d largest, else 0      # what travels: indices and values
+        r_i = r_i - s_i
+        g   = 1/N * sum_i s_i                                                  # the gradient of the rule
+
+    Thresholds are local: one a parameter, found exactly.
+
+    Args:
+        params: as in :class:`MeanGradient`, like ``lr``, ``weight_decay``, ``rule``, ``momentum``, ``betas``,
+            ``eps`` and ``process_group``; the default rule is SGD with momentum 0.9.
+        drop: share of the entries that are not sent, in [0, 1). At least one entry of a parameter is.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        drop: float = 0.96,
+        rule: str = "sgd",
+        momentum: float = 0.9,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        check_range("drop", drop, "it is a share, at least 0 and less than 1.", below=1)
+        self.drop = drop
+        super().__init__(
+            params,
+            lr,
+            weight_decay,
+            rule=rule,
+            momentum=momentum,
+            betas=betas,
+            eps=eps,
+            process_group=process_group,
+            local_state=(RESIDUAL,),
+        )
+
+    def _sum(self, channel: Channel | None, gradients: Sequence[Tensor], states: Sequence[dict[str, Tensor]]) -> Tensor:
+        indices, values, offset = [], [], 0
+        for gradient, state in zip(gradients, states, strict=True):
+            residual = state[RESIDUAL].add_(gradient.view(state[RESIDUAL].shape)).view(-1)
+            chosen = largest(residual, 1 - self.drop)
+            indices.append(chosen + offset)
+            values.append(residual[chosen])
+            residual[chosen] = 0
+            offset += len(gradient)
+        return sum_chosen(channel, indices, values, offset)
+
+    def _options(self) -> dict[str, Any]:
+        return super()._options() | {"drop": self.drop}

@@ -1,0 +1,25 @@
+"""What methods share whose workers send the largest entries and keep the rest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..wire.collectives import Channel
+from ..wire.sums import sum_sparse
+
+RESIDUAL = "residual"
+
+
+def largest(values: Tensor, share: float) -> Tensor:
+    """Indices of the entries of largest magnitude: that share of them, at least one, of a flat tensor."""
+    count = min(len(values), max(1, round(share * len(values))))
+    return values.abs().topk(count, sorted=False).indices
+
+
+def sum_chosen(channel: Channel | None, indices: list[Tensor], values: list[Tensor], size: int) -> Tensor:
+    """The sum over the workers of their chosen entries, float32 ``[size]``."""
+    chosen, entries = torch.cat(indices), torch.cat(values)
+    if channel is None:
+        return torch.zeros(size, dtype=torch.float32, device=entries.device).index_add_(0, chosen, entries)
+    return sum_sparse(channel, chosen.int(), entries, size)
