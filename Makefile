@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/accelerate launch --config_file examples/configs/cpu_2.yaml examples/pretrain_gpt2.py \
 		--use_cpu --optim dlion_mavo --learning_rate 7e-4 --weight_decay 0.1 \
-		--per_device_train_batch_size 4 --max_steps 1200 --save_strategy no --output_dir out/demo
+		--per_device_train_batch_size 4 --max_steps 1200 --save_strategy no --model_card true --output_dir out/demo
 
 test: lint types
 	$(BIN)/python -m pytest
