@@ -46,7 +46,8 @@ def train_and_report(
         path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         print(table(results))
         if model_card:
-            trainer.create_model_card(dataset=about["dataset"], loss_key=loss_key)
+            name = f"{Path(about['model']).name}-{results['method']}"
+            trainer.create_model_card(model_name=name, dataset=about["dataset"], loss_key=loss_key)
     return results
 
 
