@@ -85,10 +85,10 @@ class MeanGradient(WorkersOptimizer):
         gradients = self._gradients(parameters)
         channel = Channel(self.process_group, self.ledger) if self.workers > 1 else None
         self._agree(channel, parameters, gradients)
-        flat = torch.cat([_flat(p, g) for p, g in zip(parameters, gradients, strict=True)])
+        flat = [_flat(p, g) for p, g in zip(parameters, gradients, strict=True)]
         states = [self.state[parameter] for parameter in parameters]
         sizes = [parameter.numel() for parameter in parameters]
-        total = self._sum(channel, list(flat.split(sizes)), states)
+        total = self._sum(channel, flat, states)
         means = (total / self.workers).split(sizes)
         place = 0
         for group in self.param_groups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from .layout import memory_order
 STEP = "step"
 
 
-class WorkersOptimizer(Optimizer):
+class WorkersOptimizer(Optimizer, ABC):
     """An optimizer of several workers that hold the same parameters and each its own gradients.
 
     The state of a parameter is float32 tensors of its shape, made with the parameter, under the names of
@@ -126,9 +127,9 @@ class WorkersOptimizer(Optimizer):
         """Options that must be the same on all ranks, besides hyperparameters."""
         return {}
 
+    @abstractmethod
     def _settings(self) -> tuple[str, ...]:
         """Names of the hyperparameters that must be the same on all ranks at every step."""
-        raise NotImplementedError
 
     def _all_parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]

@@ -117,7 +117,7 @@ class DLionArgumentsMixin:
 
 @dataclass
 class DLionTrainingArguments(DLionArgumentsMixin, TrainingArguments):
-    """``TrainingArguments`` that know Distributed Lion by name: ``optim="dlion_mavo"`` or ``"dlion_avg"``.
+    """``TrainingArguments`` that know Distributed Lion and its relatives by name: ``optim="dlion_mavo"``, say.
 
     Everything else is as in transformers, from Python, by ``HfArgumentParser`` and in ``--help``.
     """

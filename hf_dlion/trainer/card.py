@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 
 from ..optim.registry import METHODS
 from .report import run_report
@@ -47,7 +47,7 @@ def write_card(trainer: Trainer, loss_key: str = "eval_loss", **about: Any) -> P
         license=about.get("license"),
         library_name="peft" if _is_adapter(trainer) else "transformers",
         pipeline_tag=_first(about.get("tasks")) or "text-generation",
-        tags=["hf_dlion", "distributed-lion", report["method"], *_listed(about.get("tags"))],
+        tags=["hf_dlion", report["method"], *_listed(about.get("tags"))],
         base_model=_base_model(trainer, about.get("finetuned_from")),
         datasets=[d for d in _listed(about.get("dataset_tags")) + _listed(about.get("dataset")) if _on_the_hub(d)]
         or None,
@@ -93,7 +93,7 @@ def _own_results(report: dict[str, Any], about: dict[str, Any]) -> list[EvalResu
 def _body(name: str, report: dict[str, Any], datasets: list[str], curve: bool) -> str:
     method = report["method"]
     if method in METHODS:
-        how = f'Trained with `optim="{method}"` of hf_dlion ({METHODS[method].summary}), Distributed Lion of {_PAPER}.'
+        how = f'Trained with `optim="{method}"` of hf_dlion ({METHODS[method].summary}), as in {_PAPER}.'
     else:
         how = f'Trained with `optim="{method}"` of transformers, with averaged gradients.'
     settings = {
@@ -174,8 +174,7 @@ def _draw(history: list[dict[str, Any]], loss_key: str, path: Path) -> bool:
 def _base_model(trainer: Trainer, given: str | None) -> str | None:
     if given is None:
         model = trainer.accelerator.unwrap_model(trainer.model)
-        config = model.config if isinstance(model, PreTrainedModel) else getattr(model, "config", None)
-        given = getattr(config, "_name_or_path", None)
+        given = getattr(getattr(model, "config", None), "_name_or_path", None)
     return given if given and _on_the_hub(given) else None
 
 
