@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..wire.collectives import Channel
 from ..wire.exchange import AGGREGATIONS, EXCHANGES, TIES, Exchange, make_exchange, top_level
 from .agreement import Note, first_bad_gradient
 from .kernels import EAGER, Kernels, compile_kernels
@@ -157,7 +156,7 @@ class DistributedLion(WorkersOptimizer):
             passes.alone(plan.kernels or EAGER, gradients, each)
         else:
             channel = plan.exchange.channel
-            if (not self._opened or self._checking_gradients) and not self._open(
+            if (not self.opened or self._checking_gradients) and not self._open(
                 channel, plan.parameters, gradients, plan.kernels is not None
             ):
                 plan.kernels = None
@@ -206,7 +205,7 @@ class DistributedLion(WorkersOptimizer):
     def _current_plan(self) -> _Plan:
         if self._plan is None or self._plan.workers != self.workers:
             self._plan = self._make_plan(self.workers)
-            self._opened = False
+            self.opened = False
         return self._plan
 
     def _current_passes(self, plan: _Plan) -> Passes:
@@ -222,7 +221,7 @@ class DistributedLion(WorkersOptimizer):
         elements = sum(parameter.numel() for parameter in parameters)
         exchange = None
         if workers > 1:
-            channel = Channel(self.process_group, self.ledger)
+            channel = self._make_channel()
             words = elements // 32
             exchange = make_exchange(self.exchange, channel, words, self.aggregation, self.tie, device)
         numbers = iter(range(len(parameters)))

@@ -83,7 +83,7 @@ class MeanGradient(WorkersOptimizer):
                 loss = closure()
         parameters = self._all_parameters()
         gradients = self._gradients(parameters)
-        channel = Channel(self.process_group, self.ledger) if self.workers > 1 else None
+        channel = self._make_channel() if self.workers > 1 else None
         self._agree(channel, parameters, gradients)
         flat = [_flat(p, g) for p, g in zip(parameters, gradients, strict=True)]
         states = [self.state[parameter] for parameter in parameters]
@@ -118,7 +118,7 @@ class MeanGradient(WorkersOptimizer):
             if bad >= 0:
                 raise FloatingPointError(self._describe_bad(bad))
             return
-        if not self._opened or self._checking_gradients:
+        if not self.opened or self._checking_gradients:
             self._open(channel, parameters, gradients, compiled=False)
         notes, work = channel.all_gather(self._note(bad, parameters[0].device))
         work.wait()

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..wire.collectives import Channel
+from ..wire.collectives import Channel, ProcessChannel
 from ..wire.ledger import Ledger
+from ..wire.local import LocalChannel, LocalWorker
 from .agreement import Note, Opening, checksum, differing, digest, exchange_openings
 from .layout import memory_order
 
@@ -28,8 +29,12 @@ class WorkersOptimizer(Optimizer, ABC):
     Args:
         params: parameters, named parameters or param groups; dense, real floating point, on one device.
         defaults: hyperparameters of a param group.
-        process_group: the workers; None is the default group.
+        process_group: the workers; None is the default group. Or this one's place among virtual workers.
         state_names: keys of a parameter's state.
+
+    Attributes:
+        ledger: what this worker has sent and received.
+        opened: whether the workers have found that they fit together; not so before the first step.
     """
 
     _state_format = torch.contiguous_format
@@ -38,14 +43,14 @@ class WorkersOptimizer(Optimizer, ABC):
         self,
         params: Iterable[Any],
         defaults: dict[str, Any],
-        process_group: dist.ProcessGroup | None,
+        process_group: dist.ProcessGroup | LocalWorker | None,
         state_names: tuple[str, ...],
     ) -> None:
         self.process_group = process_group
         self.ledger = Ledger()
         self._state_names = state_names
         self._checking_gradients = True
-        self._opened = False
+        self.opened = False
         super().__init__(params, defaults | {STEP: 0})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -94,6 +99,8 @@ class WorkersOptimizer(Optimizer, ABC):
         Raises:
             RuntimeError: this rank is not in ``process_group``.
         """
+        if isinstance(self.process_group, LocalWorker):
+            return self.process_group.group.size
         if self.process_group is None and not (dist.is_available() and dist.is_initialized()):
             return 1
         size = dist.get_world_size(self.process_group)
@@ -103,6 +110,11 @@ class WorkersOptimizer(Optimizer, ABC):
                 "there. Give each rank the group that it is a member of."
             )
         return size
+
+    def _make_channel(self) -> Channel:
+        if isinstance(self.process_group, LocalWorker):
+            return LocalChannel(self.process_group, self.ledger)
+        return ProcessChannel(self.process_group, self.ledger)
 
     def _fitting(self, found: Tensor | None, name: str, index: int, parameter: Tensor) -> Tensor:
         if found is None or found.shape != parameter.shape:
@@ -121,7 +133,7 @@ class WorkersOptimizer(Optimizer, ABC):
 
     def _changed(self) -> None:
         """Parameters or state are others now."""
-        self._opened = False
+        self.opened = False
 
     def _options(self) -> dict[str, Any]:
         """Options that must be the same on all ranks, besides hyperparameters."""
@@ -175,7 +187,7 @@ class WorkersOptimizer(Optimizer, ABC):
                     "was given the same data (shard the data loader: accelerator.prepare does)."
                 )
             self._checking_gradients = False
-        self._opened = True
+        self.opened = True
         return all(other.compiled for other in openings)
 
     def _note(self, bad_gradient: int, device: torch.device) -> Tensor:

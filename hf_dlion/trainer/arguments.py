@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..optim.registry import METHODS
+from ..optim.virtual import ADVERSARIES
 from ..wire.exchange import EXCHANGES, TIES
 
 _NAMES = "; ".join(f"`{name}`: {method.summary}" for name, method in METHODS.items())
@@ -77,8 +78,26 @@ class DLionArgumentsMixin:
         default=1.0, metadata={"help": "Norm to which dgc clips gradients, over the root of the workers; 0: no clip."}
     )
 
+    virtual_workers: int = field(
+        default=1,
+        metadata={
+            "help": "Workers inside one process, to see what so many would do without having them. A step takes one "
+            "batch for each, so `gradient_accumulation_steps` is their number."
+        },
+    )
+    adversaries: int = field(default=0, metadata={"help": "How many of the virtual workers send what is not theirs."})
+    adversary: str = field(
+        default="flip",
+        metadata={
+            "help": "What those send: `flip`, the negative of their gradient, or `random`, its magnitudes under random "
+            "signs.",
+            "choices": list(ADVERSARIES),
+        },
+    )
+
     def __post_init__(self) -> None:
         name = str(getattr(self.optim, "value", self.optim))
+        self._take_virtual_workers(name)
         if name not in METHODS:
             self.optim = _known(name)
             super().__post_init__()  # type: ignore[misc]
@@ -89,14 +108,37 @@ class DLionArgumentsMixin:
         self.average_tokens_across_devices = False
         self._check_votes()
 
+    def _take_virtual_workers(self, name: str) -> None:
+        if self.virtual_workers == 1:
+            return
+        if self.virtual_workers < 1 or name not in METHODS:
+            raise ValueError(
+                f"virtual_workers={self.virtual_workers} with optim={name!r}: there is at least one worker, and "
+                f"several in one process are for {', '.join(METHODS)}."
+            )
+        steps: int = self.gradient_accumulation_steps  # type: ignore[has-type]
+        if steps not in (1, self.virtual_workers):
+            raise ValueError(
+                f"gradient_accumulation_steps={steps} with virtual_workers={self.virtual_workers}: a "
+                "virtual worker takes one batch a step. Leave gradient_accumulation_steps out, and give "
+                "per_device_train_batch_size what a worker should see."
+            )
+        self.gradient_accumulation_steps = self.virtual_workers
+
     def _check_votes(self) -> None:
         for given, value, known in (
             ("vote_tie", self.vote_tie, TIES),
             ("vote_exchange", self.vote_exchange, EXCHANGES),
             ("base_rule", self.base_rule, ("sgd", "adamw")),
+            ("adversary", self.adversary, ADVERSARIES),
         ):
             if value not in known:
                 raise ValueError(f"{given}={value!r} is not known; it is one of {', '.join(map(repr, known))}.")
+        if self.adversaries and not 0 < self.adversaries <= self.virtual_workers > 1:
+            raise ValueError(
+                f"adversaries={self.adversaries} with virtual_workers={self.virtual_workers}: adversaries are some of "
+                "several virtual workers."
+            )
         if getattr(self, "fp16", False):
             raise ValueError(
                 f"fp16 with optim={self.optim!r}: the gradient scaler skips a step on the one rank that overflowed, "

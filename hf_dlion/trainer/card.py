@@ -99,7 +99,7 @@ def _body(name: str, report: dict[str, Any], datasets: list[str], curve: bool) -
     settings = {
         "method": f"`{method}`",
         **{f"`{key}`": f"`{value}`" for key, value in report["method_options"].items() if key != "lr"},
-        "workers": report["workers"],
+        "workers": f"{report['workers']}{', in one process' if report['virtual_workers'] > 1 else ''}",
         "data": ", ".join(datasets) or "not stated",
         "steps": f"{report['steps']} of {report['rows_per_step']} rows",
         "batch of a worker": f"{report['per_device_train_batch_size']} rows, "
@@ -122,6 +122,7 @@ def _body(name: str, report: dict[str, Any], datasets: list[str], curve: bool) -
         "bytes of an fp32 all-reduce": _shown(report["bytes_fp32_allreduce"], ",d"),
         "all-reduce over sent": _shown(report["fp32_allreduce_over_sent"], ".1f"),
     }
+    processes = report["workers"] // report["virtual_workers"]
     versions = ", ".join(f"{package} {number}" for package, number in report["versions"].items())
     return "\n".join(
         [
@@ -131,7 +132,7 @@ def _body(name: str, report: dict[str, Any], datasets: list[str], curve: bool) -
             _table("setting", "value", settings),
             _table("result", "value", results),
             f"![Loss over steps]({CURVE})\n" if curve else "",
-            f"On {report['machine']}, with {versions}; in each of {report['workers']} processes:\n",
+            f"On {report['machine']}, with {versions}; in each of {processes} processes:\n",
             f"```bash\n{report['command']}\n```\n",
         ]
     )

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import Trainer
 
 from ..optim.registry import METHODS
+from ..optim.virtual import VirtualWorkers
 from ..optim.workers import WorkersOptimizer
 from ..wire.ledger import fp32_all_reduce_bytes
 
@@ -40,7 +41,9 @@ def run_report(trainer: Trainer, loss_key: str = "eval_loss") -> dict[str, Any]:
     return {
         "method": method_name(args),
         "method_options": method_options(args),
-        "workers": args.world_size,
+        "workers": _workers(args),
+        "virtual_workers": _virtual_workers(args),
+        "adversaries": getattr(args, "adversaries", 0),
         "trainable_parameters": trainable_parameters(trainer),
         "steps": trainer.state.global_step,
         "rows_per_step": trainer.get_total_train_batch_size(args),
@@ -56,7 +59,7 @@ def run_report(trainer: Trainer, loss_key: str = "eval_loss") -> dict[str, Any]:
         "weight_decay": args.weight_decay,
         "max_grad_norm": args.max_grad_norm,
         "per_device_train_batch_size": args.per_device_train_batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps // _virtual_workers(args),
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "seed": args.seed,
         "command": shlex.join(sys.argv),
@@ -87,16 +90,25 @@ def trainable_parameters(trainer: Trainer) -> int:
 
 def _traffic(trainer: Trainer) -> dict[str, Any]:
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    counted = isinstance(optimizer, WorkersOptimizer)
+    counted = isinstance(optimizer, (WorkersOptimizer, VirtualWorkers))
     sent = optimizer.ledger.sent_bytes if counted else None
     steps = optimizer.ledger.steps if counted else trainer.state.global_step
-    dense = round(fp32_all_reduce_bytes(trainable_parameters(trainer), trainer.args.world_size) * steps)
+    dense = round(fp32_all_reduce_bytes(trainable_parameters(trainer), _workers(trainer.args)) * steps)
     return {
         "bytes_counted_steps": steps,
         "bytes_sent": sent,
+        "bytes_received": optimizer.ledger.received_bytes if counted else None,
         "bytes_fp32_allreduce": dense,
         "fp32_allreduce_over_sent": dense / sent if sent else None,
     }
+
+
+def _virtual_workers(args: Any) -> int:
+    return int(getattr(args, "virtual_workers", 1))
+
+
+def _workers(args: Any) -> int:
+    return int(args.world_size) * _virtual_workers(args)
 
 
 def _versions() -> dict[str, str]:

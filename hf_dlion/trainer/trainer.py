@@ -1,12 +1,13 @@
 """The Trainer, and the mixin that makes any Trainer vote.
 
 Extension points of transformers 5: ``create_accelerator_and_postprocess``, ``create_optimizer`` with
-``optimizer_cls_and_kwargs``, ``_load_optimizer_and_scheduler``, and ``log``.
+``optimizer_cls_and_kwargs``, ``_load_optimizer_and_scheduler``, ``training_step``, and ``log``.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
 from ..optim.dlion import DistributedLion
-from ..optim.registry import METHODS
+from ..optim.registry import METHODS, Method
+from ..optim.virtual import VirtualWorkers
 from ..optim.workers import WorkersOptimizer
 from ..wire.collectives import settle
 from ..wire.ledger import Ledger, fp32_all_reduce_bytes
@@ -42,12 +44,16 @@ class DLionTrainerMixin:
     ``max_grad_norm`` clips each worker's gradient by that gradient's own norm. A common factor changes no sign, so
     this only weighs the steps against each other inside the momentum; 0 turns it off.
 
+    With ``args.virtual_workers`` above 1, each of the batches that make a step is one virtual worker's
+    (:class:`hf_dlion.optim.virtual.VirtualWorkers`).
+
     With any other ``optim`` the Trainer is what it was.
     """
 
     args: Any
     accelerator: Any
     optimizer: Any
+    current_gradient_accumulation_steps: int
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the parent, and gradients are kept local."""
@@ -59,6 +65,11 @@ class DLionTrainerMixin:
                 f"optim={self.args.optim!r} with {self.args.n_gpu} GPUs in one process (nn.DataParallel): a process is "
                 "one worker and has one vote. Start one process per GPU: `accelerate launch --multi_gpu script.py`."
             )
+        if self.args.virtual_workers > 1 and self.args.world_size > 1:
+            raise ValueError(
+                f"virtual_workers={self.args.virtual_workers} in {self.args.world_size} processes: virtual workers are "
+                "all in one. Start one process, or leave virtual_workers out."
+            )
         keep_gradients_local(self.accelerator)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
@@ -66,6 +77,8 @@ class DLionTrainerMixin:
         if self._votes:
             method = METHODS[self.args.optim]
             self.optimizer_cls_and_kwargs = (method.optimizer, method.keywords(self.args))
+            if self.args.virtual_workers > 1:
+                self.optimizer_cls_and_kwargs = (VirtualWorkers, self._virtual_keywords(method))
         optimizer: Optimizer = super().create_optimizer(model)  # type: ignore[misc]
         self._logged = Ledger()
         return optimizer
@@ -75,6 +88,26 @@ class DLionTrainerMixin:
         output: TrainOutput = super().train(*args, **kwargs)  # type: ignore[misc]
         settle()  # so that accelerator.end_training() may follow at once
         return output
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """As the parent; with virtual workers, a turn of the next one."""
+        virtual = self._own_optimizer()
+        if not isinstance(virtual, VirtualWorkers):
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        # What a worker sends comes from the mean over its own batch, not over those of all.
+        batches, self.current_gradient_accumulation_steps = self.current_gradient_accumulation_steps, 1
+        if num_items_in_batch is not None:
+            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)  # type: ignore[attr-defined]
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        self.current_gradient_accumulation_steps = batches
+        if not virtual.gradients:
+            self._turn_norms = []
+        limit = self.args.max_grad_norm or math.inf
+        self._turn_norms.append(self.accelerator.clip_grad_norm_(model.parameters(), limit))
+        virtual.next_worker()
+        return loss / batches
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the parent, with the traffic and the votes in the logs of training."""
@@ -97,9 +130,21 @@ class DLionTrainerMixin:
     def _votes(self) -> bool:
         return self.args.optim in METHODS
 
+    def _own_optimizer(self) -> Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _virtual_keywords(self, method: Method) -> dict[str, Any]:
+        return {
+            "workers": self.args.virtual_workers,
+            "method": method.optimizer,
+            "adversaries": self.args.adversaries,
+            "adversary": self.args.adversary,
+            **method.keywords(self.args),
+        }
+
     def _observations(self, logs: dict[str, float]) -> dict[str, float]:
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        if not isinstance(optimizer, WorkersOptimizer):
+        optimizer = self._own_optimizer()
+        if not isinstance(optimizer, (WorkersOptimizer, VirtualWorkers)):
             return {}
         parameters = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
         total = optimizer.ledger
@@ -112,11 +157,14 @@ class DLionTrainerMixin:
             if optimizer.workers > 1:
                 dense = fp32_all_reduce_bytes(parameters, optimizer.workers) * new.steps
                 found["fp32_allreduce_ratio"] = new.sent_bytes / dense
-        shares = optimizer.vote_shares() if isinstance(optimizer, DistributedLion) else None
+        shares = optimizer.vote_shares() if isinstance(optimizer, (DistributedLion, VirtualWorkers)) else None
         if shares is not None:
             found |= {"vote_ties": shares.ties, "vote_unanimous": shares.unanimous}
         if "grad_norm" in logs:
-            norm = torch.tensor(logs["grad_norm"], device=self.accelerator.device)
+            if isinstance(optimizer, VirtualWorkers):
+                norm = torch.stack(self._turn_norms).mean()
+            else:
+                norm = torch.tensor(logs["grad_norm"], device=self.accelerator.device)
             found["grad_norm"] = self.accelerator.reduce(norm, reduction="mean").item()
         return {name: round(value, 6) if isinstance(value, float) else value for name, value in found.items()}
 

@@ -4,62 +4,65 @@ from __future__ import annotations
 
 import atexit
 import time
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from .ledger import Ledger
 
 
-class Channel:
-    """A process group with its ledger: every byte that this package sends goes through here.
+class Pending(Protocol):
+    """A collective on its way."""
+
+    def wait(self) -> Any:
+        """Until its tensors are valid."""
+
+
+class Channel(ABC):
+    """A worker's place among the workers, with its ledger: every byte that this package sends goes through here.
 
     Args:
-        group: the workers; None is the default group.
+        rank: this worker's.
+        size: N, the number of workers.
         ledger: where the bytes are counted.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, ledger: Ledger) -> None:
-        self.group = group
+    def __init__(self, rank: int, size: int, ledger: Ledger) -> None:
+        self.rank = rank
+        self.size = size
         self.ledger = ledger
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
-        atexit.unregister(settle)
-        atexit.register(settle)
 
-    def all_gather(self, part: Tensor) -> tuple[Tensor, dist.Work]:
+    def all_gather(self, part: Tensor) -> tuple[Tensor, Pending]:
         """Everyone gets everyone's ``part``. One round; (N-1) * |part| bytes sent and received by each rank.
 
         Args:
             part: any shape, contiguous, the same on every rank.
 
         Returns:
-            ``[N, *part.shape]``, valid once the returned work has been waited for.
+            ``[N, *part.shape]``, valid once what else is returned has been waited for.
         """
         parts = part.new_empty((self.size, *part.shape))
-        work = dist.all_gather_single(parts.view(-1), part.view(-1), group=self.group, async_op=True)
         size = (self.size - 1) * part.nbytes
         self.ledger.record(size, size)
-        assert work is not None
-        return parts, work
+        return parts, self._all_gather(parts, part)
 
-    def all_to_all(self, parts: Tensor) -> tuple[Tensor, dist.Work]:
+    def all_to_all(self, parts: Tensor) -> tuple[Tensor, Pending]:
         """Row i goes to rank i. One round; (N-1)/N * |parts| bytes sent and received by each rank.
 
         Args:
             parts: ``[N, ...]``, contiguous.
 
         Returns:
-            ``[N, ...]``, row i from rank i, valid once the returned work has been waited for.
+            ``[N, ...]``, row i from rank i, valid once what else is returned has been waited for.
         """
         received = torch.empty_like(parts)
-        work = dist.all_to_all_single(received, parts, group=self.group, async_op=True)
         size = (self.size - 1) * parts[0].nbytes
         self.ledger.record(size, size)
-        assert work is not None
-        return received, work
+        return received, self._all_to_all(received, parts)
 
     def gather_integers(self, values: list[int], device: torch.device) -> list[list[int]]:
         """Everyone's ``values`` (64 bits each), by rank. One small round."""
@@ -67,11 +70,50 @@ class Channel:
         work.wait()
         return parts.tolist()
 
+    @abstractmethod
     def gather_objects(self, value: Any) -> list[Any]:
         """Everyone's ``value``, by rank. For error messages only: pickled, and not in the ledger."""
+
+    @abstractmethod
+    def _all_gather(self, parts: Tensor, part: Tensor) -> Pending:
+        """Start to fill ``parts``."""
+
+    @abstractmethod
+    def _all_to_all(self, received: Tensor, parts: Tensor) -> Pending:
+        """Start to fill ``received``."""
+
+
+class ProcessChannel(Channel):
+    """Workers that are processes, joined by torch.distributed.
+
+    Args:
+        group: the workers; None is the default group.
+        ledger: where the bytes are counted.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, ledger: Ledger) -> None:
+        super().__init__(dist.get_rank(group), dist.get_world_size(group), ledger)
+        self.group = group
+        atexit.unregister(settle)
+        atexit.register(settle)
+
+    @override
+    def gather_objects(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    @override
+    def _all_gather(self, parts: Tensor, part: Tensor) -> Pending:
+        work = dist.all_gather_single(parts.view(-1), part.view(-1), group=self.group, async_op=True)
+        assert work is not None
+        return work
+
+    @override
+    def _all_to_all(self, received: Tensor, parts: Tensor) -> Pending:
+        work = dist.all_to_all_single(received, parts, group=self.group, async_op=True)
+        assert work is not None
+        return work
 
 
 def settle() -> None:

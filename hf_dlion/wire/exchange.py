@@ -11,18 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from .collectives import Channel
+from .collectives import Channel, Pending
 from .counting import count_planes, equals, majority, parity_words, popcount
 
 AGGREGATIONS = ("mavo", "avg")
 TIES = ("zero", "alternate")
 EXCHANGES = ("auto", "gather", "sharded")
 
-Sent = tuple[Tensor, dist.Work]
+Sent = tuple[Tensor, Pending]
 
 _SAMPLE_WORDS = 1 << 13
 

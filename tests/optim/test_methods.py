@@ -261,13 +261,13 @@ def test_bits_are_those_of_the_codes() -> None:
 
 
 def ternary_sums(rank: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    from hf_dlion.wire.collectives import Channel
+    from hf_dlion.wire.collectives import ProcessChannel
     from hf_dlion.wire.ledger import Ledger
 
     values = torch.randint(-1, 2, (size,), generator=torch.Generator().manual_seed(rank), dtype=torch.int8)
     everyone = [torch.empty_like(values) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, values)
-    return sum_ternary(Channel(None, Ledger()), values), torch.stack(everyone).int().sum(0)
+    return sum_ternary(ProcessChannel(None, Ledger()), values), torch.stack(everyone).int().sum(0)
 
 
 @pytest.mark.parametrize(("workers", "size"), [(2, 1), (3, 5000), (4, 1024)])

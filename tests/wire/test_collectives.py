@@ -10,12 +10,12 @@ VOTE_AND_EXIT = """
 import sys
 import torch
 import torch.distributed as dist
-from hf_dlion.wire.collectives import Channel
+from hf_dlion.wire.collectives import ProcessChannel
 from hf_dlion.wire.ledger import Ledger
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=sys.argv[1], rank=int(sys.argv[2]), world_size=4)
-channel = Channel(None, Ledger())
+channel = ProcessChannel(None, Ledger())
 for step in range(3):
     votes, work = channel.all_gather(torch.arange(4))
     work.wait()

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from hf_dlion.wire.collectives import Channel
+from hf_dlion.wire.collectives import ProcessChannel
 from hf_dlion.wire.exchange import make_exchange
 from hf_dlion.wire.ledger import Ledger
 from tests.harness import run_workers
@@ -41,7 +41,7 @@ def decide_everything(rank: int, workers: int) -> None:
         ("gather", "sharded"), ("mavo", "avg"), ("zero", "alternate"), (32, 96, 160), (0, 1)
     ):
         case = f"{kind} {aggregation} {tie} {words} {step}"
-        exchange = make_exchange(kind, Channel(None, Ledger()), words, aggregation, tie, CPU)
+        exchange = make_exchange(kind, ProcessChannel(None, Ledger()), words, aggregation, tie, CPU)
         votes, notes = exchange.receive(exchange.send(votes_of(rank, words), note), words)
         decision = exchange.decide(votes, words, step, padding_share=0.0)()
         level = sum(unpack(plane) << p for p, plane in enumerate(decision.planes)).float()
@@ -57,7 +57,7 @@ def test_decisions_equal_an_unpacked_count(workers: int) -> None:
 
 def sent_words(rank: int, kind: str, aggregation: str, tie: str, words: int) -> tuple[str, float, float]:
     ledger = Ledger()
-    exchange = make_exchange(kind, Channel(None, ledger), words, aggregation, tie, CPU)
+    exchange = make_exchange(kind, ProcessChannel(None, ledger), words, aggregation, tie, CPU)
     sent = exchange.send(votes_of(rank, words), torch.empty(0, dtype=torch.int32))
     exchange.decide(exchange.receive(sent, words)[0], words, 0, 0.0)()
     return type(exchange).__name__, ledger.sent_bytes / 4 / words, ledger.received_bytes / 4 / words
@@ -91,7 +91,7 @@ def test_auto_gathers_a_buffer_too_small_to_share_out() -> None:
 
 def statistics(rank: int, kind: str) -> tuple[int, int, int, float]:
     words = 160
-    exchange = make_exchange(kind, Channel(None, Ledger()), words, "mavo", "zero", CPU)
+    exchange = make_exchange(kind, ProcessChannel(None, Ledger()), words, "mavo", "zero", CPU)
     votes, _ = exchange.receive(exchange.send(votes_of(rank, words), torch.empty(0, dtype=torch.int32)), words)
     exchange.decide(votes, words, 0, padding_share=0.25)()
     seen = exchange.statistics

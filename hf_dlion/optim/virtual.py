@@ -1,0 +1,204 @@
+"""Virtual workers: N workers of any method inside one process, for studies without a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..wire.ledger import Ledger
+from ..wire.local import LocalGroup, LocalWorker
+from .agreement import digest
+from .dlion import DistributedLion, VoteShares
+from .workers import STEP, WorkersOptimizer
+
+ADVERSARIES = ("flip", "random")
+
+_NOT_SHARED = ("params", "param_names", STEP)
+
+
+class VirtualWorkers(Optimizer):
+    """N workers that take turns with one model, each with the method's own optimizer, state and code on the wire.
+
+    ::
+
+        optimizer = VirtualWorkers(model.parameters(), 8, DistributedLion, lr=1e-4)
+        for batches in loader:                 # one batch for each worker
+            for batch in batches:
+                loss(model, batch).backward()
+                optimizer.next_worker()        # takes the gradients as those of the next worker, and clears them
+            optimizer.step()                   # the exchange among all of them, and the update
+
+    The parameters are bit for bit those that N processes would have, and ``ledger`` has the bytes that each of them
+    would send. Every worker holds its own copy of the parameters, their gradients and its state: N times the memory
+    of one. A worker that had no turn before a step has no gradients in it.
+
+    Args:
+        params: parameters, named parameters or param groups of the model.
+        workers: N.
+        method: makes the optimizer of one worker: a class of ``hf_dlion.optim.registry.METHODS``.
+        adversaries: how many workers, the last ones, send what is not theirs.
+        adversary: ``"flip"``: a gradient's negative; or ``"random"``: its magnitudes under random signs.
+        options: keyword arguments of ``method``.
+
+    Raises:
+        ValueError: fewer than two workers, more adversaries than workers, an unknown kind of adversary, or what
+            ``method`` raises.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        workers: int,
+        method: Callable[..., WorkersOptimizer],
+        *,
+        adversaries: int = 0,
+        adversary: str = "flip",
+        **options: Any,
+    ) -> None:
+        if workers < 2:
+            raise ValueError(f"workers={workers}: virtual workers are at least 2; one worker is the method itself.")
+        if not 0 <= adversaries <= workers:
+            raise ValueError(f"adversaries={adversaries} of {workers} workers: it is a number from 0 to {workers}.")
+        if adversary not in ADVERSARIES:
+            raise ValueError(f"adversary={adversary!r} is not known; it is one of {', '.join(map(repr, ADVERSARIES))}.")
+        self.members: list[WorkersOptimizer] = []
+        super().__init__(params, {})
+        self.workers = workers
+        self._honest = workers - adversaries
+        self._adversary = adversary
+        self._group = LocalGroup(workers)
+        for rank in range(workers):
+            groups = [_copied(group, clone=rank > 0) for group in self.param_groups]
+            self.members.append(method(groups, process_group=LocalWorker(self._group, rank), **options))
+        self.param_groups = self.members[0].param_groups
+        self.defaults = self.members[0].defaults
+        self._turns: list[list[Tensor | None]] = []
+
+    @property
+    def ledger(self) -> Ledger:
+        """What the first worker would have sent and received."""
+        return self.members[0].ledger
+
+    @property
+    def gradients(self) -> list[list[Tensor | None]]:
+        """By worker that has had its turn, by parameter; until the step."""
+        return self._turns
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with a state of zeros."""
+        if not self.members:
+            super().add_param_group(param_group)
+            return
+        first, *others = self.members
+        first.add_param_group(param_group)
+        for member in others:
+            member.add_param_group(_copied(first.param_groups[-1], clone=True))
+
+    @torch.no_grad()
+    def next_worker(self) -> None:
+        """Take the gradients, after a backward, as those of the next worker, and clear them.
+
+        Raises:
+            RuntimeError: all workers have had their turn.
+        """
+        rank = len(self._turns)
+        if rank == self.workers:
+            raise RuntimeError(f"all {rank} workers have had their turn. Call step() before the next one's.")
+        parameters = self._parameters()
+        gradients = [parameter.grad for parameter in parameters]
+        if rank >= self._honest:
+            generator = torch.Generator(parameters[0].device)
+            generator.manual_seed(digest((rank, self.param_groups[0][STEP])))
+            gradients = [None if g is None else self._tampered(g, generator) for g in gradients]
+        self._turns.append(gradients)
+        for parameter in parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """The exchange among all workers, and the update.
+
+        Args:
+            closure: None; a loss cannot be computed again for all workers at once.
+
+        Raises:
+            RuntimeError: there are gradients that no worker has taken; or as the method's ``step``.
+            FloatingPointError: as the method's ``step``.
+        """
+        if closure is not None:
+            raise ValueError("a closure was given, but virtual workers have taken their gradients before the step.")
+        if any(parameter.grad is not None for parameter in self._parameters()):
+            raise RuntimeError(
+                "there are gradients that no virtual worker has taken. Call next_worker() after each worker's backward."
+            )
+        first, *others = self.members
+        for member in others:
+            for group, shared in zip(member.param_groups, first.param_groups, strict=True):
+                group.update({name: value for name, value in shared.items() if name not in _NOT_SHARED})
+        if not first.opened:
+            # As DistributedDataParallel does: all start with the first one's.
+            for member in others:
+                for own, theirs in zip(_parameters_of(member), _parameters_of(first), strict=True):
+                    own.copy_(theirs)
+        nothing: list[Tensor | None] = [None] * len(self._parameters())
+        turns, self._turns = self._turns, []
+        for rank, member in enumerate(self.members):
+            gradients = turns[rank] if rank < len(turns) else nothing
+            for parameter, gradient in zip(_parameters_of(member), gradients, strict=True):
+                parameter.grad = gradient
+        try:
+            self._group.run(lambda rank: self.members[rank].step())
+        finally:
+            for member in self.members:
+                member.zero_grad()
+
+    def vote_shares(self) -> VoteShares | None:
+        """As :meth:`DistributedLion.vote_shares`; None for other methods."""
+        if not isinstance(self.members[0], DistributedLion):
+            return None
+        return self._group.run(lambda rank: self.members[rank].vote_shares())[0]  # type: ignore[attr-defined]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every worker, and the param groups."""
+        workers = [member.state_dict() for member in self.members]
+        return {"state": {}, "param_groups": workers[0]["param_groups"], "workers": workers}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: it is of another number of workers, or does not fit the parameters.
+        """
+        found = state_dict.get("workers", ())
+        if len(found) != self.workers:
+            raise ValueError(
+                f"this state is of {len(found) or 'no'} virtual workers, and here are {self.workers}. Go on with as "
+                "many as it was written by."
+            )
+        for member, own in zip(self.members, found, strict=True):
+            member.load_state_dict(own)
+        self.param_groups = self.members[0].param_groups
+
+    def _parameters(self) -> list[Tensor]:
+        return _parameters_of(self.members[0])
+
+    def _tampered(self, gradient: Tensor, generator: torch.Generator) -> Tensor:
+        if self._adversary == "flip":
+            return -gradient
+        heads = torch.rand(gradient.shape, generator=generator, device=gradient.device) < 0.5
+        return torch.where(heads, gradient, -gradient)
+
+
+def _parameters_of(member: WorkersOptimizer) -> list[Tensor]:
+    return [parameter for group in member.param_groups for parameter in group["params"]]
+
+
+def _copied(group: dict[str, Any], clone: bool) -> dict[str, Any]:
+    params = [parameter.detach().clone() if clone else parameter for parameter in group["params"]]
+    names = group.get("param_names")
+    rest = {name: value for name, value in group.items() if name not in _NOT_SHARED}
+    return {**rest, "params": params if names is None else list(zip(names, params, strict=True))}

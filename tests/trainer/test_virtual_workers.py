@@ -1,0 +1,81 @@
+"""Virtual workers in the Trainer, against as many processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_dlion.trainer.report import run_report
+from tests.harness import run_workers
+from tests.trainer import tiny
+from tests.trainer.test_trainer import weights
+
+# Times; and the epoch, which processes count in rounded-up batches of their own.
+DIFFERENT = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "epoch")
+
+
+def train(rank: int, folder: str, options: dict[str, Any]) -> tuple[list[dict[str, float]], torch.Tensor, Any]:
+    trainer = tiny.trainer(rank, folder, **options)
+    trainer.train()
+    log = [{key: value for key, value in entry.items() if key not in DIFFERENT} for entry in trainer.state.log_history]
+    return log, weights(trainer.model), run_report(trainer)
+
+
+@pytest.mark.parametrize(("optim", "workers"), [("dlion_mavo", 3), ("dlion_avg", 2), ("terngrad", 2)])
+def test_bitwise_what_processes_train(optim: str, workers: int, tmp_path: Path) -> None:
+    options = {"optim": optim, "max_steps": 5, "logging_steps": 1, "max_grad_norm": 0.5}
+    processes = run_workers(train, workers, str(tmp_path), options)
+    log, ours, report = train(0, str(tmp_path), options | {"virtual_workers": workers})
+    expected_log, theirs, expected = processes[0]
+    assert torch.equal(ours, theirs)
+    for entry, reference in zip(log, expected_log, strict=True):
+        assert entry == pytest.approx(reference, rel=1e-5)  # losses and norms are summed in another order
+    for key in ("workers", "rows_per_step", "bytes_sent", "bytes_received", "bytes_fp32_allreduce", "steps"):
+        assert report[key] == expected[key]
+    assert report["gradient_accumulation_steps"] == 1
+
+
+def test_resumes_with_every_worker_s_momentum(tmp_path: Path) -> None:
+    options = {"virtual_workers": 3, "max_steps": 6, "lr_scheduler_type": "constant"}
+    _, whole, _ = train(0, str(tmp_path / "whole"), options)
+    train(0, str(tmp_path), options | {"max_steps": 3, "save_strategy": "steps", "save_steps": 3})
+    trainer = tiny.trainer(0, tmp_path, **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert torch.equal(weights(trainer.model), whole)
+
+
+def test_adversaries_change_the_vote(tmp_path: Path) -> None:
+    options = {"virtual_workers": 3, "max_steps": 2}
+    _, honest, _ = train(0, str(tmp_path), options)
+    _, flipped, report = train(0, str(tmp_path), options | {"adversaries": 1})
+    assert not torch.equal(honest, flipped)
+    assert report["adversaries"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"virtual_workers": 0}, "virtual_workers=0"),
+        ({"virtual_workers": 2, "optim": "adamw_torch"}, "'adamw_torch'.*gadamw"),
+        ({"virtual_workers": 4, "gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2"),
+        ({"adversaries": 1}, "adversaries=1 with virtual_workers=1"),
+        ({"virtual_workers": 2, "adversaries": 3}, "adversaries=3"),
+        ({"virtual_workers": 2, "adversaries": 1, "adversary": "liar"}, "adversary='liar'"),
+    ],
+)
+def test_wrong_arguments(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny.arguments(tmp_path, **options)
+
+
+def refused(rank: int, folder: str) -> str:
+    with pytest.raises(ValueError, match="virtual_workers=2 in 2 processes") as caught:
+        tiny.trainer(rank, folder, virtual_workers=2)
+    return str(caught.value)
+
+
+def test_not_in_several_processes(tmp_path: Path) -> None:
+    run_workers(refused, 2, str(tmp_path))
