@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import numpy as np
 from PIL import Image
+from text_corpora import DataError, reason
 
 EMBEDDED = "digits"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -21,10 +22,6 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 TEST_SPLITS = ("validation", "val", "test")
 _DIGITS_FOR_TESTING = 360
 _LAYOUT = "train/CLASS/NAME.jpg and test/CLASS/NAME.jpg (or validation/, val/)"
-
-
-class DataError(ValueError):
-    """The data asked for cannot be used; the message says what was given, why not, and what to do instead."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +136,7 @@ def _local(path: Path) -> ImageData:
     classes = sorted({file.parts[-2] for file in by_split["train"]})
     if unknown := {file.parts[-2] for file in by_split[test]} - set(classes):
         raise DataError(f"--dataset {path}: {test} has classes that train has not: {', '.join(sorted(unknown))}.")
-    return ImageData(str(path), *(_labelled(by_split[name], classes) for name in ("train", test)), classes)
+    return ImageData(str(path), _labelled(by_split["train"], classes), _labelled(by_split[test], classes), classes)
 
 
 def _labelled(files: list[_File], classes: list[str]) -> Split:
@@ -179,8 +176,8 @@ def _hub(dataset: str) -> ImageData:
     except Exception as error:  # the hub's client has a different class for each of the many ways to fail
         raise DataError(
             f"--dataset {dataset}: no file or folder of that name here, and loading it from the hub failed: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__} Give a path, a hub "
-            f"id that can be loaded from here, or '{EMBEDDED}', which needs no network."
+            f"{reason(error)}. Give a path, a hub id that can be loaded from here, or '{EMBEDDED}', which needs no "
+            "network."
         ) from error
     return from_splits(dataset, splits)
 

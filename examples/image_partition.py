@@ -17,9 +17,10 @@ class PartitionError(ValueError):
 
 
 class Draw(NamedTuple):
-    """One look at an image: its index, and how often its worker had been through all of its images before."""
+    """One look at an image, and how often its worker had been through all of its images before."""
 
-    index: int
+    image: int
+    """Its index."""
     passes: int
 
 
@@ -69,7 +70,7 @@ def partition(labels: Sequence[int], workers: int, alpha: float | None, seed: in
 class WorkerBatchSampler(BatchSampler):
     """Batches of worker 0, 1, ..., N - 1, and again from worker 0: batch j is of worker j mod N.
 
-    accelerate gives batch j to process j mod N, and virtual workers take the same turns, so that a worker meets the same
+    accelerate gives batch j to process j mod N, and virtual workers take the same turns, so a worker meets the same
     images whether it is a process or not. An epoch has as many rounds as N batches fit into all images. Each worker
     goes through its part in a new order every time, and on from one epoch to the next: a worker with a small part has
     begun it again before the epoch ends, and one with a large part goes on with the rest in the next epoch.
@@ -103,5 +104,5 @@ class WorkerBatchSampler(BatchSampler):
         passes, met = divmod(self.epoch * self.rounds * self.batch_size, len(part))
         while True:
             order = np.random.default_rng((self.seed, passes, worker)).permutation(part)
-            yield from (Draw(int(index), passes) for index in order[met:])
+            yield from (Draw(int(image), passes) for image in order[met:])
             passes, met = passes + 1, 0

@@ -1,6 +1,5 @@
 """What a model sees of an image: for training a random part of it, for testing always the same."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ _KEPT_BYTES = 2**30
 _AREA, _ASPECT, _TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
 
 Pixels = NDArray[np.uint8]
-"""Height, width, 3 colours."""
+"""[height, width, 3 colours]"""
 
 
 def image_size(data: ImageData) -> int:
@@ -36,7 +35,8 @@ class TestImages(Dataset[dict[str, Any]]):
 
     def __init__(self, split: Split, size: int) -> None:
         self.split, self.size = split, size
-        self._kept: Sequence[Pixels] | None = None
+        # [images, height, width, 3]: decoding costs more than the rest
+        self._kept: Pixels | None = None
         if size <= SMALL and len(split.labels) * 3 * size**2 <= _KEPT_BYTES:
             self._kept = np.stack([self._decoded(index) for index in range(len(split.labels))])
 
@@ -75,12 +75,12 @@ class TrainImages(Dataset[dict[str, Any]]):
         random = np.random.default_rng((self.seed, *draw))
         split, size = self.whole.split, self.whole.size
         if size <= SMALL:
-            pixels = _shifted(self.whole.pixels(draw.index), size // 8, random)
+            pixels = _shifted(self.whole.pixels(draw.image), size // 8, random)
         else:
-            pixels = np.asarray(_random_part(split.images[draw.index].convert("RGB"), size, random))
+            pixels = np.asarray(_random_part(split.images[draw.image].convert("RGB"), size, random))
         if self.mirrored and random.random() < 0.5:
             pixels = pixels[:, ::-1]
-        return {"pixel_values": pixels, "labels": split.labels[draw.index]}
+        return {"pixel_values": pixels, "labels": split.labels[draw.image]}
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -31,10 +31,11 @@ from typing import Any
 import numpy as np
 import torch
 from arguments import ArgumentsError, checkpoint_to_resume, parse_arguments
-from image_data import EMBEDDED, DataError, load_image_data
+from image_data import EMBEDDED, load_image_data
 from image_partition import PartitionError, WorkerBatchSampler, partition
 from image_views import TestImages, TrainImages, collate, image_processor, image_size
 from run_results import ReportLastStep, train_and_report
+from text_corpora import DataError
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, set_seed
 from vit_models import MINI, NAMES, ModelError, build_model
@@ -80,7 +81,7 @@ class ScriptArguments:
     dirichlet: float | None = field(
         default=None,
         metadata={
-            "help": "Deal every class out to the workers in shares drawn from a Dirichlet distribution with this alpha: "
+            "help": "Deal each class out to the workers in shares drawn from a Dirichlet distribution with this alpha: "
             "the smaller, the fewer classes a worker has. Without it, all have the same mixture."
         },
     )
