@@ -3,13 +3,13 @@
 Two processes on the CPU, on scikit-learn's handwritten digits (nothing is downloaded; `pip install '.[vision]'`):
 
     accelerate launch --config_file examples/configs/cpu_2.yaml examples/train_vit.py --use_cpu \\
-        --optim dlion_mavo --learning_rate 1e-3 --num_train_epochs 20
+        --optim dlion_mavo --learning_rate 5e-4 --num_train_epochs 20
 
 Four workers that take turns in one process, with the same images for each as if they were processes, here of unequal
 classes:
 
     python examples/train_vit.py --use_cpu --virtual_workers 4 --dirichlet 0.5 --optim dlion_mavo \\
-        --learning_rate 1e-3 --num_train_epochs 20
+        --learning_rate 5e-4 --num_train_epochs 20
 
 CIFAR-10 as in the paper, on GPUs, and a smaller model on your own images, in a folder or in zip files, with
 `train/CLASS/NAME.jpg` and `test/CLASS/NAME.jpg`:
