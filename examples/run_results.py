@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from hf_dlion import DLionTrainer
 from hf_dlion.trainer.report import run_report
@@ -16,7 +17,8 @@ class ReportLastStep(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True
-            control.should_evaluate = True
+            # Under "epoch" the Trainer validates at the end of the last epoch by itself.
+            control.should_evaluate = args.eval_strategy != IntervalStrategy.EPOCH
 
 
 def train_and_report(
@@ -33,7 +35,7 @@ def train_and_report(
         checkpoint: where to go on, or None.
         about: what the script knows of the run: at least `model` and `dataset`.
         model_card: whether to write the card of the model as well.
-        loss_key: entry of the log with the validation loss, in nats per token.
+        loss_key: entry of the log with the validation loss, in nats per token or image.
 
     Returns:
         What `results.json` has.
@@ -52,11 +54,11 @@ def train_and_report(
 
 
 def table(results: dict[str, Any]) -> str:
-    def shown(key: str, form: str, otherwise: str) -> str:
+    def shown(key: str, form: str, otherwise: str | None) -> str | None:
         return otherwise if results[key] is None else form.format(results[key])
 
     steps = results["bytes_counted_steps"]
-    rows = {
+    rows: dict[str, str | None] = {
         "method": results["method"],
         "workers": str(results["workers"]),
         "model": f"{results['model']}, {results['trainable_parameters']:,} trainable parameters",
@@ -65,11 +67,12 @@ def table(results: dict[str, Any]) -> str:
         "train loss": shown("train_loss", "{:.3f}", "not logged"),
         "validation loss, first": shown("validation_loss_first", "{:.3f}", ""),
         "validation loss, last": shown("validation_loss_last", "{:.3f}", ""),
-        "validation perplexity": shown("validation_perplexity", "{:.1f}", ""),
+        "validation perplexity": shown("validation_perplexity", "{:.1f}", None),
+        "validation accuracy": shown("validation_accuracy", "{:.1%}", None),
         "seconds": shown("seconds", "{:.0f}", ""),
         f"bytes a worker sent, {steps} steps": shown("bytes_sent", "{:,.0f}", "not counted"),
         "bytes of an fp32 all-reduce": shown("bytes_fp32_allreduce", "{:,.0f}", ""),
         "all-reduce over sent": shown("fp32_allreduce_over_sent", "{:.1f}", "-"),
     }
     width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items() if value is not None)

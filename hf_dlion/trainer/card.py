@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import Trainer
 
 from ..optim.registry import METHODS
-from .report import run_report
+from .report import TEXT_GENERATION, run_report
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +21,11 @@ EVALUATION = "## Evaluation"
 
 _PAPER = "[Liu et al., NeurIPS 2024](https://arxiv.org/abs/2404.00438)"
 _REPORTED_DATASET = "validation"
+_METRICS = {
+    "loss": "validation_loss_last",
+    "perplexity": "validation_perplexity",
+    "accuracy": "validation_accuracy",
+}
 
 
 def write_card(trainer: Trainer, loss_key: str = "eval_loss", **about: Any) -> Path:
@@ -31,7 +36,7 @@ def write_card(trainer: Trainer, loss_key: str = "eval_loss", **about: Any) -> P
 
     Args:
         trainer: after ``train()``.
-        loss_key: entry of its log with the validation loss, in nats per token.
+        loss_key: entry of its log with the validation loss, in nats: per token, or per row of a classifier.
         about: the arguments of ``Trainer.create_model_card``.
 
     Returns:
@@ -46,7 +51,7 @@ def write_card(trainer: Trainer, loss_key: str = "eval_loss", **about: Any) -> P
         language=about.get("language"),
         license=about.get("license"),
         library_name="peft" if _is_adapter(trainer) else "transformers",
-        pipeline_tag=_first(about.get("tasks")) or "text-generation",
+        pipeline_tag=_first(about.get("tasks")) or report["task"],
         tags=["hf_dlion", report["method"], *_listed(about.get("tags"))],
         base_model=_base_model(trainer, about.get("finetuned_from")),
         datasets=[d for d in _listed(about.get("dataset_tags")) + _listed(about.get("dataset")) if _on_the_hub(d)]
@@ -56,7 +61,8 @@ def write_card(trainer: Trainer, loss_key: str = "eval_loss", **about: Any) -> P
     )
     if not data.eval_results:
         data.model_name = None
-    curve = _draw(trainer.state.log_history, loss_key, folder / CURVE)
+    unit = "nats per token" if report["task"] == TEXT_GENERATION else "nats"
+    curve = _draw(trainer.state.log_history, loss_key, unit, folder / CURVE)
     body = _body(name, report, _listed(about.get("dataset")), curve)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}{kept_section}").save(path)
     return path
@@ -74,9 +80,9 @@ def _kept(path: Path) -> tuple[list[EvalResult], str]:
 def _own_results(report: dict[str, Any], about: dict[str, Any]) -> list[EvalResult]:
     if report["validation_loss_last"] is None:
         return []
-    task = _first(about.get("tasks")) or "text-generation"
+    task = _first(about.get("tasks")) or report["task"]
     name = ", ".join(_listed(about.get("dataset"))) or "held out"
-    figures = {"loss": report["validation_loss_last"], "perplexity": report["validation_perplexity"]}
+    figures = {metric: report[key] for metric, key in _METRICS.items()}
     return [
         EvalResult(
             task_type=task,
@@ -87,6 +93,7 @@ def _own_results(report: dict[str, Any], about: dict[str, Any]) -> list[EvalResu
             metric_value=round(value, 4),
         )
         for metric, value in figures.items()
+        if value is not None
     ]
 
 
@@ -116,7 +123,11 @@ def _body(name: str, report: dict[str, Any], datasets: list[str], curve: bool) -
         "training loss": _shown(report["train_loss"], ".4f"),
         "validation loss, first": _shown(report["validation_loss_first"], ".4f"),
         "validation loss, last": _shown(report["validation_loss_last"], ".4f"),
-        "validation perplexity": _shown(report["validation_perplexity"], ".2f"),
+        **{
+            f"validation {metric}": format(report[_METRICS[metric]], form)
+            for metric, form in (("perplexity", ".2f"), ("accuracy", ".2%"))
+            if report[_METRICS[metric]] is not None
+        },
         "seconds": _shown(report["seconds"], ".0f"),
         f"bytes a worker sent, {report['bytes_counted_steps']} steps": _shown(report["bytes_sent"], ",d"),
         "bytes of an fp32 all-reduce": _shown(report["bytes_fp32_allreduce"], ",d"),
@@ -147,7 +158,7 @@ def _shown(value: float | None, form: str) -> str:
     return "not measured" if value is None else format(value, form)
 
 
-def _draw(history: list[dict[str, Any]], loss_key: str, path: Path) -> bool:
+def _draw(history: list[dict[str, Any]], loss_key: str, unit: str, path: Path) -> bool:
     """Whether there is a picture now."""
     curves = {
         label: [(entry["step"], entry[key]) for entry in history if key in entry]
@@ -165,7 +176,7 @@ def _draw(history: list[dict[str, Any]], loss_key: str, path: Path) -> bool:
     for label, points in curves.items():
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="." if label == "validation" else None)
-    axes.set(xlabel="step", ylabel="loss, nats per token")
+    axes.set(xlabel="step", ylabel=f"loss, {unit}")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

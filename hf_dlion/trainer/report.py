@@ -18,6 +18,9 @@ from ..optim.workers import WorkersOptimizer
 from ..wire.ledger import fp32_all_reduce_bytes
 
 _PACKAGES = ("hf-dlion", "torch", "transformers", "accelerate", "datasets", "peft")
+TEXT_GENERATION = "text-generation"
+# transformers' name of a model's loss: the hub's name of its task
+_CLASSIFICATION = {"ForImageClassification": "image-classification", "ForSequenceClassification": "text-classification"}
 _MAX_EXPONENT = 700.0  # of what a float can hold: the perplexity of a run that blew up
 
 
@@ -26,19 +29,25 @@ def run_report(trainer: Trainer, loss_key: str = "eval_loss") -> dict[str, Any]:
 
     Args:
         trainer: after ``train()``.
-        loss_key: entry of its log with the validation loss, in nats per token.
+        loss_key: entry of its log with the validation loss, in nats: per token, or per row of a classifier.
 
     Returns:
         Settings, losses (of the whole history of a resumed run), seconds of ``train()``, versions, the command of this
         process, and the bytes that this rank handed to collectives for the ``bytes_counted_steps`` of this process,
         beside those of an fp32 all-reduce. None where there is no figure: bytes of transformers' own optimizers, a
-        validation loss without validation.
+        validation loss without validation, the perplexity of a classifier, an accuracy that no metric of the Trainer
+        measured.
     """
     args, history = trainer.args, trainer.state.log_history
+    accuracy_key = f"{loss_key.removesuffix('loss')}accuracy"
     training = [entry["loss"] for entry in history if "loss" in entry]
     validation = [entry[loss_key] for entry in history if loss_key in entry]
+    accuracy = [entry[accuracy_key] for entry in history if accuracy_key in entry]
+    task = _CLASSIFICATION.get(str(getattr(trainer.model, "loss_type", None)), TEXT_GENERATION)
+    per_token = task == TEXT_GENERATION
     seconds = [entry["train_runtime"] for entry in history if "train_runtime" in entry]
     return {
+        "task": task,
         "method": method_name(args),
         "method_options": method_options(args),
         "workers": _workers(args),
@@ -50,7 +59,8 @@ def run_report(trainer: Trainer, loss_key: str = "eval_loss") -> dict[str, Any]:
         "train_loss": training[-1] if training else None,
         "validation_loss_first": validation[0] if validation else None,
         "validation_loss_last": validation[-1] if validation else None,
-        "validation_perplexity": math.exp(min(validation[-1], _MAX_EXPONENT)) if validation else None,
+        "validation_perplexity": math.exp(min(validation[-1], _MAX_EXPONENT)) if validation and per_token else None,
+        "validation_accuracy": accuracy[-1] if accuracy else None,
         "seconds": seconds[-1] if seconds else None,
         **_traffic(trainer),
         "learning_rate": args.learning_rate,

@@ -194,7 +194,7 @@ class DLionTrainer(DLionTrainerMixin, Trainer):
         Args:
             language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args: as in
                 ``Trainer.create_model_card``. Names that are no repository's are in the text only.
-            loss_key: entry of the log with the validation loss, in nats per token.
+            loss_key: entry of the log with the validation loss, in nats: per token, or per row of a classifier.
         """
         if self.is_world_process_zero():
             write_card(
