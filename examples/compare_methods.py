@@ -36,13 +36,16 @@ def record(study: Study, run: Run, root: Path) -> dict[str, Any] | None:
     parameter_steps = results["trainable_parameters"] * results["bytes_counted_steps"]
     received = results.get("bytes_received")
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    accuracies = [[entry["epoch"], entry["eval_accuracy"]] for entry in history if "eval_accuracy" in entry]
+    if not accuracies:
+        raise StudyError(f"{root / run.folder}: its log has no eval_accuracy. Let the script evaluate, each epoch.")
     return {
         "folder": run.folder,
         **asdict(run),
         "settings": study.settings(run.method) | {"learning_rate": run.learning_rate},
-        "final_accuracy": results["final_accuracy"],
+        "final_accuracy": accuracies[-1][1],
         "final_loss": losses[-1] if losses and math.isfinite(losses[-1]) else None,
-        "accuracies": [[entry["epoch"], entry["eval_accuracy"]] for entry in history if "eval_accuracy" in entry],
+        "accuracies": accuracies,
         "bits_sent": 8 * results["bytes_sent"] / parameter_steps,
         "bits_received": None if received is None else 8 * received / parameter_steps,
         **{key: results.get(key) for key in ("trainable_parameters", "steps", "seconds", "versions", "machine")},

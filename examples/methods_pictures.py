@@ -1,15 +1,19 @@
 """The paper's pictures of a comparison of methods, from its summary."""
 
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullLocator
+try:  # now, not after hours of runs
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter, NullLocator
+except ImportError:
+    sys.exit("compare_methods.py draws with matplotlib, which is missing: pip install 'hf-dlion[plot]'")
 
 _COLOURS = (
     "#1f77b4",
@@ -145,7 +149,7 @@ def _over_adversaries(runs: Sequence[Mapping[str, Any]], looks: Mapping[str, Any
     kinds = sorted({run["adversary"] for run in runs if run["adversaries"]})
     figure, panels = _panels(len(kinds))
     figure.set_size_inches(_PANEL * max(1.5, len(kinds)) + _LEGEND, _HEIGHT)
-    titles = {"flip": "signs flipped", "random": "signs at random"}
+    titles = {"flip": "they negate their gradient", "random": "they draw its signs at random"}
     for axes, kind in zip(panels, kinds, strict=True):
         here = [run for run in runs if run["adversary"] in (None, kind)]
         for (label,), group in grouped(here, "method").items():

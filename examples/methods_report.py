@@ -19,14 +19,14 @@ def page(summary: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
         f"decay for all runs of a method.\n\n{accuracy_table(summary)}",
         *(f"{shown}:\n\n![{shown}]({name})" for name, shown in pictures.items()),
         _adversaries(summary),
-        _BITS + bits_table(runs_of(summary, "ordinary")),
+        bits_section(runs_of(summary, "ordinary")),
         _search(summary),
         _how(summary),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-_BITS = """## Bits per parameter and step (the paper's Table 1)
+BITS = """## Bits per parameter and step (the paper's Table 1)
 
 The paper counts between a worker and the server. Here the workers are the server together: each one sends its part of
 the votes up to the others, and its part of the decision down to them. "Predicted" are the bits of that code; "counted"
@@ -62,8 +62,10 @@ def _accuracy(runs: Sequence[Mapping[str, Any]], wanted: int) -> str:
     return f"{statistics.fmean(found):.2f}{spread}; {count}"
 
 
-def bits_table(runs: Sequence[Mapping[str, Any]]) -> str:
+def bits_section(runs: Sequence[Mapping[str, Any]]) -> str:
     """Of each method and number of workers, what is predicted, and what the first run counted."""
+    if not runs:
+        return ""
     rows = []
     for (label, workers), (run, *_) in grouped(runs, "method", "workers").items():
         settings = run["settings"]
@@ -84,7 +86,7 @@ def bits_table(runs: Sequence[Mapping[str, Any]]) -> str:
             ]
         )
     head = ["method", "workers", "paper: up, down", "predicted: up + down", "counted: sent", "received"]
-    return _table([*head, "sent / predicted"], rows)
+    return BITS + _table([*head, "sent / predicted"], rows)
 
 
 def _adversaries(summary: Mapping[str, Any]) -> str:
@@ -108,7 +110,7 @@ def _adversaries(summary: Mapping[str, Any]) -> str:
     table = _table(["method", "adversaries", "0", *map(str, wanted["counts"])], rows)
     return (
         f"## With adversaries\n\nFinal test accuracy, % (and seeds, as above), with so many of {wanted['workers']} "
-        f"workers that send their signs flipped (`flip`) or drawn at random (`random`).\n\n{table}"
+        f"workers that negate their gradient (`flip`) or draw its signs at random (`random`).\n\n{table}"
     )
 
 

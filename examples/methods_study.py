@@ -11,7 +11,7 @@ from study_cells import Cell, StudyError
 
 from hf_dlion.optim.registry import METHODS
 
-NEEDS = ("final_accuracy", "log_history", "trainable_parameters", "bytes_counted_steps", "bytes_sent")
+NEEDS = ("log_history", "trainable_parameters", "bytes_counted_steps", "bytes_sent")
 
 # The paper's for CIFAR-10 (arXiv 2404.00438); Signum takes Lion's.
 _LION = {"learning_rate": 5e-5, "weight_decay": 5e-3}
@@ -119,8 +119,8 @@ class Study:
     def check(self) -> None:
         if not Path(self.script).is_file():
             raise StudyError(f"script: there is no {self.script}; its path is from where the command is run.")
-        for name, values in (("workers", self.workers), ("seeds", self.seeds)):
-            _check_counts(name, values)
+        _check_counts("workers", self.workers, least=1)
+        _check_counts("seeds", self.seeds)
         _mapping(self.arguments, "arguments")
         for where, arguments in {"arguments": self.arguments, **self.methods}.items():
             if taken := [key for key in _CHOSEN_HERE if key in arguments]:
@@ -140,7 +140,9 @@ class Study:
             self._check_adversaries(self.adversaries)
         if self.tune is not None:
             factors = self.tune.factors
-            _check_counts("tune: workers and seed", [self.tune.workers, self.tune.seed])
+            _check_counts("tune: workers, seed", [self.tune.workers, self.tune.seed])
+            if self.tune.epochs is not None and not _is_positive(self.tune.epochs):
+                raise StudyError(f"tune: epochs={self.tune.epochs!r} is not a number above 0.")
             if not isinstance(factors, list) or len(set(factors)) < 2 or not all(_is_positive(f) for f in factors):
                 raise StudyError(
                     f"tune: factors={factors} is not a search; give at least two different numbers above 0."
@@ -149,14 +151,13 @@ class Study:
     def _check_adversaries(self, adversaries: Adversaries) -> None:
         if unknown := [label for label in adversaries.methods if label not in self.methods]:
             raise StudyError(f"adversaries: {', '.join(unknown)} is not among the methods {', '.join(self.methods)}.")
-        _check_counts("adversaries: counts", adversaries.counts)
+        _check_counts("adversaries: counts", adversaries.counts, least=1)
         _check_counts("adversaries: seeds", adversaries.seeds or self.seeds)
         if not adversaries.kinds or not set(adversaries.kinds) <= set(KINDS):
             raise StudyError(f"adversaries: kinds={adversaries.kinds!r} is not some of {', '.join(KINDS)}.")
-        if most := [count for count in adversaries.counts if not 0 < count <= adversaries.workers]:
+        if most := [count for count in adversaries.counts if count > adversaries.workers]:
             raise StudyError(
-                f"adversaries: counts has {most[0]}, and there are {adversaries.workers} workers; give 1 to "
-                f"{adversaries.workers} (a run without adversaries is made in any case)."
+                f"adversaries: counts has {most[0]}, and there are {adversaries.workers} workers; give at most so many."
             )
 
     def optim(self, label: str) -> str:
@@ -238,9 +239,9 @@ def _checked(kind: type, given: Any, name: str) -> dict[str, Any]:
     return given
 
 
-def _check_counts(name: str, values: Any) -> None:
-    if not isinstance(values, list) or not values or not all(type(value) is int and value >= 0 for value in values):
-        raise StudyError(f"{name}={values!r} is not a list of numbers; write [1, 2], say.")
+def _check_counts(name: str, values: Any, least: int = 0) -> None:
+    if not isinstance(values, list) or not values or not all(type(value) is int and value >= least for value in values):
+        raise StudyError(f"{name}={values!r} is not a list of numbers from {least} on; write [1, 2], say.")
 
 
 def _number(value: Any) -> float | None:
