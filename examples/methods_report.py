@@ -144,7 +144,7 @@ def _absent(summary: Mapping[str, Any]) -> str:
         f"- `{folder}`{', failed: see its `log.txt`' if folder in summary['failed'] else ''}"
         for folder in summary["missing"]
     ]
-    lines += [f"- all of `{label}`: no run of its search ended well" for label in without]
+    lines += [f"- all of `{label}`: no run of its search is finished" for label in without]
     if not lines:
         return ""
     return "**Incomplete.** These runs are missing:\n\n" + "\n".join(lines)

@@ -219,7 +219,7 @@ def test_a_search_without_result(bench: Bench) -> None:
     (bench.folder / "failing").write_text("gadamw")
     done = bench.compare("--tune")
     assert done.returncode == 1
-    assert "all of `gadamw`: no run of its search ended well" in bench.page
+    assert "all of `gadamw`: no run of its search is finished" in bench.page
     # With the study's own epochs, a run of the search is one of the study's.
     assert len(started(done)) == 4 + 3
 
