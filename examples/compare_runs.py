@@ -13,38 +13,19 @@ no weights.
 import argparse
 import json
 import math
-import os
 import re
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from study_cells import Cell, StudyError, results_of, run_cells
 
 PROCESSES = "examples/configs/cpu_2.yaml"
-
-
-class StudyError(ValueError):
-    """A study that cannot be run; the message says what was given, why not, and what to do instead."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One training run."""
-
-    method: str
-    learning_rate: float
-    seed: int
-
-    @property
-    def folder(self) -> str:
-        name = re.sub("[^a-z0-9_]+", "_", self.method.lower())
-        return f"{name}/lr_{self.learning_rate:g}/seed_{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -65,35 +46,27 @@ class Study:
         except (OSError, yaml.YAMLError, TypeError) as error:
             raise StudyError(f"{path}: cannot be read as a study ({error}). See examples/configs/studies/.") from error
 
-    def command(self, cell: Cell, folder: Path) -> list[str]:
-        method = self.methods[cell.method]
+    def cell(self, label: str, learning_rate: float, seed: int) -> Cell:
+        method = self.methods[label]
         own = {key: value for key, value in method.items() if key not in ("workers", "learning_rates")}
-        chosen = {"learning_rate": cell.learning_rate, "seed": cell.seed, "output_dir": str(folder)}
-        flags = [f"--{key}={value}" for key, value in (self.arguments | own | chosen).items()]
-        if method["workers"] == 1:
-            return [sys.executable, self.script, *flags]
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", PROCESSES]
-        return [*launch, "--num_processes", str(method["workers"]), self.script, *flags]
+        name, workers = re.sub("[^a-z0-9_]+", "_", label.lower()), method["workers"]
+        launcher = ("-m", "accelerate.commands.launch", "--config_file", PROCESSES, "--num_processes", str(workers))
+        return Cell(
+            folder=f"{name}/lr_{learning_rate:g}/seed_{seed}",
+            script=self.script,
+            arguments=self.arguments | own | {"learning_rate": learning_rate, "seed": seed},
+            needs=("validation_loss_last", "loss_key", "log_history"),
+            launcher=launcher if workers > 1 else (),
+            processes=workers,
+        )
 
 
-def run(study: Study, cell: Cell, root: Path) -> dict[str, Any]:
+def run(cell: Cell, root: Path) -> dict[str, Any]:
     """The cell's results, from its folder or from a run now."""
-    folder = root / cell.folder
-    results, log = folder / "results.json", folder / "log.txt"
-    if not results.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        print(f"running {cell.folder}", flush=True)
-        threads = max(1, (os.cpu_count() or 1) // study.methods[cell.method]["workers"])
-        with log.open("w") as output:
-            done = subprocess.run(
-                study.command(cell, folder),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-            )
-        if done.returncode:
-            raise StudyError(f"{cell.folder} ended with exit code {done.returncode}; its output is in {log}.")
-    found: dict[str, Any] = json.loads(results.read_text())
+    failures = run_cells([cell], root)
+    found = results_of(cell, root)
+    if found is None:
+        raise StudyError(f"{cell.folder} {failures[cell.folder]}")
     return found
 
 
@@ -102,9 +75,9 @@ def compare(study: Study, root: Path) -> dict[str, Any]:
     outcome = {}
     for method, settings in study.methods.items():
         first, *others = study.seeds
-        search = {rate: run(study, Cell(method, rate, first), root) for rate in settings["learning_rates"]}
+        search = {rate: run(study.cell(method, rate, first), root) for rate in settings["learning_rates"]}
         best = min(search, key=lambda rate: _loss(search[rate]))
-        final = {first: search[best]} | {seed: run(study, Cell(method, best, seed), root) for seed in others}
+        final = {first: search[best]} | {seed: run(study.cell(method, best, seed), root) for seed in others}
         outcome[method] = {
             "workers": settings["workers"],
             "learning_rate": best,
@@ -177,13 +150,13 @@ def draw(outcome: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def publish(outcome: dict[str, Any], seed: int, root: Path, target: Path) -> None:
+def publish(study: Study, outcome: dict[str, Any], root: Path, target: Path) -> None:
     """Copies the comparison, and each method's best run without its weights."""
     target.mkdir(parents=True, exist_ok=True)
     for name in ("README.md", "summary.json", "curves.png"):
         shutil.copy(root / name, target / name)
     for method, found in outcome.items():
-        source = root / Cell(method, found["learning_rate"], seed).folder
+        source = root / study.cell(method, found["learning_rate"], study.seeds[0]).folder
         own = target / source.relative_to(root).parts[0]
         own.mkdir(exist_ok=True)
         for pattern in ("README.md", "*.png", "results.json", "*shot.json"):
@@ -217,7 +190,7 @@ def main() -> None:
     (options.output / "README.md").write_text("\n".join(text), encoding="utf-8")
     print(text[2])
     if options.publish is not None:
-        publish(outcome, study.seeds[0], options.output, options.publish)
+        publish(study, outcome, options.output, options.publish)
 
 
 if __name__ == "__main__":
@@ -225,3 +198,5 @@ if __name__ == "__main__":
         main()
     except StudyError as error:
         sys.exit(f"compare_runs.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("compare_runs.py: stopped. The same command goes on.")
