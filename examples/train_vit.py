@@ -112,7 +112,7 @@ def build_trainer(script_args: ScriptArguments, args: DLionTrainingArguments) ->
     if size < 1:
         raise ArgumentsError(f"--image_size {size}: it is a number of pixels, 1 or more.")
     seed = args.seed if args.data_seed is None else args.data_seed
-    workers = args.world_size * getattr(args, "virtual_workers", 1)
+    workers = args.world_size * args.virtual_workers
     parts = partition(data.train.labels, workers, script_args.dirichlet, seed, args.per_device_train_batch_size)
     batches = WorkerBatchSampler(parts, args.per_device_train_batch_size, seed)
     set_seed(args.seed)
