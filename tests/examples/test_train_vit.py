@@ -49,30 +49,31 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_images(tmp_path_factory.mktemp("images")))
 
 
-def recorded_steps(
-    rank: int, images: str, output: str, more: list[str], checkpoint: str | None = None
-) -> list[torch.Tensor]:
-    """The pixels of each batch of this worker."""
+def whole_and_resumed(rank: int, images: str, output: str, steps: int, saved: int) -> list[list[torch.Tensor]]:
+    """The pixels of each batch of this worker: in a run, and in one that is resumed after `saved` steps of it."""
     if dist.is_initialized():
         act_as_launched(rank)
-    fixed = ["--dataset", images, "--output_dir", output, *SMALL, "--optim", "dlion_mavo"]
-    trainer, _ = build_trainer(*parse([*fixed, *more]))
-    seen: list[torch.Tensor] = []
-    step = trainer.training_step
+    fixed = ["--dataset", images, "--output_dir", output, *SMALL, "--optim", "dlion_mavo", "--dirichlet", "1.0"]
+    runs = []
+    for checkpoint in (None, f"{output}/checkpoint-{saved}"):
+        seen: list[torch.Tensor] = []
+        trainer = build([*fixed, "--max_steps", str(steps), "--save_steps", str(saved)])
+        step = trainer.training_step
 
-    def recording(model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-        seen.append(inputs["pixel_values"].clone())
-        return step(model, inputs, *args, **kwargs)
+        def recording(model: Any, inputs: Any, *args: Any, step: Any = step, seen: Any = seen, **kwargs: Any) -> Any:
+            seen.append(inputs["pixel_values"].clone())
+            return step(model, inputs, *args, **kwargs)
 
-    trainer.training_step = recording
-    trainer.train(resume_from_checkpoint=checkpoint)
-    return seen
+        trainer.training_step = recording
+        trainer.train(resume_from_checkpoint=checkpoint)
+        runs.append(seen)
+    return runs
 
 
-def rounds_of_two_virtual_workers(images: str, output: str, *more: str) -> list[torch.Tensor]:
-    """The batches of the first two epochs in one process that has two workers."""
-    script_args, args = parse(["--dataset", images, "--output_dir", output, *SMALL, *more])
-    args.virtual_workers = 2
+def rounds_of_virtual_workers(images: str, output: str, workers: int) -> list[torch.Tensor]:
+    """The batches of the first two epochs of one process with so many workers."""
+    script_args, args = parse(["--dataset", images, "--output_dir", output, *SMALL, "--dirichlet", "1.0"])
+    args.virtual_workers = workers
     trainer, _ = build_trainer(script_args, args)
     loader = trainer.get_train_dataloader()
     found = []
@@ -82,35 +83,19 @@ def rounds_of_two_virtual_workers(images: str, output: str, *more: str) -> list[
     return found
 
 
-@pytest.mark.parametrize(
-    "more", [[], ["--dirichlet", "1.0", "--dataloader_num_workers", "1"]], ids=["iid", "dirichlet"]
-)
-def test_a_worker_meets_the_same_pixels_as_a_process_and_as_a_virtual_one(
-    more: list[str], images: str, tmp_path: Path
+@pytest.mark.parametrize(("workers", "steps", "saved"), [(1, 13, 11), (2, 7, 5)])
+def test_a_worker_meets_the_same_pixels_as_a_process_as_a_virtual_one_and_resumed(
+    workers: int, steps: int, saved: int, images: str, tmp_path: Path
 ) -> None:
-    by_process = run_workers(recorded_steps, 2, images, str(tmp_path), ["--max_steps", "6", *more])
-    virtual = rounds_of_two_virtual_workers(images, str(tmp_path / "virtual"), *more)
-    assert len(virtual) == 16
-    for rank, seen in enumerate(by_process):
-        assert len(seen) == 6
-        assert all(torch.equal(mine, other) for mine, other in zip(seen, virtual[rank::2], strict=False))
-    assert not torch.equal(by_process[0][0], by_process[0][4])  # the next epoch has another order
-
-
-@pytest.mark.parametrize(("processes", "saved", "steps"), [(1, 11, 13), (2, 5, 7)])
-def test_resuming_in_the_second_epoch_goes_on_with_its_batches(
-    processes: int, saved: int, steps: int, images: str, tmp_path: Path
-) -> None:
-    output, limits = str(tmp_path), ["--max_steps", str(steps), "--save_steps", str(saved)]
-    runs = []
-    for checkpoint in (None, f"{output}/checkpoint-{saved}"):
-        if processes == 1:
-            runs.append([recorded_steps(0, images, output, limits, checkpoint)])
-        else:
-            runs.append(run_workers(recorded_steps, processes, images, output, limits, checkpoint))
-    for whole, resumed in zip(*runs, strict=True):
+    # the checkpoint is one of the second epoch: an epoch has 9 batches of one worker, or 4 of each of two
+    run = (images, str(tmp_path), steps, saved)
+    processes = [whole_and_resumed(0, *run)] if workers == 1 else run_workers(whole_and_resumed, workers, *run)
+    virtual = rounds_of_virtual_workers(images, str(tmp_path / "virtual"), workers)
+    for rank, (whole, resumed) in enumerate(processes):
         assert (len(whole), len(resumed)) == (steps, steps - saved)
-        assert all(torch.equal(a, b) for a, b in zip(resumed, whole[saved:], strict=True))
+        assert all(torch.equal(mine, other) for mine, other in zip(whole, virtual[rank::workers], strict=False))
+        assert all(torch.equal(mine, other) for mine, other in zip(resumed, whole[saved:], strict=True))
+        assert not torch.equal(whole[0], whole[len(virtual) // 2 // workers])  # another order in the next epoch
 
 
 def test_digits_are_learned_by_two_processes(tmp_path: Path) -> None:
