@@ -41,18 +41,20 @@ class Note:
     Attributes:
         settings: digest of the step number and of every group's hyperparameters.
         bad_gradient: index of the first parameter with a NaN or Inf in its gradient; -1 if there is none.
+        parameters: checksum of the parameters; 0 where it is not this step's turn to be compared.
     """
 
     settings: int
     bad_gradient: int
+    parameters: int
 
     def pack(self, device: torch.device) -> Tensor:
-        """As int32 ``[4]``."""
-        return torch.tensor([self.settings, self.bad_gradient], dtype=torch.int64, device=device).view(torch.int32)
+        """As int32 ``[6]``."""
+        return torch.tensor(astuple(self), dtype=torch.int64, device=device).view(torch.int32)
 
     @classmethod
     def unpack(cls, notes: Tensor) -> list[Note]:
-        """Everyone's, by rank, from int32 ``[N, 4]``."""
+        """Everyone's, by rank, from int32 ``[N, 6]``."""
         return [cls(*row) for row in notes.contiguous().view(torch.int64).tolist()]
 
 

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..wire.collectives import Channel
-from .mean_gradient import MeanGradient
+from .mean_gradient import MeanGradient, RuleOptions
 from .sparse import RESIDUAL, largest, sum_chosen
 from .workers import STEP, check_range
 
@@ -33,12 +33,12 @@ class DeepGradientCompression(MeanGradient):
     has no momentum here, the sum is that rule's gradient.
 
     Args:
-        params: as in :class:`MeanGradient`, like ``lr``, ``weight_decay``, ``rule``, ``betas``, ``eps`` and
-            ``process_group``; the default rule is plain SGD.
+        params, lr, weight_decay: as in :class:`MeanGradient`.
         momentum: of the correction.
         drop: share of the entries that are not sent, in [0, 1). At least one entry of a parameter is.
         warmup_steps: until then, less is dropped.
         clip: of the norm that the mean gradient may have; 0 turns clipping off.
+        shared: as in :class:`MeanGradient`, but for ``momentum``; the default rule is plain SGD.
     """
 
     def __init__(
@@ -51,10 +51,7 @@ class DeepGradientCompression(MeanGradient):
         drop: float = 0.96,
         warmup_steps: int = 0,
         clip: float = 1.0,
-        rule: str = "sgd",
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        process_group: dist.ProcessGroup | None = None,
+        **shared: Unpack[RuleOptions],
     ) -> None:
         check_range("drop", drop, "it is a share, at least 0 and less than 1.", below=1)
         check_range("momentum", momentum, "it is a decay, at least 0 and less than 1.", below=1)
@@ -64,17 +61,7 @@ class DeepGradientCompression(MeanGradient):
         self.drop = drop
         self.warmup_steps = warmup_steps
         self.clip = clip
-        super().__init__(
-            params,
-            lr,
-            weight_decay,
-            rule=rule,
-            momentum=0.0,
-            betas=betas,
-            eps=eps,
-            process_group=process_group,
-            local_state=(VELOCITY, RESIDUAL),
-        )
+        super().__init__(params, lr, weight_decay, momentum=0.0, local_state=(VELOCITY, RESIDUAL), **shared)
 
     @property
     def kept(self) -> float:
@@ -84,7 +71,13 @@ class DeepGradientCompression(MeanGradient):
             return final
         return float(0.25 * (final / 0.25) ** (step / self.warmup_steps))
 
-    def _sum(self, channel: Channel | None, gradients: Sequence[Tensor], states: Sequence[dict[str, Tensor]]) -> Tensor:
+    def _sum(
+        self,
+        channel: Channel | None,
+        voters: Sequence[int],
+        gradients: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+    ) -> Tensor:
         scale, kept = self._clip_factor(gradients), self.kept
         indices, values, offset = [], [], 0
         for gradient, state in zip(gradients, states, strict=True):
@@ -97,7 +90,7 @@ class DeepGradientCompression(MeanGradient):
             residual[chosen] = 0
             velocity[chosen] = 0
             offset += len(gradient)
-        return sum_chosen(channel, indices, values, offset)
+        return sum_chosen(channel, voters, indices, values, offset)
 
     def _clip_factor(self, gradients: Sequence[Tensor]) -> Tensor:
         norm = torch.stack([gradient.norm() for gradient in gradients]).norm()

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..wire.exchange import AGGREGATIONS, EXCHANGES, TIES, Exchange, make_exchange, top_level
-from .agreement import Note, first_bad_gradient
+from .agreement import Note
 from .kernels import EAGER, Kernels, compile_kernels
 from .layout import Bucket, make_buckets, memory_order
 from .passes import Passes
-from .workers import STEP, WorkersOptimizer, check_betas
+from .workers import STEP, WorkersOptimizer, WorkersOptions, check_betas
 
 MOMENTUM = "momentum"
 
@@ -69,7 +69,8 @@ class DistributedLion(WorkersOptimizer):
     gradient for only decays, to within 2 * lr. A worker without a gradient for a parameter keeps its momentum.
 
     The state is a float32 momentum for each parameter, of whatever dtype; it differs between the workers. bfloat16
-    and float16 parameters are updated in float32 and rounded to nearest.
+    and float16 parameters are updated in float32. An update of lr is less than half a unit in the last place of most
+    bfloat16 parameters, so these are rounded at random, without bias and the same on every rank; float16 to nearest.
 
     From 4 million parameters on, the passes over the parameters are compiled at the first step, if ``torch.compile``
     works on all ranks. Memory beyond parameters, gradients and momentum is bounded by buckets of 16.8 million
@@ -86,7 +87,7 @@ class DistributedLion(WorkersOptimizer):
             back.
         exchange: ``"gather"``, everyone counts all votes, (N-1) bits sent per parameter; ``"sharded"``, each rank
             counts its part, (N-1)/N * (1 + bits of the decision); ``"auto"``, the one that sends less.
-        process_group: the workers; None is the default group.
+        process_group, on_bad_gradient, check_replicas_every: as in :class:`hf_dlion.optim.workers.WorkersOptimizer`.
 
     Raises:
         ValueError: an argument out of its range; a parameter that is sparse, complex or not dense in memory, or on
@@ -105,7 +106,7 @@ class DistributedLion(WorkersOptimizer):
         aggregation: str = "mavo",
         tie: str = "zero",
         exchange: str = "auto",
-        process_group: dist.ProcessGroup | None = None,
+        **workers: Unpack[WorkersOptions],
     ) -> None:
         for name, given, known in (
             ("aggregation", aggregation, AGGREGATIONS),
@@ -118,7 +119,7 @@ class DistributedLion(WorkersOptimizer):
         self.tie = tie
         self.exchange = exchange
         self._plan: _Plan | None = None
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, process_group, (MOMENTUM,))
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, (MOMENTUM,), **workers)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -134,7 +135,8 @@ class DistributedLion(WorkersOptimizer):
             closure: computes the loss again and returns it.
 
         Raises:
-            FloatingPointError: a gradient has a NaN or Inf on some rank; raised on all ranks.
+            FloatingPointError: all ranks have a NaN or Inf in a gradient, or one has with ``on_bad_gradient="raise"``;
+                raised on all ranks.
             RuntimeError: the ranks do not fit together (parameters, options, hyperparameters or steps differ), or all
                 have the same gradients at the first step; raised on all ranks. Or a gradient is sparse.
 
@@ -145,15 +147,14 @@ class DistributedLion(WorkersOptimizer):
             with torch.enable_grad():
                 loss = closure()
         plan = self._current_plan()
-        gradients = self._gradients(plan.parameters)
-        bad = first_bad_gradient(gradients)
+        gradients, bad = self._gradients(plan.parameters)
         hypers = [_hyper(group, plan.device) for group in self.param_groups]
         passes = self._current_passes(plan)
         if plan.exchange is None:
             if bad >= 0:
-                raise FloatingPointError(self._describe_bad(bad))
+                self._raise_for_bad({0: bad})
             each = (h for group, h in zip(self.param_groups, hypers, strict=True) for _ in group["params"])
-            passes.alone(plan.kernels or EAGER, gradients, each)
+            passes.alone(plan.kernels or EAGER, gradients, each, self.param_groups[0][STEP])
         else:
             channel = plan.exchange.channel
             if (not self.opened or self._checking_gradients) and not self._open(
@@ -166,8 +167,8 @@ class DistributedLion(WorkersOptimizer):
                 gradients,
                 hypers,
                 self.param_groups[0][STEP],
-                self._note(bad, plan.device),
-                lambda notes: self._check_notes(channel, Note.unpack(notes)),
+                self._note(bad, plan.parameters),
+                lambda notes: self._voters(channel, Note.unpack(notes)),
             )
         for group in self.param_groups:
             group[STEP] += 1
@@ -197,7 +198,7 @@ class DistributedLion(WorkersOptimizer):
         self._plan = None
 
     def _options(self) -> dict[str, Any]:
-        return {"aggregation": self.aggregation, "tie": self.tie, "exchange": self.exchange}
+        return super()._options() | {"aggregation": self.aggregation, "tie": self.tie, "exchange": self.exchange}
 
     def _settings(self) -> tuple[str, ...]:
         return "lr", "betas", "weight_decay"

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .mean_gradient import DenseMean
+from .workers import WorkersOptions
 
 
 class GlobalAdamW(DenseMean):
@@ -24,7 +25,6 @@ class GlobalAdamW(DenseMean):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        *,
-        process_group: dist.ProcessGroup | None = None,
+        **workers: Unpack[WorkersOptions],
     ) -> None:
-        super().__init__(params, lr, weight_decay, rule="adamw", betas=betas, eps=eps, process_group=process_group)
+        super().__init__(params, lr, weight_decay, rule="adamw", betas=betas, eps=eps, **workers)

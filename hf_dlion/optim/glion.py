@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .mean_gradient import DenseMean
+from .workers import WorkersOptions
 
 
 class GlobalLion(DenseMean):
@@ -23,7 +24,6 @@ class GlobalLion(DenseMean):
         lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
-        *,
-        process_group: dist.ProcessGroup | None = None,
+        **workers: Unpack[WorkersOptions],
     ) -> None:
-        super().__init__(params, lr, weight_decay, rule="lion", betas=betas, process_group=process_group)
+        super().__init__(params, lr, weight_decay, rule="lion", betas=betas, **workers)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..wire.collectives import Channel
-from .mean_gradient import MeanGradient
+from .mean_gradient import MeanGradient, RuleOptions
 from .sparse import RESIDUAL, largest, sum_chosen
 from .workers import check_range
 
@@ -27,9 +27,10 @@ class GradDrop(MeanGradient):
     Thresholds are local: one a parameter, found exactly.
 
     Args:
-        params: as in :class:`MeanGradient`, like ``lr``, ``weight_decay``, ``rule``, ``momentum``, ``betas``,
-            ``eps`` and ``process_group``; the default rule is SGD with momentum 0.9.
+        params, lr, weight_decay: as in :class:`MeanGradient`.
         drop: share of the entries that are not sent, in [0, 1). At least one entry of a parameter is.
+        momentum: of the default rule, SGD.
+        shared: as in :class:`MeanGradient`.
     """
 
     def __init__(
@@ -39,27 +40,20 @@ class GradDrop(MeanGradient):
         weight_decay: float = 0.0,
         *,
         drop: float = 0.96,
-        rule: str = "sgd",
         momentum: float = 0.9,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        process_group: dist.ProcessGroup | None = None,
+        **shared: Unpack[RuleOptions],
     ) -> None:
         check_range("drop", drop, "it is a share, at least 0 and less than 1.", below=1)
         self.drop = drop
-        super().__init__(
-            params,
-            lr,
-            weight_decay,
-            rule=rule,
-            momentum=momentum,
-            betas=betas,
-            eps=eps,
-            process_group=process_group,
-            local_state=(RESIDUAL,),
-        )
+        super().__init__(params, lr, weight_decay, momentum=momentum, local_state=(RESIDUAL,), **shared)
 
-    def _sum(self, channel: Channel | None, gradients: Sequence[Tensor], states: Sequence[dict[str, Tensor]]) -> Tensor:
+    def _sum(
+        self,
+        channel: Channel | None,
+        voters: Sequence[int],
+        gradients: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+    ) -> Tensor:
         indices, values, offset = [], [], 0
         for gradient, state in zip(gradients, states, strict=True):
             residual = state[RESIDUAL].add_(gradient.view(state[RESIDUAL].shape)).view(-1)
@@ -68,7 +62,7 @@ class GradDrop(MeanGradient):
             values.append(residual[chosen])
             residual[chosen] = 0
             offset += len(gradient)
-        return sum_chosen(channel, indices, values, offset)
+        return sum_chosen(channel, voters, indices, values, offset)
 
     def _options(self) -> dict[str, Any]:
         return super()._options() | {"drop": self.drop}

@@ -4,7 +4,8 @@ Each is written once as a formula for ``torch.compile``, and once in eager opera
 Both round every operation as the formula stands, so on a CPU they agree bit for bit.
 
 ``hyper`` is a float32 tensor [beta1, 1 - beta1, beta2, 1 - beta2, lr, weight_decay]: a tensor, so that a schedule
-does not recompile. Shapes: B blocks, ``[B, 32, 32]``; their words, ``[B, 32]``.
+does not recompile. ``seed`` is that of the rounding of bfloat16 parameters (``rounding``), int32 ``[1]``; others do not
+read it. Shapes: B blocks, ``[B, 32, 32]``; their words, ``[B, 32]``.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import torch
 from torch import Tensor
 
 from ..wire.packing import BLOCK, LANES, pack_bits, unpack_bits
+from .rounding import round_at_random
 
 logger = logging.getLogger(__name__)
 
 Vote = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
-Apply = Callable[[Tensor, Tensor, int, tuple[Tensor, ...]], None]
-Lone = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+Apply = Callable[[Tensor, Tensor, Tensor, int, tuple[Tensor, ...]], None]
+Lone = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Kernels:
     Attributes:
         vote: ``(gradient, momentum, hyper, zero_votes, words)``: writes the packed signs of the direction into
             ``words``, and updates the momentum. ``zero_votes``, bool ``[32]``, is what an exact zero votes, by lane.
-        apply: ``(parameter, hyper, top, planes)``: the update by the decision (see ``wire.exchange.Decision``).
-        lone: ``(parameter, gradient, momentum, hyper)``: a whole step of Lion, for one worker; flat tensors.
+        apply: ``(parameter, hyper, seed, top, planes)``: the update by the decision (see ``wire.exchange.Decision``).
+        lone: ``(parameter, gradient, momentum, hyper, seed)``: a whole step of Lion, for one worker; flat tensors.
     """
 
     vote: Vote
@@ -51,22 +53,30 @@ def _vote(gradient: Tensor, momentum: Tensor, hyper: Tensor, zero_votes: Tensor,
     words.copy_((bits.to(torch.int32) << rows).sum(1, dtype=torch.int32))
 
 
-def _apply(parameter: Tensor, hyper: Tensor, top: int, planes: tuple[Tensor, ...]) -> None:
+def _apply(parameter: Tensor, hyper: Tensor, seed: Tensor, top: int, planes: tuple[Tensor, ...]) -> None:
     rows = torch.arange(LANES, dtype=torch.int32, device=parameter.device).view(1, LANES, 1)
     level = (planes[0].unsqueeze(1) >> rows) & 1
     for p, plane in enumerate(planes[1:], 1):
         level = level + (((plane.unsqueeze(1) >> rows) & 1) << p)
     d = (2 * level - top).float() / top
     x = parameter.float()
-    parameter.copy_(x - hyper[4] * (d + hyper[5] * x))
+    _store(parameter, x - hyper[4] * (d + hyper[5] * x), seed, 0)
 
 
-def _lone(parameter: Tensor, gradient: Tensor, momentum: Tensor, hyper: Tensor) -> None:
+def _lone(parameter: Tensor, gradient: Tensor, momentum: Tensor, hyper: Tensor, seed: Tensor, first: int = 0) -> None:
     g = gradient.float()
     d = torch.sign(hyper[0] * momentum + hyper[1] * g)
     momentum.copy_(hyper[2] * momentum + hyper[3] * g)
     x = parameter.float()
-    parameter.copy_(x - hyper[4] * (d + hyper[5] * x))
+    _store(parameter, x - hyper[4] * (d + hyper[5] * x), seed, first)
+
+
+def _store(parameter: Tensor, updated: Tensor, seed: Tensor, first: int) -> None:
+    """Round to the parameter's dtype; ``first`` is the place of its first element."""
+    if parameter.dtype == torch.bfloat16:
+        places = torch.arange(updated.numel(), dtype=torch.int32, device=updated.device).view(updated.shape) + first
+        updated = round_at_random(updated, places, seed)
+    parameter.copy_(updated)
 
 
 def _chunk(tensor: Tensor) -> int:
@@ -85,21 +95,23 @@ def _eager_vote(gradient: Tensor, momentum: Tensor, hyper: Tensor, zero_votes: T
         pack_bits(bits, out)
 
 
-def _eager_apply(parameter: Tensor, hyper: Tensor, top: int, planes: tuple[Tensor, ...]) -> None:
+def _eager_apply(parameter: Tensor, hyper: Tensor, seed: Tensor, top: int, planes: tuple[Tensor, ...]) -> None:
     size = _chunk(parameter)
-    for x, *parts in zip(parameter.split(size), *(plane.split(size) for plane in planes), strict=True):
+    chunks = zip(parameter.split(size), *(plane.split(size) for plane in planes), strict=True)
+    for index, (x, *parts) in enumerate(chunks):
         d = unpack_bits(parts[0]).float()
         for p, part in enumerate(parts[1:], 1):
             d.add_(unpack_bits(part), alpha=1 << p)
         d.mul_(2).sub_(top).div_(top)
         wide = x.float()
-        x.copy_(wide - d.add_(wide * hyper[5]).mul_(hyper[4]))
+        _store(x, wide - d.add_(wide * hyper[5]).mul_(hyper[4]), seed, index * size * BLOCK)
 
 
-def _eager_lone(parameter: Tensor, gradient: Tensor, momentum: Tensor, hyper: Tensor) -> None:
+def _eager_lone(parameter: Tensor, gradient: Tensor, momentum: Tensor, hyper: Tensor, seed: Tensor) -> None:
     size = _chunk(gradient) * BLOCK
-    for x, g, m in zip(parameter.split(size), gradient.split(size), momentum.split(size), strict=True):
-        _lone(x, g, m, hyper)
+    chunks = zip(parameter.split(size), gradient.split(size), momentum.split(size), strict=True)
+    for index, (x, g, m) in enumerate(chunks):
+        _lone(x, g, m, hyper, seed, index * size)
 
 
 EAGER = Kernels(_eager_vote, _eager_apply, _eager_lone)
@@ -123,7 +135,7 @@ def compile_kernels(device: torch.device, dtypes: set[torch.dtype], workers: int
     Returns:
         The compiled passes; None, with a warning, where they cannot be compiled.
     """
-    hyper = torch.zeros(6, device=device)
+    hyper, seed = torch.zeros(6, device=device), torch.zeros(1, dtype=torch.int32, device=device)
 
     def example(dtype: torch.dtype, *shape: int) -> Tensor:
         # 48 is none of the fixed sizes, so that it cannot be taken for one of them.
@@ -135,13 +147,13 @@ def compile_kernels(device: torch.device, dtypes: set[torch.dtype], workers: int
         kernels = _compiled()
         for dtype in sorted(dtypes, key=str):
             if workers == 1:
-                kernels.lone(example(dtype), example(dtype), example(torch.float32), hyper)
+                kernels.lone(example(dtype), example(dtype), example(torch.float32), hyper, seed)
                 continue
             gradient, momentum = example(dtype, LANES, LANES), example(torch.float32, LANES, LANES)
             words = example(torch.int32, LANES)
             kernels.vote(gradient, momentum, hyper, torch.zeros(LANES, dtype=torch.bool, device=device), words)
             planes = tuple(example(torch.int32, LANES) for _ in range(top.bit_length()))
-            kernels.apply(example(dtype, LANES, LANES), hyper, top, planes)
+            kernels.apply(example(dtype, LANES, LANES), hyper, seed, top, planes)
     except Exception as error:  # whatever the compiler stack raises: no C++ compiler, no Triton, an unsupported device
         logger.warning(
             "torch.compile failed, so DistributedLion steps in eager mode, which is slower. "

@@ -7,14 +7,23 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..wire.collectives import Channel
 from ..wire.sums import sum_dense
-from .agreement import Note, first_bad_gradient
+from .agreement import Note
+from .rounding import round_at_random, rounding_seed
 from .rules import RULES
-from .workers import STEP, WorkersOptimizer, check_betas, check_range
+from .workers import STEP, WorkersOptimizer, WorkersOptions, check_betas, check_range
+
+
+class RuleOptions(WorkersOptions, total=False):
+    """Keyword arguments of methods that step by a rule; see :class:`MeanGradient`."""
+
+    rule: str
+    betas: tuple[float, float]
+    eps: float
 
 
 class MeanGradient(WorkersOptimizer):
@@ -31,8 +40,8 @@ class MeanGradient(WorkersOptimizer):
         momentum: of ``"sgd"``.
         betas: of ``"adamw"`` and ``"lion"``.
         eps: of ``"adamw"``.
-        process_group: the workers; None is the default group.
         local_state: keys of what a worker keeps for itself.
+        process_group, on_bad_gradient, check_replicas_every: as in :class:`WorkersOptimizer`.
 
     Raises:
         ValueError: an argument out of its range.
@@ -48,14 +57,14 @@ class MeanGradient(WorkersOptimizer):
         momentum: float = 0.9,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        process_group: dist.ProcessGroup | None = None,
         local_state: tuple[str, ...] = (),
+        **workers: Unpack[WorkersOptions],
     ) -> None:
         if rule not in RULES:
             raise ValueError(f"rule={rule!r} is not known; it is one of {', '.join(map(repr, RULES))}.")
         self.rule = rule
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": eps}
-        super().__init__(params, defaults, process_group, (*RULES[rule].state_names, *local_state))
+        super().__init__(params, defaults, (*RULES[rule].state_names, *local_state), **workers)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -71,7 +80,8 @@ class MeanGradient(WorkersOptimizer):
             closure: computes the loss again and returns it.
 
         Raises:
-            FloatingPointError: a gradient has a NaN or Inf on some rank; raised on all ranks.
+            FloatingPointError: all ranks have a NaN or Inf in a gradient, or one has with ``on_bad_gradient="raise"``;
+                raised on all ranks.
             RuntimeError: the ranks do not fit together, or all have the same gradients at the first step; raised on
                 all ranks. Or a gradient is sparse.
 
@@ -82,29 +92,39 @@ class MeanGradient(WorkersOptimizer):
             with torch.enable_grad():
                 loss = closure()
         parameters = self._all_parameters()
-        gradients = self._gradients(parameters)
+        gradients, bad = self._gradients(parameters)
         channel = self._make_channel() if self.workers > 1 else None
-        self._agree(channel, parameters, gradients)
-        flat = [_flat(p, g) for p, g in zip(parameters, gradients, strict=True)]
-        states = [self.state[parameter] for parameter in parameters]
-        sizes = [parameter.numel() for parameter in parameters]
-        total = self._sum(channel, flat, states)
-        means = (total / self.workers).split(sizes)
-        place = 0
+        voters = self._agree(channel, parameters, gradients, bad)
+        if voters:
+            flat = [_flat(p, g) for p, g in zip(parameters, gradients, strict=True)]
+            states = [self.state[parameter] for parameter in parameters]
+            if bad >= 0:  # it takes part in the rounds, uncounted, and keeps its state
+                states = [{name: tensor.clone() for name, tensor in state.items()} for state in states]
+            total = self._sum(channel, voters, flat, states)
+            means = (total / len(voters)).split([parameter.numel() for parameter in parameters])
+            place = 0
+            for group in self.param_groups:
+                count = len(group["params"])
+                self._apply(group, means[place : place + count], place)
+                place += count
         for group in self.param_groups:
-            count = len(group["params"])
-            self._apply(group, means[place : place + count])
             group[STEP] += 1
-            place += count
         self.ledger.steps += 1
         return loss
 
     @abstractmethod
-    def _sum(self, channel: Channel | None, gradients: Sequence[Tensor], states: Sequence[dict[str, Tensor]]) -> Tensor:
+    def _sum(
+        self,
+        channel: Channel | None,
+        voters: Sequence[int],
+        gradients: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+    ) -> Tensor:
         """What the workers' codes of their gradients sum to; changes what this worker keeps.
 
         Args:
             channel: the workers; None for one alone.
+            voters: the ranks that count.
             gradients: float32, flat, one a parameter.
             states: of each parameter.
 
@@ -112,24 +132,29 @@ class MeanGradient(WorkersOptimizer):
             float32, flat, all parameters one after the other.
         """
 
-    def _agree(self, channel: Channel | None, parameters: list[Tensor], gradients: list[Tensor | None]) -> None:
-        bad = first_bad_gradient(gradients)
+    def _agree(
+        self, channel: Channel | None, parameters: list[Tensor], gradients: list[Tensor | None], bad: int
+    ) -> list[int]:
+        """The ranks that count in this step."""
         if channel is None:
             if bad >= 0:
-                raise FloatingPointError(self._describe_bad(bad))
-            return
+                self._raise_for_bad({0: bad})
+            return [0] if bad < 0 else []
         if not self.opened or self._checking_gradients:
             self._open(channel, parameters, gradients, compiled=False)
-        notes, work = channel.all_gather(self._note(bad, parameters[0].device))
+        notes, work = channel.all_gather(self._note(bad, parameters))
         work.wait()
-        self._check_notes(channel, Note.unpack(notes))
+        return self._voters(channel, Note.unpack(notes))
 
-    def _apply(self, group: dict[str, Any], means: Sequence[Tensor]) -> None:
+    def _apply(self, group: dict[str, Any], means: Sequence[Tensor], first: int) -> None:
         parameters = group["params"]
         wide = [p if p.dtype == torch.float32 else p.float() for p in parameters]
         gradients = [mean.view(p.shape) for mean, p in zip(means, parameters, strict=True)]
         RULES[self.rule].apply(wide, gradients, [self.state[p] for p in parameters], group)
-        for parameter, updated in zip(parameters, wide, strict=True):
+        for index, (parameter, updated) in enumerate(zip(parameters, wide, strict=True), first):
+            if parameter.dtype == torch.bfloat16:
+                places = torch.arange(updated.numel(), dtype=torch.int32, device=updated.device).view(updated.shape)
+                updated = round_at_random(updated, places, rounding_seed(group[STEP], index, 0, updated.device))
             if updated is not parameter:
                 parameter.copy_(updated)
 
@@ -140,7 +165,7 @@ class MeanGradient(WorkersOptimizer):
         check_range("eps", group["eps"], "it cannot be negative.")
 
     def _options(self) -> dict[str, Any]:
-        return {"method": type(self).__name__, "rule": self.rule}
+        return super()._options() | {"method": type(self).__name__, "rule": self.rule}
 
     def _settings(self) -> tuple[str, ...]:
         return ("lr", "weight_decay", *RULES[self.rule].settings)
@@ -149,9 +174,15 @@ class MeanGradient(WorkersOptimizer):
 class DenseMean(MeanGradient):
     """The gradients themselves are averaged: 32 bits a parameter up, and 32 down."""
 
-    def _sum(self, channel: Channel | None, gradients: Sequence[Tensor], states: Sequence[dict[str, Tensor]]) -> Tensor:
+    def _sum(
+        self,
+        channel: Channel | None,
+        voters: Sequence[int],
+        gradients: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+    ) -> Tensor:
         flat = torch.cat(list(gradients))
-        return flat if channel is None else sum_dense(channel, flat)
+        return flat if channel is None else sum_dense(channel, flat, voters)
 
 
 def _flat(parameter: Tensor, gradient: Tensor | None) -> Tensor:

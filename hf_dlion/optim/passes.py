@@ -11,6 +11,7 @@ from ..wire.exchange import Decision, Exchange, Sent
 from ..wire.packing import BLOCK, LANES
 from .kernels import EAGER, Kernels
 from .layout import Bucket, Piece, Segment
+from .rounding import rounding_seed
 
 Gradients = list[Tensor | None]
 
@@ -38,6 +39,7 @@ class Passes:
         self.parameters = [_flat(p, order) for p, order in zip(parameters, orders, strict=True)]
         self.momenta = [_flat(m, order) for m, order in zip(momenta, orders, strict=True)]
         self._pointers = _pointers(parameters, momenta)
+        self._no_seed = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._cuts = {
             id(segment): (self._cut(self.parameters, segment), self._cut(self.momenta, segment))
             for bucket in buckets
@@ -56,7 +58,7 @@ class Passes:
         hypers: Sequence[Tensor],
         step: int,
         note: Tensor,
-        check: Callable[[Tensor], None],
+        check: Callable[[Tensor], list[int]],
     ) -> None:
         """Exchange bucket after bucket; while one is on its way, the next is packed, and the one before applied.
 
@@ -65,28 +67,37 @@ class Passes:
             kernels: which implementation.
             gradients: of all parameters; None votes zero and leaves the momentum.
             hypers: for each param group, as the kernels take it.
-            step: its parity is that of the zero votes.
+            step: its parity is that of the zero votes; rounding depends on it.
             note: int32 ``[H]``, sent with the first bucket.
-            check: given everyone's note, ``[N, H]``, before the first parameter changes; may raise.
+            check: given everyone's note, ``[N, H]``, before the first parameter changes; returns the ranks whose
+                votes count, or raises. Where there are none, no parameter changes.
         """
         flat = self._flat_gradients(gradients)
         lanes = torch.arange(LANES, device=self.device)
         zero_votes = ((lanes + exchange.channel.rank + step) & 1).bool()
+        voters: list[int] = []
 
-        def decide(bucket: Bucket, sent: Sent) -> Callable[[], Decision]:
+        def decide(bucket: Bucket, sent: Sent) -> Callable[[], Decision | None]:
             votes, notes = exchange.receive(sent, bucket.words)
             if notes.shape[1]:
-                check(notes)
-            return exchange.decide(votes, bucket.words, step, bucket.padding_share)
+                voters.extend(check(notes))
+            if not voters:
+                return lambda: None
+            counted = votes if len(voters) == len(votes) else votes[voters]
+            return exchange.decide(counted, bucket.words, step, bucket.padding_share)
 
-        def apply(bucket: Bucket, decision: Decision) -> None:
+        def apply(bucket: Bucket, decision: Decision | None) -> None:
+            if decision is None:
+                return
+            # A decision of fewer voters can have other levels, for which nothing was compiled.
+            those = kernels if len(voters) == exchange.channel.size else EAGER
             planes = [plane.view(-1, LANES) for plane in decision.planes]
             for segment in bucket.segments:
                 part = tuple(plane[segment.rows] for plane in planes)
-                self._apply(segment, _for_size(kernels, segment), hypers[segment.group], decision.top, part)
+                self._apply(segment, _for_size(those, segment), hypers[segment.group], step, decision.top, part)
 
         sent: list[tuple[Bucket, Sent]] = []
-        decided: list[tuple[Bucket, Callable[[], Decision]]] = []
+        decided: list[tuple[Bucket, Callable[[], Decision | None]]] = []
         for bucket in [*self.buckets, None, None]:
             if bucket is not None:
                 words = torch.empty((bucket.blocks, LANES), dtype=torch.int32, device=self.device)
@@ -103,18 +114,20 @@ class Passes:
                 earlier, decision = decided.pop(0)
                 apply(earlier, decision())
 
-    def alone(self, kernels: Kernels, gradients: Gradients, hypers: Iterable[Tensor]) -> None:
+    def alone(self, kernels: Kernels, gradients: Gradients, hypers: Iterable[Tensor], step: int) -> None:
         """Lion without a vote.
 
         Args:
             kernels: which implementation.
             gradients: of all parameters; one without is left alone.
             hypers: for each parameter.
+            step: rounding depends on it.
         """
         flat = self._flat_gradients(gradients)
-        for x, g, m, hyper in zip(self.parameters, flat, self.momenta, hypers, strict=True):
+        for index, (x, g, m, hyper) in enumerate(zip(self.parameters, flat, self.momenta, hypers, strict=True)):
             if g is not None:
-                (kernels if len(g) >= BLOCK else EAGER).lone(x, g, m, hyper)
+                seed = self._seed(x.dtype, step, index, 0)
+                (kernels if len(g) >= BLOCK else EAGER).lone(x, g, m, hyper, seed)
 
     def _flat_gradients(self, gradients: Gradients) -> Gradients:
         return [None if g is None else _flat(g, order) for g, order in zip(gradients, self.orders, strict=True)]
@@ -159,16 +172,22 @@ class Passes:
         )
         _copy(kept_staged, kept)
 
-    def _apply(self, segment: Segment, kernels: Kernels, hyper: Tensor, top: int, planes: tuple[Tensor, ...]) -> None:
+    def _apply(
+        self, segment: Segment, kernels: Kernels, hyper: Tensor, step: int, top: int, planes: tuple[Tensor, ...]
+    ) -> None:
         parameters, _ = self._cuts[id(segment)]
+        seed = self._seed(segment.dtype, step, segment.pieces[0].parameter, segment.pieces[0].start)
         if not segment.staged:
-            kernels.apply(parameters[0], hyper, top, planes)
+            kernels.apply(parameters[0], hyper, seed, top, planes)
             return
         staged = torch.zeros(segment.blocks * BLOCK, dtype=segment.dtype, device=self.device)
         places = [staged[place] for place in segment.places]
         _copy(parameters, places)
-        kernels.apply(staged.view(-1, LANES, LANES), hyper, top, planes)
+        kernels.apply(staged.view(-1, LANES, LANES), hyper, seed, top, planes)
         _copy(places, parameters)
+
+    def _seed(self, dtype: torch.dtype, step: int, parameter: int, start: int) -> Tensor:
+        return rounding_seed(step, parameter, start, self.device) if dtype == torch.bfloat16 else self._no_seed
 
 
 def _for_size(kernels: Kernels, segment: Segment) -> Kernels:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .dlion import DistributedLion
+from .workers import WorkersOptions
 
 
 class DistributedSignum(DistributedLion):
@@ -36,7 +37,7 @@ class DistributedSignum(DistributedLion):
         aggregation: str = "mavo",
         tie: str = "zero",
         exchange: str = "auto",
-        process_group: dist.ProcessGroup | None = None,
+        **workers: Unpack[WorkersOptions],
     ) -> None:
         super().__init__(
             params,
@@ -46,5 +47,5 @@ class DistributedSignum(DistributedLion):
             aggregation=aggregation,
             tie=tie,
             exchange=exchange,
-            process_group=process_group,
+            **workers,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,9 +19,11 @@ def largest(values: Tensor, share: float) -> Tensor:
     return values.abs().topk(count, sorted=False).indices
 
 
-def sum_chosen(channel: Channel | None, indices: list[Tensor], values: list[Tensor], size: int) -> Tensor:
-    """The sum over the workers of their chosen entries, float32 ``[size]``."""
+def sum_chosen(
+    channel: Channel | None, voters: Sequence[int], indices: list[Tensor], values: list[Tensor], size: int
+) -> Tensor:
+    """The sum over the voters of their chosen entries, float32 ``[size]``."""
     chosen, entries = torch.cat(indices), torch.cat(values)
     if channel is None:
         return torch.zeros(size, dtype=torch.float32, device=entries.device).index_add_(0, chosen, entries)
-    return sum_sparse(channel, chosen.int(), entries, size)
+    return sum_sparse(channel, chosen.int(), entries, size, voters)

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..wire.collectives import Channel
 from ..wire.sums import sum_ternary
 from .agreement import digest
-from .mean_gradient import MeanGradient
+from .mean_gradient import MeanGradient, RuleOptions
 from .workers import STEP, check_range
 
 
@@ -29,10 +29,11 @@ class TernGrad(MeanGradient):
     The scalers take one round of 32 bits a layer. Random numbers depend on seed, rank and step only.
 
     Args:
-        params: as in :class:`MeanGradient`, like ``lr``, ``weight_decay``, ``rule``, ``momentum``, ``betas``,
-            ``eps`` and ``process_group``; the default rule is SGD with momentum 0.9.
+        params, lr, weight_decay: as in :class:`MeanGradient`.
         clip: in standard deviations; the paper's 2.5. 0 turns clipping off.
         seed: of the random numbers.
+        momentum: of the default rule, SGD.
+        shared: as in :class:`MeanGradient`.
     """
 
     def __init__(
@@ -43,38 +44,32 @@ class TernGrad(MeanGradient):
         *,
         clip: float = 2.5,
         seed: int = 0,
-        rule: str = "sgd",
         momentum: float = 0.9,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        process_group: dist.ProcessGroup | None = None,
+        **shared: Unpack[RuleOptions],
     ) -> None:
         check_range("clip", clip, "it is a number of standard deviations, or 0.")
         self.clip = clip
         self.seed = seed
-        super().__init__(
-            params,
-            lr,
-            weight_decay,
-            rule=rule,
-            momentum=momentum,
-            betas=betas,
-            eps=eps,
-            process_group=process_group,
-        )
+        super().__init__(params, lr, weight_decay, momentum=momentum, **shared)
 
-    def _sum(self, channel: Channel | None, gradients: Sequence[Tensor], states: Sequence[dict[str, Tensor]]) -> Tensor:
+    def _sum(
+        self,
+        channel: Channel | None,
+        voters: Sequence[int],
+        gradients: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+    ) -> Tensor:
         rank = 0 if channel is None else channel.rank
         clipped = [self._clipped(gradient) for gradient in gradients]
         scalers = torch.stack([g.abs().max() if g.numel() else g.new_zeros(()) for g in clipped])
         if channel is not None:
             everyone, work = channel.all_gather(scalers)
             work.wait()
-            scalers = everyone.amax(0)
+            scalers = everyone[list(voters)].amax(0)
         generator = torch.Generator(scalers.device)
         generator.manual_seed(digest((self.seed, rank, self.param_groups[0][STEP])))
         ternary = torch.cat([self._ternary(g, s, generator) for g, s in zip(clipped, scalers, strict=True)])
-        counts = ternary if channel is None else sum_ternary(channel, ternary)
+        counts = ternary if channel is None else sum_ternary(channel, ternary, voters)
         each = scalers.repeat_interleave(torch.tensor([g.numel() for g in gradients], device=scalers.device))
         return counts * each
 

@@ -84,6 +84,11 @@ class VirtualWorkers(Optimizer):
         return self.members[0].ledger
 
     @property
+    def abstentions(self) -> int:
+        """Workers left out of a step for a bad gradient, over all steps."""
+        return self.members[0].abstentions
+
+    @property
     def gradients(self) -> list[list[Tensor | None]]:
         """By worker that has had its turn, by parameter; until the step."""
         return self._turns

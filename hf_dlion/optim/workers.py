@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,14 +11,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import TypedDict
 
 from ..wire.collectives import Channel, ProcessChannel
 from ..wire.ledger import Ledger
 from ..wire.local import LocalChannel, LocalWorker
-from .agreement import Note, Opening, checksum, differing, digest, exchange_openings
+from .agreement import Note, Opening, checksum, differing, digest, exchange_openings, first_bad_gradient
 from .layout import memory_order
 
+logger = logging.getLogger(__name__)
+
 STEP = "step"
+ON_BAD_GRADIENT = ("abstain", "raise")
+
+
+class WorkersOptions(TypedDict, total=False):
+    """Keyword arguments that all methods have; see :class:`WorkersOptimizer`."""
+
+    process_group: dist.ProcessGroup | LocalWorker | None
+    on_bad_gradient: str
+    check_replicas_every: int
 
 
 class WorkersOptimizer(Optimizer, ABC):
@@ -26,27 +39,46 @@ class WorkersOptimizer(Optimizer, ABC):
     The state of a parameter is float32 tensors of its shape, made with the parameter, under the names of
     ``_state_names``. The step number is an entry of every param group.
 
+    A ``torch.amp.GradScaler`` hands over its scale: the worker whose gradient overflowed abstains and its scale falls,
+    while the others step; where all overflow, the step changes no parameter. So scales differ between the workers.
+
     Args:
         params: parameters, named parameters or param groups; dense, real floating point, on one device.
         defaults: hyperparameters of a param group.
-        process_group: the workers; None is the default group. Or this one's place among virtual workers.
         state_names: keys of a parameter's state.
+        process_group: the workers; None is the default group. Or this one's place among virtual workers.
+        on_bad_gradient: what becomes of a step where a worker's gradient has a NaN or Inf: ``"abstain"``, that worker
+            is left out of it, and its state stays; or ``"raise"``, all ranks raise.
+        check_replicas_every: compares a checksum of the parameters over the ranks every so many steps; 0: never.
 
     Attributes:
         ledger: what this worker has sent and received.
         opened: whether the workers have found that they fit together; not so before the first step.
+        abstentions: workers left out of a step for a bad gradient, over all steps of this object.
     """
 
     _state_format = torch.contiguous_format
+    # torch's GradScaler then calls step() on every rank, with `grad_scale` and `found_inf` set meanwhile.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
         params: Iterable[Any],
         defaults: dict[str, Any],
-        process_group: dist.ProcessGroup | LocalWorker | None,
         state_names: tuple[str, ...],
+        *,
+        process_group: dist.ProcessGroup | LocalWorker | None = None,
+        on_bad_gradient: str = "abstain",
+        check_replicas_every: int = 100,
     ) -> None:
+        if on_bad_gradient not in ON_BAD_GRADIENT:
+            known = ", ".join(map(repr, ON_BAD_GRADIENT))
+            raise ValueError(f"on_bad_gradient={on_bad_gradient!r} is not known; it is one of {known}.")
+        check_range("check_replicas_every", check_replicas_every, "it is a number of steps, or 0.")
         self.process_group = process_group
+        self.on_bad_gradient = on_bad_gradient
+        self.check_replicas_every = check_replicas_every
+        self.abstentions = 0
         self.ledger = Ledger()
         self._state_names = state_names
         self._checking_gradients = True
@@ -111,6 +143,13 @@ class WorkersOptimizer(Optimizer, ABC):
             )
         return size
 
+    @property
+    def rank(self) -> int:
+        """The number of this worker, from 0."""
+        if isinstance(self.process_group, LocalWorker):
+            return self.process_group.rank
+        return dist.get_rank(self.process_group) if self.workers > 1 else 0
+
     def _make_channel(self) -> Channel:
         if isinstance(self.process_group, LocalWorker):
             return LocalChannel(self.process_group, self.ledger)
@@ -137,7 +176,7 @@ class WorkersOptimizer(Optimizer, ABC):
 
     def _options(self) -> dict[str, Any]:
         """Options that must be the same on all ranks, besides hyperparameters."""
-        return {}
+        return {"on_bad_gradient": self.on_bad_gradient, "check_replicas_every": self.check_replicas_every}
 
     @abstractmethod
     def _settings(self) -> tuple[str, ...]:
@@ -146,7 +185,8 @@ class WorkersOptimizer(Optimizer, ABC):
     def _all_parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
-    def _gradients(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    def _gradients(self, parameters: Sequence[Tensor]) -> tuple[list[Tensor | None], int]:
+        """The gradients, and the index of the first bad one. A worker with a bad one has none: it abstains."""
         for parameter in parameters:
             if parameter.grad is not None and parameter.grad.layout != torch.strided:
                 raise RuntimeError(
@@ -154,7 +194,17 @@ class WorkersOptimizer(Optimizer, ABC):
                     f"{type(self).__name__} works on every element. Use dense gradients, as "
                     "nn.Embedding(sparse=False) gives."
                 )
-        return [parameter.grad for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters]
+        present = [gradient for gradient in gradients if gradient is not None]
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None and present:
+            torch._foreach_div_(present, scale.to(present[0].device))
+        bad = first_bad_gradient(gradients)
+        if bad < 0:
+            return gradients, bad
+        if not self._scaled and self.on_bad_gradient == "abstain":
+            logger.warning("worker %d abstains from a step: %s", self.rank, self._describe_bad(bad))
+        return [None] * len(parameters), bad
 
     def _open(
         self, channel: Channel, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], compiled: bool
@@ -190,18 +240,45 @@ class WorkersOptimizer(Optimizer, ABC):
         self.opened = True
         return all(other.compiled for other in openings)
 
-    def _note(self, bad_gradient: int, device: torch.device) -> Tensor:
-        return Note(digest(self._describe_settings()), bad_gradient).pack(device)
+    def _note(self, bad_gradient: int, parameters: Sequence[Tensor]) -> Tensor:
+        every, step = self.check_replicas_every, self.param_groups[0][STEP]
+        due = every and step and step % every == 0
+        compared = checksum(parameters) if due else 0
+        return Note(digest(self._describe_settings()), bad_gradient, compared).pack(parameters[0].device)
 
-    def _check_notes(self, channel: Channel, notes: Sequence[Note]) -> None:
+    def _voters(self, channel: Channel, notes: Sequence[Note]) -> list[int]:
+        """The ranks that do not abstain, the same on all ranks; none, where a gradient scaler overflowed on all.
+
+        Raises:
+            RuntimeError: hyperparameters or parameters differ between the ranks.
+            FloatingPointError: a bad gradient is to be raised, or all ranks have one and no gradient scaler.
+        """
         if any(note.settings != notes[0].settings for note in notes):
             raise RuntimeError(
                 f"the ranks have different hyperparameters: {differing(channel, self._describe_settings())}. "
                 "Set them, and step the scheduler, alike on every rank."
             )
-        for rank, note in enumerate(notes):
-            if note.bad_gradient >= 0:
-                raise FloatingPointError(f"rank {rank}: {self._describe_bad(note.bad_gradient)}")
+        if any(note.parameters != notes[0].parameters for note in notes):
+            raise RuntimeError(
+                f"the parameters are no longer the same on all ranks at step {self.param_groups[0][STEP]}: "
+                f"{differing(channel, self._describe_parameters())}. Something has changed them on some ranks only, or "
+                "their hardware rounds differently. Resume from a checkpoint of before, on hardware of one kind."
+            )
+        voters = [rank for rank, note in enumerate(notes) if note.bad_gradient < 0]
+        self._raise_for_bad({rank: note.bad_gradient for rank, note in enumerate(notes) if note.bad_gradient >= 0})
+        self.abstentions += len(notes) - len(voters)
+        return voters
+
+    @property
+    def _scaled(self) -> bool:
+        """Whether a gradient scaler calls, to whom an overflow is nothing special."""
+        return getattr(self, "found_inf", None) is not None
+
+    def _raise_for_bad(self, bad: dict[int, int]) -> None:
+        """Raise FloatingPointError where these bad gradients, by rank, do not only lead to abstentions."""
+        if bad and not self._scaled and (self.on_bad_gradient == "raise" or len(bad) == self.workers):
+            rank, index = next(iter(bad.items()))
+            raise FloatingPointError(f"rank {rank}: {self._describe_bad(index)}")
 
     def _describe_layout(self) -> dict[str, Any]:
         described = self._options() | {"the number of param groups": len(self.param_groups)}
@@ -212,6 +289,10 @@ class WorkersOptimizer(Optimizer, ABC):
         described |= {f"the size of param group {i}": len(g["params"]) for i, g in enumerate(self.param_groups)}
         return described
 
+    def _describe_parameters(self) -> dict[str, Any]:
+        parameters = self._all_parameters()
+        return {f"the checksum of {self._name(i)}": checksum([p]) for i, p in enumerate(parameters)}
+
     def _describe_settings(self) -> dict[str, Any]:
         described: dict[str, Any] = {}
         for index, group in enumerate(self.param_groups):
@@ -221,14 +302,16 @@ class WorkersOptimizer(Optimizer, ABC):
         return described
 
     def _describe_bad(self, index: int) -> str:
-        parameters = self._all_parameters()
-        names = [name for group in self.param_groups for name in group.get("param_names", ())]
-        name = f" ({names[index]})" if len(names) == len(parameters) else ""
+        shape = tuple(self._all_parameters()[index].shape)
         return (
-            f"the gradient of parameter {index}{name}, shape {tuple(parameters[index].shape)}, has a NaN or Inf "
-            f"at step {self.param_groups[0][STEP]}. No parameter was updated. Look for a too large learning rate, a "
-            "division by zero in the loss, or a batch without targets."
+            f"the gradient of {self._name(index)}, shape {shape}, has a NaN or Inf at step "
+            f"{self.param_groups[0][STEP]}. Look for a too large learning rate, a division by zero in the loss, or a "
+            "batch without targets."
         )
+
+    def _name(self, index: int) -> str:
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        return f"parameter {index} ({names[index]})" if len(names) > index else f"parameter {index}"
 
 
 def check_range(name: str, value: Any, what: str, below: float = float("inf")) -> None:

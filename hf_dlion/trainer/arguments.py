@@ -15,6 +15,7 @@ from transformers.training_args import OptimizerNames
 
 from ..optim.registry import METHODS
 from ..optim.virtual import ADVERSARIES
+from ..optim.workers import ON_BAD_GRADIENT
 from ..wire.exchange import EXCHANGES, TIES
 
 _NAMES = "; ".join(f"`{name}`: {method.summary}" for name, method in METHODS.items())
@@ -78,6 +79,18 @@ class DLionArgumentsMixin:
         default=1.0, metadata={"help": "Norm to which dgc clips gradients, over the root of the workers; 0: no clip."}
     )
 
+    on_bad_gradient: str = field(
+        default="abstain",
+        metadata={
+            "help": "What becomes of a step where a worker's gradient has a NaN or Inf: `abstain`, that worker has no "
+            "vote in it and keeps its momentum, and `bad_gradients` in the log counts it; or `raise`, all ranks stop.",
+            "choices": list(ON_BAD_GRADIENT),
+        },
+    )
+    check_replicas_steps: int = field(
+        default=100,
+        metadata={"help": "Compare a checksum of the parameters over the ranks every so many steps; 0: never."},
+    )
     virtual_workers: int = field(
         default=1,
         metadata={
@@ -131,6 +144,7 @@ class DLionArgumentsMixin:
             ("vote_exchange", self.vote_exchange, EXCHANGES),
             ("base_rule", self.base_rule, ("sgd", "adamw")),
             ("adversary", self.adversary, ADVERSARIES),
+            ("on_bad_gradient", self.on_bad_gradient, ON_BAD_GRADIENT),
         ):
             if value not in known:
                 raise ValueError(f"{given}={value!r} is not known; it is one of {', '.join(map(repr, known))}.")
@@ -139,10 +153,10 @@ class DLionArgumentsMixin:
                 f"adversaries={self.adversaries} with virtual_workers={self.virtual_workers}: adversaries are some of "
                 "several virtual workers."
             )
-        if getattr(self, "fp16", False):
+        if getattr(self, "fp16", False) and self.virtual_workers > 1:
             raise ValueError(
-                f"fp16 with optim={self.optim!r}: the gradient scaler skips a step on the one rank that overflowed, "
-                "and the others would wait for its vote. Use bf16=True."
+                f"fp16 with virtual_workers={self.virtual_workers}: one gradient scaler cannot serve several workers. "
+                "Use bf16=True."
             )
         if getattr(self, "deepspeed", None) or getattr(self, "fsdp", None):
             raise ValueError(

@@ -17,7 +17,7 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
 from ..optim.dlion import DistributedLion
-from ..optim.registry import METHODS, Method
+from ..optim.registry import METHODS
 from ..optim.virtual import VirtualWorkers
 from ..optim.workers import WorkersOptimizer
 from ..wire.collectives import settle
@@ -38,6 +38,7 @@ class DLionTrainerMixin:
       last log;
     - ``bytes_sent_total``: by this rank since the start of ``train()``;
     - ``fp32_allreduce_ratio``: bytes sent over those of an fp32 all-reduce of the gradients;
+    - ``bad_gradients``: how many workers were left out of a step for a NaN or Inf in their gradient;
     - ``vote_ties``, ``vote_unanimous``: the shares of parameters on which the workers were split evenly, or agreed;
     - ``grad_norm``: the mean over the workers of the norm of each one's own gradient, before clipping.
 
@@ -76,11 +77,22 @@ class DLionTrainerMixin:
         """As the parent, with the method that ``args.optim`` names."""
         if self._votes:
             method = METHODS[self.args.optim]
-            self.optimizer_cls_and_kwargs = (method.optimizer, method.keywords(self.args))
+            keywords = {
+                **method.keywords(self.args),
+                "on_bad_gradient": self.args.on_bad_gradient,
+                "check_replicas_every": self.args.check_replicas_steps,
+            }
+            self.optimizer_cls_and_kwargs = (method.optimizer, keywords)
             if self.args.virtual_workers > 1:
-                self.optimizer_cls_and_kwargs = (VirtualWorkers, self._virtual_keywords(method))
+                virtual = {
+                    "workers": self.args.virtual_workers,
+                    "method": method.optimizer,
+                    "adversaries": self.args.adversaries,
+                    "adversary": self.args.adversary,
+                }
+                self.optimizer_cls_and_kwargs = (VirtualWorkers, virtual | keywords)
         optimizer: Optimizer = super().create_optimizer(model)  # type: ignore[misc]
-        self._logged = Ledger()
+        self._logged, self._logged_abstentions = Ledger(), 0
         return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -133,15 +145,6 @@ class DLionTrainerMixin:
     def _own_optimizer(self) -> Optimizer:
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
-    def _virtual_keywords(self, method: Method) -> dict[str, Any]:
-        return {
-            "workers": self.args.virtual_workers,
-            "method": method.optimizer,
-            "adversaries": self.args.adversaries,
-            "adversary": self.args.adversary,
-            **method.keywords(self.args),
-        }
-
     def _observations(self, logs: dict[str, float]) -> dict[str, float]:
         optimizer = self._own_optimizer()
         if not isinstance(optimizer, (WorkersOptimizer, VirtualWorkers)):
@@ -150,7 +153,11 @@ class DLionTrainerMixin:
         total = optimizer.ledger
         new = total.since(self._logged)
         self._logged = total.copy()
-        found: dict[str, float] = {"bytes_sent_total": total.sent_bytes}
+        found: dict[str, float] = {
+            "bytes_sent_total": total.sent_bytes,
+            "bad_gradients": optimizer.abstentions - self._logged_abstentions,
+        }
+        self._logged_abstentions = optimizer.abstentions
         if new.steps:
             found["bits_sent_per_param"] = 8 * new.sent_bytes / (parameters * new.steps)
             found["bits_received_per_param"] = 8 * new.received_bytes / (parameters * new.steps)

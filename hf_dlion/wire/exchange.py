@@ -44,6 +44,7 @@ class Decision:
 class VoteStatistics:
     """How the votes that this rank counted went; the sums over ranks give the whole.
 
+    Steps with abstentions are left out.
     Of a long part only every k-th word is looked at, k odd: about 8,192 words (262,144 parameters) a bucket.
 
     Attributes:
@@ -118,7 +119,7 @@ class Exchange(ABC):
         """Count the votes and start to tell the others; call what comes back for the whole decision.
 
         Args:
-            votes: from :meth:`receive`.
+            votes: from :meth:`receive`, those that count: the same rows on every rank.
             words: W.
             step: its parity is that of alternating ties.
             padding_share: how much of the bucket is padding, for the statistics.
@@ -128,7 +129,7 @@ class Exchange(ABC):
         """The planes decided from the votes on one part, whose first ``valid`` words are the bucket's."""
         count = count_planes(votes)
         ahead, tied = majority(count, len(votes))
-        if valid > 0:
+        if valid > 0 and len(votes) == self.channel.size:
             self.statistics.observe(
                 [plane[:valid] for plane in count], None if tied is None else tied[:valid], len(votes), padding_share
             )
@@ -140,9 +141,8 @@ class Exchange(ABC):
             return [ahead | (tied & parity_words(len(tied), step, tied.device))]
         return [tied, ahead]  # levels: 0 for -1, 1 for a tie, 2 for +1
 
-    @property
-    def _top(self) -> int:
-        return top_level(self.aggregation, self.tie, self.channel.size)
+    def _top(self, votes: Tensor) -> int:
+        return top_level(self.aggregation, self.tie, len(votes))
 
 
 class GatherExchange(Exchange):
@@ -170,7 +170,7 @@ class GatherExchange(Exchange):
 
     @override
     def decide(self, votes: Tensor, words: int, step: int, padding_share: float) -> Callable[[], Decision]:
-        decision = Decision(tuple(self._decide(votes.unbind(), words, step, padding_share)), self._top)
+        decision = Decision(tuple(self._decide(votes.unbind(), words, step, padding_share)), self._top(votes))
         return lambda: decision
 
 
@@ -218,7 +218,7 @@ class ShardedExchange(Exchange):
         def whole() -> Decision:
             work.wait()
             planes = parts.transpose(0, 1).reshape(len(decided), -1)
-            return Decision(tuple(plane[:words] for plane in planes), self._top)
+            return Decision(tuple(plane[:words] for plane in planes), self._top(votes))
 
         return whole
 

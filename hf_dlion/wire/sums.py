@@ -5,6 +5,8 @@ Sums are taken in the order of the ranks, whatever the collective would do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -14,8 +16,8 @@ from .counting import count_planes
 from .packing import BLOCK, LANES, pack_bits, unpack_bits
 
 
-def sum_dense(channel: Channel, values: Tensor) -> Tensor:
-    """The sum over the workers: an all-reduce.
+def sum_dense(channel: Channel, values: Tensor, voters: Sequence[int]) -> Tensor:
+    """The sum over the voters: an all-reduce.
 
     Round 1, all-to-all: rank r gets the r-th of N equal parts, of C values, from everyone, and adds them up. Round 2,
     all-gather of the sums. Each sends and receives (N-1) * 4C bytes per round, 2 (N-1)/N * 4 bytes a value.
@@ -23,6 +25,7 @@ def sum_dense(channel: Channel, values: Tensor) -> Tensor:
     Args:
         channel: the workers.
         values: float32 ``[d]``.
+        voters: ranks that count, at least one; the others take part in the rounds.
 
     Returns:
         float32 ``[d]``.
@@ -31,24 +34,26 @@ def sum_dense(channel: Channel, values: Tensor) -> Tensor:
     part = -(-len(values) // workers)
     parts, work = channel.all_to_all(pad(values, (0, workers * part - len(values))).view(workers, part))
     work.wait()
-    total = parts[0].clone()
-    for other in parts[1:]:
-        total += other
+    first, *others = voters
+    total = parts[first].clone()
+    for rank in others:
+        total += parts[rank]
     sums, work = channel.all_gather(total)
     work.wait()
     return sums.view(-1)[: len(values)]
 
 
-def sum_ternary(channel: Channel, values: Tensor) -> Tensor:
-    """The sum over the workers of values in {-1, 0, 1}.
+def sum_ternary(channel: Channel, values: Tensor, voters: Sequence[int]) -> Tensor:
+    """The sum over the voters of values in {-1, 0, 1}.
 
-    A value is two bits, "above 0" and "not below 0": the sum is the number of bits set by all, less N. Round 1,
+    A value is two bits, "above 0" and "not below 0": the sum is the number of bits set, less that of voters. Round 1,
     all-to-all of the bits: (N-1)/N * 2 bits a value sent and received. Round 2, all-gather of the bit-sliced counts
     from 0 to 2N: (N-1)/N * ceil(log2(2N+1)) bits.
 
     Args:
         channel: the workers.
         values: ``[d]``, of any dtype.
+        voters: ranks that count, at least one; the others take part in the rounds.
 
     Returns:
         int32 ``[d]``.
@@ -63,18 +68,18 @@ def sum_ternary(channel: Channel, values: Tensor) -> Tensor:
     sent = pad(words.view(2, -1), (0, workers * part - words[0].numel())).view(2, workers, part)
     received, work = channel.all_to_all(sent.transpose(0, 1).contiguous())
     work.wait()
-    planes = torch.stack(count_planes(received.reshape(2 * workers, part).unbind()))
+    planes = torch.stack(count_planes(received[list(voters)].reshape(-1, part).unbind()))
     everyone, work = channel.all_gather(planes)
     work.wait()
     whole = everyone.transpose(0, 1).reshape(len(planes), -1)[:, : blocks * LANES]
-    total = torch.full((blocks * BLOCK,), -workers, dtype=torch.int32, device=values.device)
+    total = torch.full((blocks * BLOCK,), -len(voters), dtype=torch.int32, device=values.device)
     for weight, plane in enumerate(whole):
         total += unpack_bits(plane.view(blocks, LANES)).view(-1).int() << weight
     return total[: len(values)]
 
 
-def sum_sparse(channel: Channel, indices: Tensor, values: Tensor, size: int) -> Tensor:
-    """The sum over the workers of vectors that are zero but for k entries.
+def sum_sparse(channel: Channel, indices: Tensor, values: Tensor, size: int, voters: Sequence[int]) -> Tensor:
+    """The sum over the voters of vectors that are zero but for k entries.
 
     One round, all-gather of 32-bit indices and values: (N-1) * 8k bytes sent and received by each rank.
 
@@ -83,6 +88,7 @@ def sum_sparse(channel: Channel, indices: Tensor, values: Tensor, size: int) -> 
         indices: int32 ``[k]``, each at most once, k the same on every rank.
         values: float32 ``[k]``.
         size: d.
+        voters: ranks that count.
 
     Returns:
         float32 ``[d]``.
@@ -90,6 +96,7 @@ def sum_sparse(channel: Channel, indices: Tensor, values: Tensor, size: int) -> 
     everyone, work = channel.all_gather(torch.stack([indices, values.view(torch.int32)]))
     work.wait()
     total = torch.zeros(size, dtype=torch.float32, device=values.device)
-    for theirs, numbers in everyone:
+    for rank in voters:
+        theirs, numbers = everyone[rank]
         total.index_add_(0, theirs, numbers.view(torch.float32))
     return total

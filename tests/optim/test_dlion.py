@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from hf_dlion import DistributedLion
 from hf_dlion.optim import dlion, layout
+from hf_dlion.optim.agreement import digest
 from hf_dlion.wire.packing import LANES
 from tests.harness import run_workers
 from tests.reference import ReferenceLion
@@ -36,19 +39,44 @@ def gradients(rank: int, step: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return drawn
 
 
-def lanes() -> torch.Tensor:
-    """Each element's lane, in the order of the flat parameters in the words, from the layout."""
+def places() -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """Each element's place in its segment, and the piece that begins the segment, in the order of the parameters."""
     found = [torch.zeros(torch.Size(shape).numel(), dtype=torch.int64) for shape in SHAPES]
+    begins = [[(0, 0)] * len(one) for one in found]
     members = [[(index, parameter) for index, parameter in enumerate(parameters(torch.float32))]]
     for bucket in layout.make_buckets(members, 1):
         for segment in bucket.segments:
             place = 0
             for piece in segment.pieces:
-                found[piece.parameter][piece.start : piece.start + piece.length] = (
-                    torch.arange(place, place + piece.length) % LANES
-                )
+                part = slice(piece.start, piece.start + piece.length)
+                found[piece.parameter][part] = torch.arange(place, place + piece.length)
+                begins[piece.parameter][part] = [(segment.pieces[0].parameter, segment.pieces[0].start)] * piece.length
                 place += piece.length
-    return torch.cat(found)
+    return torch.cat(found), [begin for one in begins for begin in one]
+
+
+def lanes() -> torch.Tensor:
+    """Each element's lane in the words."""
+    return places()[0] % LANES
+
+
+def rounding(workers: int) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """To bfloat16 with the noise of the place in the segment, or of one worker, in the parameter; by numpy."""
+    own, begins = places()
+    if workers == 1:
+        own = torch.cat([torch.arange(torch.Size(shape).numel()) for shape in SHAPES])
+        begins = [(index, 0) for index, shape in enumerate(SHAPES) for _ in range(torch.Size(shape).numel())]
+
+    def rounded(updated: torch.Tensor, step: int) -> torch.Tensor:
+        seeds = {begin: digest((step, *begin)) & 0x7FFFFFFF for begin in set(begins)}
+        hashed = own.numpy().astype(np.uint32) ^ np.array([seeds[begin] for begin in begins], dtype=np.uint32)
+        hashed = (hashed ^ (hashed >> np.uint32(16))) * np.uint32(0x7FEB352D)
+        hashed = (hashed ^ (hashed >> np.uint32(15))) * np.uint32(0x846CA68B)
+        noise = (hashed ^ (hashed >> np.uint32(16))) & np.uint32(0xFFFF)
+        upper = (updated.numpy().view(np.uint32) + noise) & np.uint32(0xFFFF0000)
+        return torch.from_numpy(upper.view(np.float32)).to(torch.bfloat16)
+
+    return rounded
 
 
 def flatten(tensors: list[Any]) -> torch.Tensor:
@@ -70,6 +98,8 @@ def follow_reference(rank: int, workers: int, cases: list[tuple[str, str, str, t
         reference = ReferenceLion(
             flatten(mine).clone(), workers, **SETTINGS, aggregation=aggregation, tie=tie, lanes=lanes()
         )
+        if dtype == torch.bfloat16:
+            reference.rounding = rounding(workers)
         for step in range(STEPS):
             for parameter, gradient in zip(mine, gradients(rank, step, dtype), strict=True):
                 parameter.grad = gradient

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from hf_dlion import DistributedLion
+from hf_dlion.optim.registry import METHODS
 from tests.harness import run_workers
 
 
@@ -89,6 +90,7 @@ def misuse(rank: int, kind: str) -> str:
         parameters,
         lr=0.1 + rank if kind == "another lr" else 0.1,
         tie="alternate" if kind == "another option" and rank == 1 else "zero",
+        on_bad_gradient="raise",
     )
     for parameter in parameters:
         parameter.grad = torch.linspace(1, 2, parameter.numel()) * (1 if kind == "averaged" else rank + 1)
@@ -132,6 +134,28 @@ def steps_apart(rank: int) -> str:
 def test_a_schedule_that_drifts_apart_is_found_at_its_step() -> None:
     for message in run_workers(steps_apart, 3, timeout=60):
         assert "lr of param group 0 is 0.0001 on rank 0 and 0.0002 on rank 1" in message
+
+
+def replicas_apart(rank: int, name: str) -> list[str]:
+    first, second = torch.nn.Parameter(torch.ones(8)), torch.nn.Parameter(torch.ones(5))
+    method = METHODS[name]
+    optimizer = method.optimizer([("first", first), ("second", second)], check_replicas_every=3, **method.fixed)
+    messages = []
+    for step in range(5):
+        if step == 1 and rank == 1:
+            second.data[2] += 1e-6
+        for parameter in (first, second):
+            parameter.grad = torch.linspace(1, 2, len(parameter)) + rank
+        messages.append(outcome(optimizer.step))
+    return messages
+
+
+@pytest.mark.parametrize("name", ["dlion_mavo", "glion"])
+def test_replicas_that_drift_apart_are_found(name: str) -> None:
+    for messages in run_workers(replicas_apart, 3, name, timeout=60):
+        assert messages[:3] == ["no error"] * 3
+        for part in ("no longer the same on all ranks at step 3", "parameter 1 (second)", "on rank 0", "on rank 1"):
+            assert part in messages[3]
 
 
 def zero_then_real(rank: int) -> str:

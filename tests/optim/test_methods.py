@@ -267,7 +267,8 @@ def ternary_sums(rank: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     values = torch.randint(-1, 2, (size,), generator=torch.Generator().manual_seed(rank), dtype=torch.int8)
     everyone = [torch.empty_like(values) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, values)
-    return sum_ternary(ProcessChannel(None, Ledger()), values), torch.stack(everyone).int().sum(0)
+    total = sum_ternary(ProcessChannel(None, Ledger()), values, range(dist.get_world_size()))
+    return total, torch.stack(everyone).int().sum(0)
 
 
 @pytest.mark.parametrize(("workers", "size"), [(2, 1), (3, 5000), (4, 1024)])

@@ -191,7 +191,7 @@ def test_wrong_use_is_said() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             VirtualWorkers([parameter], method=DistributedLion, **options)  # type: ignore[arg-type]
-    optimizer = VirtualWorkers([parameter], 2, DistributedLion)
+    optimizer = VirtualWorkers([parameter], 2, DistributedLion, on_bad_gradient="raise")
     parameter.grad = torch.ones(4)
     with pytest.raises(RuntimeError, match=r"next_worker\(\)"):
         optimizer.step()

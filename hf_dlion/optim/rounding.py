@@ -1,0 +1,38 @@
+"""Rounding float32 to bfloat16 at random, without bias and the same on every rank.
+
+An update below half a unit in the last place is lost by rounding to nearest; here it is made in a share of the steps
+that is its size in units. The randomness is a hash of step and place, so that every rank rounds alike and none needs
+memory for it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .agreement import digest
+
+
+def rounding_seed(step: int, parameter: int, start: int, device: torch.device) -> Tensor:
+    """Int32 ``[1]``, for elements of a parameter from ``start`` on at that step."""
+    return torch.tensor([digest((step, parameter, start)) & 0x7FFFFFFF], dtype=torch.int32, device=device)
+
+
+def round_at_random(values: Tensor, places: Tensor, seed: Tensor) -> Tensor:
+    """To one of the two next bfloat16 numbers: the further one with a chance that is the distance to the nearer one.
+
+    Args:
+        values: float32, finite.
+        places: int32, of the shape of ``values``: a different number for each.
+        seed: int32 ``[1]``.
+
+    Returns:
+        bfloat16, of that shape.
+    """
+    # A hash of two rounds of xor, shift and multiply ("lowbias32"), in int32 that wraps; >> is arithmetic, so masked.
+    h = places ^ seed
+    h = (h ^ ((h >> 16) & 0xFFFF)) * 0x7FEB352D
+    h = (h ^ ((h >> 15) & 0x1FFFF)) * -0x7B935975
+    noise = (h ^ (h >> 16)) & 0xFFFF
+    # bfloat16 is the upper half of float32: noise carries into it with a chance that is the lower half.
+    return ((values.view(torch.int32) + noise) & -0x10000).view(torch.float32).to(torch.bfloat16)

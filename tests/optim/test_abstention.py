@@ -1,0 +1,173 @@
+"""Workers with a bad gradient are left out of a step; with a gradient scaler, those that overflowed."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+
+from hf_dlion import DistributedLion
+from hf_dlion.optim import dlion
+from hf_dlion.optim.registry import METHODS
+from hf_dlion.optim.virtual import VirtualWorkers
+from tests.harness import run_workers
+from tests.optim import test_dlion as dense
+from tests.optim.test_methods import DECAY, LR, OPTIONS, STEPS, gradients, parameters
+from tests.reference import ReferenceLion
+
+BAD = {2: [0], 3: [1, 2], 5: [2], 7: [0, 1]}
+"""By step, the ranks whose gradient is bad."""
+
+
+def spoil(given: list[torch.Tensor], value: float) -> list[torch.Tensor]:
+    given[1] = given[1].clone()
+    given[1].view(-1)[-1] = value
+    return given
+
+
+def follow_reference(rank: int, workers: int, compiled: bool) -> None:
+    dlion.COMPILE_FROM = 0 if compiled else 1 << 30
+    for aggregation, tie, exchange in itertools.product(("mavo", "avg"), ("zero", "alternate"), ("gather", "sharded")):
+        mine = dense.parameters(torch.float32)
+        options = {"aggregation": aggregation, "tie": tie}
+        optimizer = DistributedLion(mine, exchange=exchange, **options, **dense.SETTINGS)
+        reference = ReferenceLion(
+            dense.flatten(mine).clone(), workers, **dense.SETTINGS, **options, lanes=dense.lanes()
+        )
+        for step in range(10):
+            bad = BAD.get(step, [])
+            own = dense.gradients(rank, step, torch.float32)
+            if rank in bad:
+                spoil(own, torch.nan if rank else torch.inf)
+            for parameter, gradient in zip(mine, own, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            theirs = [dense.flatten(dense.gradients(other, step, torch.float32)) for other in range(workers)]
+            reference.step([None if other in bad else theirs[other] for other in range(workers)])
+            assert torch.equal(dense.flatten(mine), reference.parameters), (aggregation, tie, exchange, step)
+            momenta = dense.flatten([optimizer.state[parameter]["momentum"] for parameter in mine])
+            assert torch.equal(momenta, reference.momenta[rank]), (aggregation, tie, exchange, step)
+        assert optimizer.abstentions == sum(map(len, BAD.values()))
+
+
+@pytest.mark.parametrize("workers", [3, 4])
+def test_votes_without_the_bad_ones(workers: int) -> None:
+    run_workers(follow_reference, workers, workers, False)
+
+
+def test_compiled_votes_without_the_bad_ones() -> None:
+    run_workers(follow_reference, 3, 3, True, timeout=400)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_worker_that_always_abstains_is_as_if_it_were_not(name: str) -> None:
+    options = {"lr": LR, "weight_decay": DECAY, **METHODS[name].fixed, **OPTIONS.get(name, {})}
+    if name == "dgc":
+        options["clip"] = 0.0  # else the number of workers stands in it
+    fewer, all_three = parameters(), parameters()
+    two = VirtualWorkers(fewer, 2, METHODS[name].optimizer, **options)
+    three = VirtualWorkers(all_three, 3, METHODS[name].optimizer, **options)
+    kept = [{key: tensor.clone() for key, tensor in state.items()} for state in three.members[2].state.values()]
+    local = {"momentum"} if isinstance(three.members[0], DistributedLion) else {"residual", "velocity"}
+    for step in range(STEPS):
+        for optimizer, params in ((two, fewer), (three, all_three)):
+            for rank in range(optimizer.workers):
+                own = gradients(rank, step)
+                for parameter, gradient in zip(params, own if rank < 2 else spoil(own, torch.nan), strict=True):
+                    parameter.grad = gradient
+                optimizer.next_worker()
+            optimizer.step()
+        assert all(map(torch.equal, fewer, all_three)), step
+    for before, after in zip(kept, three.members[2].state.values(), strict=True):
+        assert all(torch.equal(before[key], after[key]) for key in local & before.keys())
+    assert three.abstentions == STEPS
+
+
+def scaled(rank: int) -> tuple[list[torch.Tensor], list[float], list[int]]:
+    """Rank 1 overflows at step 2, and all at step 4; the last steps go through accelerate."""
+    mine = dense.parameters(torch.float32)
+    optimizer = DistributedLion(mine, **dense.SETTINGS)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))  # of a loss: it starts the scaler
+    Accelerator(cpu=True)
+    wrapped = AcceleratedOptimizer(optimizer, scaler=scaler)
+    history, scales = [], []
+    for step in range(8):
+        own = dense.gradients(rank, step, torch.float32)
+        if (step, rank) == (2, 1) or step == 4:
+            spoil(own, torch.inf)
+        for parameter, gradient in zip(mine, own, strict=True):
+            parameter.grad = gradient * scaler.get_scale()
+        if step == 6:
+            scaler.unscale_(optimizer)
+        if step < 5:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            wrapped.step()
+            assert not wrapped.step_was_skipped
+        history.append(dense.flatten(mine).clone())
+        scales.append(scaler.get_scale())
+    return history, scales, [optimizer.abstentions, optimizer.param_groups[0]["step"]]
+
+
+def test_with_a_gradient_scaler_who_overflows_abstains() -> None:
+    outcomes = run_workers(scaled, 3)
+    reference = ReferenceLion(
+        dense.flatten(dense.parameters(torch.float32)), 3, **dense.SETTINGS, aggregation="mavo", tie="zero",
+        lanes=dense.lanes(),
+    )  # fmt: skip
+    for step in range(8):
+        if step == 4:
+            reference.steps += 1
+        else:
+            theirs = [dense.flatten(dense.gradients(other, step, torch.float32)) for other in range(3)]
+            reference.step([None if (step, other) == (2, 1) else theirs[other] for other in range(3)])
+        for history, _, _ in outcomes:
+            assert torch.equal(history[step], reference.parameters), step
+    for rank, (_, scales, counts) in enumerate(outcomes):
+        assert scales == [1024.0] * 2 + [512.0 if rank == 1 else 1024.0] * 2 + [256.0 if rank == 1 else 512.0] * 4
+        assert counts == [4, 8]
+
+
+def test_a_single_worker_with_a_gradient_scaler_skips() -> None:
+    parameter = torch.nn.Parameter(torch.ones(8))
+    optimizer = DistributedLion([parameter], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.zeros(()))
+    for gradient in (torch.inf, 1.0):
+        parameter.grad = torch.full((8,), gradient)
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(parameter.detach(), torch.ones(8) if gradient == torch.inf else torch.zeros(8))
+    assert scaler.get_scale() == 2.0
+
+
+@pytest.mark.parametrize("name", ["dlion_mavo", "gadamw"])
+def test_raises_where_that_is_wanted_or_nobody_is_left(name: str, caplog: Any) -> None:
+    def step(bad: list[int], on_bad_gradient: str) -> torch.Tensor:
+        parameter = torch.nn.Parameter(torch.zeros(4))
+        named = [("weight", parameter)]
+        optimizer = VirtualWorkers(
+            named, 3, METHODS[name].optimizer, on_bad_gradient=on_bad_gradient, **METHODS[name].fixed
+        )
+        for rank in range(3):
+            parameter.grad = torch.full((4,), torch.nan if rank in bad else 1.0 + rank)
+            optimizer.next_worker()
+        optimizer.step()
+        return parameter.detach()
+
+    with pytest.raises(FloatingPointError, match=r"rank 1: the gradient of parameter 0 \(weight\).* at step 0"):
+        step([1], "raise")
+    with pytest.raises(FloatingPointError, match="rank 0"):
+        step([0, 1, 2], "abstain")
+    with caplog.at_level(logging.WARNING):
+        assert (step([1, 2], "abstain") < 0).all()
+    assert "worker 1 abstains" in caplog.text
+    with pytest.raises(ValueError, match=r"on_bad_gradient='ignore'.*'abstain', 'raise'"):
+        step([], "ignore")
