@@ -22,6 +22,7 @@ from ..wire.collectives import settle
 from ..wire.ledger import Ledger, fp32_all_reduce_bytes
 from .card import write_card
 from .local_gradients import keep_gradients_local
+from .theory import LionTheoryCallback
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,8 @@ class DLionTrainerMixin:
     - ``bytes_sent_total``: by this rank since the start of ``train()``;
     - ``fp32_allreduce_ratio``: bytes sent over those of an fp32 all-reduce of the gradients;
     - ``vote_ties``, ``vote_unanimous``: the shares of parameters on which the workers were split evenly, or agreed;
-    - ``grad_norm``: the mean over the workers of the norm of each one's own gradient, before clipping.
+    - ``grad_norm``: the mean over the workers of the norm of each one's own gradient, before clipping;
+    - what a :class:`LionTheoryCallback` among the callbacks observed.
 
     ``max_grad_norm`` clips each worker's gradient by that gradient's own norm. A common factor changes no sign, so
     this only weighs the steps against each other inside the momentum; 0 turns it off.
@@ -47,6 +49,7 @@ class DLionTrainerMixin:
 
     args: Any
     accelerator: Any
+    callback_handler: Any
     optimizer: Any
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -118,7 +121,11 @@ class DLionTrainerMixin:
         if "grad_norm" in logs:
             norm = torch.tensor(logs["grad_norm"], device=self.accelerator.device)
             found["grad_norm"] = self.accelerator.reduce(norm, reduction="mean").item()
-        return {name: round(value, 6) if isinstance(value, float) else value for name, value in found.items()}
+        found = {name: round(value, 6) if isinstance(value, float) else value for name, value in found.items()}
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, LionTheoryCallback):
+                found |= callback.observations()
+        return found
 
 
 class DLionTrainer(DLionTrainerMixin, Trainer):
