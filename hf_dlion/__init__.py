@@ -10,6 +10,7 @@ from .optim.dlion import DistributedLion
 if TYPE_CHECKING:
     from .trainer.arguments import DLionArgumentsMixin, DLionTrainingArguments
     from .trainer.local_gradients import keep_gradients_local
+    from .trainer.theory import LionTheoryCallback
     from .trainer.trainer import DLionTrainer, DLionTrainerMixin
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ _LAZY = {
     "DLionArgumentsMixin": "arguments",
     "DLionTrainingArguments": "arguments",
     "keep_gradients_local": "local_gradients",
+    "LionTheoryCallback": "theory",
     "DLionTrainer": "trainer",
     "DLionTrainerMixin": "trainer",
 }
@@ -29,6 +31,7 @@ __all__ = [
     "DLionTrainerMixin",
     "DLionTrainingArguments",
     "DistributedLion",
+    "LionTheoryCallback",
     "keep_gradients_local",
 ]
 

@@ -24,6 +24,7 @@ from ..wire.collectives import settle
 from ..wire.ledger import Ledger, fp32_all_reduce_bytes
 from .card import write_card
 from .local_gradients import keep_gradients_local
+from .theory import LionTheoryCallback
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,8 @@ class DLionTrainerMixin:
     - ``fp32_allreduce_ratio``: bytes sent over those of an fp32 all-reduce of the gradients;
     - ``bad_gradients``: how many workers were left out of a step for a NaN or Inf in their gradient;
     - ``vote_ties``, ``vote_unanimous``: the shares of parameters on which the workers were split evenly, or agreed;
-    - ``grad_norm``: the mean over the workers of the norm of each one's own gradient, before clipping.
+    - ``grad_norm``: the mean over the workers of the norm of each one's own gradient, before clipping;
+    - what a :class:`LionTheoryCallback` among the callbacks observed.
 
     ``max_grad_norm`` clips each worker's gradient by that gradient's own norm. A common factor changes no sign, so
     this only weighs the steps against each other inside the momentum; 0 turns it off.
@@ -53,6 +55,7 @@ class DLionTrainerMixin:
 
     args: Any
     accelerator: Any
+    callback_handler: Any
     optimizer: Any
     current_gradient_accumulation_steps: int
 
@@ -173,7 +176,11 @@ class DLionTrainerMixin:
             else:
                 norm = torch.tensor(logs["grad_norm"], device=self.accelerator.device)
             found["grad_norm"] = self.accelerator.reduce(norm, reduction="mean").item()
-        return {name: round(value, 6) if isinstance(value, float) else value for name, value in found.items()}
+        found = {name: round(value, 6) if isinstance(value, float) else value for name, value in found.items()}
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, LionTheoryCallback):
+                found |= callback.observations()
+        return found
 
 
 class DLionTrainer(DLionTrainerMixin, Trainer):
