@@ -7,6 +7,7 @@ inside. Extension points of transformers 5: ``on_train_begin`` and ``on_pre_opti
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -17,8 +18,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..optim.dlion import DistributedLion
 from ..optim.glion import GlobalLion
 from ..optim.registry import METHODS
-from ..wire.collectives import Channel
+from ..optim.virtual import VirtualWorkers
+from ..wire.collectives import ProcessChannel
 from ..wire.ledger import Ledger
+from ..wire.local import LocalWorker
 from ..wire.sums import sum_dense
 
 Lion = DistributedLion | GlobalLion
@@ -72,6 +75,8 @@ class LionTheoryCallback(TrainerCallback):
         """Check that the optimizer is a Lion."""
         self._found = {}
         optimizer = _unwrapped(kwargs["optimizer"])
+        if isinstance(optimizer, VirtualWorkers):
+            optimizer = optimizer.members[0]
         if not isinstance(optimizer, Lion):
             names = [name for name, method in METHODS.items() if issubclass(method.optimizer, Lion)]
             raise ValueError(
@@ -88,12 +93,12 @@ class LionTheoryCallback(TrainerCallback):
 
 
 @torch.no_grad()
-def _observe(optimizer: Lion) -> dict[str, float]:
-    sums = []
+def _observe(optimizer: Lion | VirtualWorkers) -> dict[str, float]:
+    sums, numbers = [], itertools.count()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             scaled = group["weight_decay"] * parameter.float()
-            gradient = _mean_gradient(optimizer, parameter)
+            gradient = _mean_gradient(optimizer, parameter, next(numbers))
             # Not as two sums, whose difference would be rounding where the terms are small.
             surrogate = gradient.sign().add_(scaled).mul_(gradient).sum()
             square = scaled.abs_().sub_(1).relu_().square_().sum()
@@ -102,13 +107,21 @@ def _observe(optimizer: Lion) -> dict[str, float]:
     return {"lion_box_distance": math.sqrt(sum(squares)), "lion_surrogate": sum(surrogates)}
 
 
-def _mean_gradient(optimizer: Lion, parameter: Tensor) -> Tensor:
+def _mean_gradient(optimizer: Lion | VirtualWorkers, parameter: Tensor, number: int) -> Tensor:
     """The mean over the workers, float32 of the parameter's shape; a worker without a gradient counts as zero."""
+    if isinstance(optimizer, VirtualWorkers):
+        total = torch.zeros_like(parameter, dtype=torch.float32)
+        for gradients in optimizer.gradients:
+            if (theirs := gradients[number]) is not None:
+                total += theirs
+        return total / optimizer.workers
     own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     if optimizer.workers == 1 or not parameter.numel():
         return own.float()
-    total = sum_dense(Channel(optimizer.process_group, Ledger()), own.float().reshape(-1))
-    return (total / optimizer.workers).view(parameter.shape)
+    assert not isinstance(optimizer.process_group, LocalWorker)
+    channel = ProcessChannel(optimizer.process_group, Ledger())
+    total = sum_dense(channel, own.float().reshape(-1), range(channel.size))
+    return (total / channel.size).view(parameter.shape)
 
 
 def _unwrapped(optimizer: Any) -> Any:

@@ -65,7 +65,7 @@ def train(rank: int, folder: str | Path, every: int = 1, **options: Any) -> tupl
     trainer = DLionTrainer(
         model=Quadratic(),
         args=tiny.arguments(folder, **(settings | options)),
-        train_dataset=rows(dist.get_world_size() if dist.is_initialized() else 1),
+        train_dataset=rows(dist.get_world_size() if dist.is_initialized() else options.get("virtual_workers", 1)),
         callbacks=[LionTheoryCallback(every)],
     )
     trainer.train()
@@ -111,6 +111,13 @@ def test_workers_solve_the_constrained_problem(workers: int, methods: tuple[str,
         check_solved(log, model)
         for other in others:
             assert observations(other[number][0]) == observations(log)
+
+
+def test_virtual_workers_see_what_processes_see(tmp_path: Path) -> None:
+    ((log, model),), *_ = run_workers(solve, 2, str(tmp_path), ("dlion_mavo",))
+    virtual, same = train(0, tmp_path, virtual_workers=2)
+    assert observations(virtual) == observations(log)
+    assert torch.equal(same.decayed, model.decayed)
 
 
 def test_the_interval(tmp_path: Path) -> None:
