@@ -5,7 +5,7 @@ VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types smoke benchmark clean
+.PHONY: demo test lint types smoke soak benchmark clean
 
 demo: $(VENV)/.installed
 	$(BIN)/accelerate launch --config_file examples/configs/cpu_2.yaml examples/pretrain_gpt2.py \
@@ -26,6 +26,10 @@ types: $(VENV)/.installed
 smoke: $(VENV)/.installed
 	$(BIN)/accelerate launch --config_file examples/configs/cpu_2.yaml examples/pretrain_gpt2.py --use_cpu \
 		--optim dlion_avg --max_steps 6 --eval_steps 3 --logging_steps 2 --max_eval_blocks 32 --output_dir out/smoke
+
+# Half an hour of training in which a worker is killed, frozen or out of space every minute.
+soak: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow tests/faults/test_soak.py
 
 # The measurements in the README; as root on Linux for limited links.
 benchmark: $(VENV)/.installed

@@ -10,6 +10,7 @@ from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_dlion import DLionTrainingArguments
+from hf_dlion.trainer.checkpoints import last_complete_checkpoint
 
 TRAINER_STATE = "trainer_state.json"
 
@@ -51,6 +52,8 @@ def checkpoint_to_resume(args: DLionTrainingArguments) -> str | None:
         return None
     folder = str(args.output_dir)
     if wanted == "auto":
+        if args.votes:
+            return last_complete_checkpoint(folder)
         newest: str | None = get_last_checkpoint(folder) if Path(folder).is_dir() else None
         return newest
     if not (Path(wanted) / TRAINER_STATE).is_file():

@@ -9,6 +9,7 @@ from .optim.dlion import DistributedLion
 
 if TYPE_CHECKING:
     from .trainer.arguments import DLionArgumentsMixin, DLionTrainingArguments
+    from .trainer.checkpoints import last_complete_checkpoint, load_workers, save_workers
     from .trainer.local_gradients import keep_gradients_local
     from .trainer.theory import LionTheoryCallback
     from .trainer.trainer import DLionTrainer, DLionTrainerMixin
@@ -20,6 +21,9 @@ _LAZY = {
     "DLionArgumentsMixin": "arguments",
     "DLionTrainingArguments": "arguments",
     "keep_gradients_local": "local_gradients",
+    "last_complete_checkpoint": "checkpoints",
+    "load_workers": "checkpoints",
+    "save_workers": "checkpoints",
     "LionTheoryCallback": "theory",
     "DLionTrainer": "trainer",
     "DLionTrainerMixin": "trainer",
@@ -33,6 +37,9 @@ __all__ = [
     "DistributedLion",
     "LionTheoryCallback",
     "keep_gradients_local",
+    "last_complete_checkpoint",
+    "load_workers",
+    "save_workers",
 ]
 
 

@@ -97,6 +97,7 @@ class DeepGradientCompression(MeanGradient):
         bound = self.clip / self.workers**0.5
         return torch.where(norm > bound, bound / norm, 1.0) if self.clip else torch.ones_like(norm)
 
-    def _options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
+        """Options that must be the same on all ranks, besides hyperparameters."""
         own = {"momentum": self.correction, "drop": self.drop, "warmup_steps": self.warmup_steps, "clip": self.clip}
-        return super()._options() | own
+        return super().options() | own

@@ -119,7 +119,7 @@ class DistributedLion(WorkersOptimizer):
         self.tie = tie
         self.exchange = exchange
         self._plan: _Plan | None = None
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, (MOMENTUM,), **workers)
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, (), (MOMENTUM,), **workers)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -193,12 +193,14 @@ class DistributedLion(WorkersOptimizer):
         super()._check_group(group)
         check_betas(group["betas"])
 
-    def _changed(self) -> None:
-        super()._changed()
+    def state_changed(self) -> None:
+        """To be called when parameters or state have been changed, or replaced, from outside."""
+        super().state_changed()
         self._plan = None
 
-    def _options(self) -> dict[str, Any]:
-        return super()._options() | {"aggregation": self.aggregation, "tie": self.tie, "exchange": self.exchange}
+    def options(self) -> dict[str, Any]:
+        """Options that must be the same on all ranks, besides hyperparameters."""
+        return super().options() | {"aggregation": self.aggregation, "tie": self.tie, "exchange": self.exchange}
 
     def _settings(self) -> tuple[str, ...]:
         return "lr", "betas", "weight_decay"

@@ -64,5 +64,6 @@ class GradDrop(MeanGradient):
             offset += len(gradient)
         return sum_chosen(channel, voters, indices, values, offset)
 
-    def _options(self) -> dict[str, Any]:
-        return super()._options() | {"drop": self.drop}
+    def options(self) -> dict[str, Any]:
+        """Options that must be the same on all ranks, besides hyperparameters."""
+        return super().options() | {"drop": self.drop}

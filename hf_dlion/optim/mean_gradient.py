@@ -64,7 +64,7 @@ class MeanGradient(WorkersOptimizer):
             raise ValueError(f"rule={rule!r} is not known; it is one of {', '.join(map(repr, RULES))}.")
         self.rule = rule
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": eps}
-        super().__init__(params, defaults, (*RULES[rule].state_names, *local_state), **workers)
+        super().__init__(params, defaults, RULES[rule].state_names, local_state, **workers)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -164,8 +164,9 @@ class MeanGradient(WorkersOptimizer):
         check_range("momentum", group["momentum"], "it is a decay, at least 0 and less than 1.", below=1)
         check_range("eps", group["eps"], "it cannot be negative.")
 
-    def _options(self) -> dict[str, Any]:
-        return super()._options() | {"method": type(self).__name__, "rule": self.rule}
+    def options(self) -> dict[str, Any]:
+        """Options that must be the same on all ranks, besides hyperparameters."""
+        return super().options() | {"method": type(self).__name__, "rule": self.rule}
 
     def _settings(self) -> tuple[str, ...]:
         return ("lr", "weight_decay", *RULES[self.rule].settings)

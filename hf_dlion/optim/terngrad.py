@@ -85,5 +85,6 @@ class TernGrad(MeanGradient):
         # Strictly below: a gradient of zero is never drawn, and one of the scaler's size always is.
         return torch.where(drawn * scaler < gradient.abs(), torch.sign(gradient), 0).to(torch.int8)
 
-    def _options(self) -> dict[str, Any]:
-        return super()._options() | {"clip": self.clip, "seed": self.seed}
+    def options(self) -> dict[str, Any]:
+        """Options that must be the same on all ranks, besides hyperparameters."""
+        return super().options() | {"clip": self.clip, "seed": self.seed}

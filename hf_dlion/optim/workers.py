@@ -45,7 +45,8 @@ class WorkersOptimizer(Optimizer, ABC):
     Args:
         params: parameters, named parameters or param groups; dense, real floating point, on one device.
         defaults: hyperparameters of a param group.
-        state_names: keys of a parameter's state.
+        state_names: keys of a parameter's state that is the same on all workers.
+        local_state_names: keys of a parameter's state that each worker has for itself.
         process_group: the workers; None is the default group. Or this one's place among virtual workers.
         on_bad_gradient: what becomes of a step where a worker's gradient has a NaN or Inf: ``"abstain"``, that worker
             is left out of it, and its state stays; or ``"raise"``, all ranks raise.
@@ -66,6 +67,7 @@ class WorkersOptimizer(Optimizer, ABC):
         params: Iterable[Any],
         defaults: dict[str, Any],
         state_names: tuple[str, ...],
+        local_state_names: tuple[str, ...],
         *,
         process_group: dist.ProcessGroup | LocalWorker | None = None,
         on_bad_gradient: str = "abstain",
@@ -80,7 +82,8 @@ class WorkersOptimizer(Optimizer, ABC):
         self.check_replicas_every = check_replicas_every
         self.abstentions = 0
         self.ledger = Ledger()
-        self._state_names = state_names
+        self.local_state_names = local_state_names
+        self._state_names = (*state_names, *local_state_names)
         self._checking_gradients = True
         self.opened = False
         super().__init__(params, defaults | {STEP: 0})
@@ -104,7 +107,7 @@ class WorkersOptimizer(Optimizer, ABC):
                 )
                 for name in self._state_names
             }
-        self._changed()
+        self.state_changed()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -122,7 +125,7 @@ class WorkersOptimizer(Optimizer, ABC):
         # torch casts state to the dtype of its parameter; ours keeps its own.
         for parameter, state in zip(self._all_parameters(), states, strict=True):
             self.state[parameter] = state
-        self._changed()
+        self.state_changed()
 
     @property
     def workers(self) -> int:
@@ -170,11 +173,11 @@ class WorkersOptimizer(Optimizer, ABC):
         check_range("lr", group["lr"], "it cannot be negative.")
         check_range("weight_decay", group["weight_decay"], "it cannot be negative.")
 
-    def _changed(self) -> None:
-        """Parameters or state are others now."""
+    def state_changed(self) -> None:
+        """To be called when parameters or state have been changed, or replaced, from outside."""
         self.opened = False
 
-    def _options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """Options that must be the same on all ranks, besides hyperparameters."""
         return {"on_bad_gradient": self.on_bad_gradient, "check_replicas_every": self.check_replicas_every}
 
@@ -281,7 +284,7 @@ class WorkersOptimizer(Optimizer, ABC):
             raise FloatingPointError(f"rank {rank}: {self._describe_bad(index)}")
 
     def _describe_layout(self) -> dict[str, Any]:
-        described = self._options() | {"the number of param groups": len(self.param_groups)}
+        described = self.options() | {"the number of param groups": len(self.param_groups)}
         for index, parameter in enumerate(self._all_parameters()):
             described[f"parameter {index}"] = (
                 f"{str(parameter.dtype).removeprefix('torch.')} {tuple(parameter.shape)}, strides {parameter.stride()}"

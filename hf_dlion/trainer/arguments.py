@@ -17,6 +17,7 @@ from ..optim.registry import METHODS
 from ..optim.virtual import ADVERSARIES
 from ..optim.workers import ON_BAD_GRADIENT
 from ..wire.exchange import EXCHANGES, TIES
+from .checkpoints import OTHER_WORKERS
 
 _NAMES = "; ".join(f"`{name}`: {method.summary}" for name, method in METHODS.items())
 
@@ -91,6 +92,14 @@ class DLionArgumentsMixin:
         default=100,
         metadata={"help": "Compare a checksum of the parameters over the ranks every so many steps; 0: never."},
     )
+    resume_world_size_policy: str = field(
+        default="mean",
+        metadata={
+            "help": "Resuming with another number of workers, what each one's momentum is: `mean`, that of all old "
+            "ones; `reset`, zero; `error`: do not resume.",
+            "choices": list(OTHER_WORKERS),
+        },
+    )
     virtual_workers: int = field(
         default=1,
         metadata={
@@ -145,6 +154,7 @@ class DLionArgumentsMixin:
             ("base_rule", self.base_rule, ("sgd", "adamw")),
             ("adversary", self.adversary, ADVERSARIES),
             ("on_bad_gradient", self.on_bad_gradient, ON_BAD_GRADIENT),
+            ("resume_world_size_policy", self.resume_world_size_policy, OTHER_WORKERS),
         ):
             if value not in known:
                 raise ValueError(f"{given}={value!r} is not known; it is one of {', '.join(map(repr, known))}.")

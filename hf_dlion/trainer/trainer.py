@@ -1,20 +1,22 @@
 """The Trainer, and the mixin that makes any Trainer vote.
 
 Extension points of transformers 5: ``create_accelerator_and_postprocess``, ``create_optimizer`` with
-``optimizer_cls_and_kwargs``, ``_load_optimizer_and_scheduler``, ``training_step``, and ``log``.
+``optimizer_cls_and_kwargs``, ``training_step``, ``log``, and ``_save_checkpoint`` with
+``_save_optimizer_and_scheduler`` and ``_load_optimizer_and_scheduler``.
 """
 
 from __future__ import annotations
 
-import logging
 import math
+import os
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from ..optim.dlion import DistributedLion
 from ..optim.registry import METHODS
@@ -23,10 +25,16 @@ from ..optim.workers import WorkersOptimizer
 from ..wire.collectives import settle
 from ..wire.ledger import Ledger, fp32_all_reduce_bytes
 from .card import write_card
+from .checkpoints import (
+    check_complete,
+    last_complete_checkpoint,
+    load_workers,
+    save_workers,
+    unseal,
+)
 from .local_gradients import keep_gradients_local
+from .manifest import CheckpointError
 from .theory import LionTheoryCallback
-
-logger = logging.getLogger(__name__)
 
 
 class DLionTrainerMixin:
@@ -57,6 +65,8 @@ class DLionTrainerMixin:
     accelerator: Any
     callback_handler: Any
     optimizer: Any
+    lr_scheduler: Any
+    state: Any
     current_gradient_accumulation_steps: int
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -98,9 +108,15 @@ class DLionTrainerMixin:
         self._logged, self._logged_abstentions = Ledger(), 0
         return optimizer
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As the parent."""
-        output: TrainOutput = super().train(*args, **kwargs)  # type: ignore[misc]
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As the parent; only a checkpoint that is whole is resumed from (:mod:`hf_dlion.trainer.checkpoints`).
+
+        Raises:
+            CheckpointError: the checkpoint given is not whole; with True, none in the output folder is.
+        """
+        if resume_from_checkpoint and self._votes:
+            resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
+        output: TrainOutput = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         settle()  # so that accelerator.end_training() may follow at once
         return output
 
@@ -131,19 +147,55 @@ class DLionTrainerMixin:
             logs = {**logs, **self._observations(logs)}
         super().log(logs, start_time)  # type: ignore[misc]
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if not self._votes or self.args.save_only_model:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            return
+        run = self._get_output_dir(trial=trial)  # type: ignore[attr-defined]
+        folder = os.path.join(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        unseal(folder, self.args.should_save)
+        # An older checkpoint is deleted, and this one pushed, when this one counts.
+        limit, push = self.args.save_total_limit, self.args.push_to_hub
+        self.args.save_total_limit, self.args.push_to_hub = None, False
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        finally:
+            self.args.save_total_limit, self.args.push_to_hub = limit, push
+        save_workers(folder, self.optimizer, seals=self.args.should_save)
+        if push:
+            self._push_from_checkpoint(folder)  # type: ignore[attr-defined]
+        if self.args.should_save:
+            rotate_checkpoints(run, limit, best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._votes:
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        elif self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        if checkpoint is not None and self._votes and self.args.world_size > 1:
-            logger.warning(
-                "%s has the momentum of rank 0 only, so all %d workers resume with that one. Training goes on, but not "
-                "exactly as if it had not been interrupted.",
-                checkpoint,
-                self.args.world_size,
-            )
+        if checkpoint is None or not self._votes:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            return
+        load_workers(checkpoint, self.optimizer, other_workers=self.args.resume_world_size_policy)
+        scheduler = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), map_location="cpu", weights_only=True)
+        self.lr_scheduler.load_state_dict(scheduler)
 
     @property
     def _votes(self) -> bool:
         return self.args.optim in METHODS
+
+    def _whole_checkpoint(self, wanted: str | bool) -> str:
+        if wanted is True:
+            newest = last_complete_checkpoint(self.args.output_dir)
+            if newest is None:
+                raise CheckpointError(
+                    f"resume_from_checkpoint=True, and there is no complete checkpoint in {self.args.output_dir}. "
+                    "Leave it out to start from the beginning."
+                )
+            return newest
+        check_complete(str(wanted))
+        return str(wanted)
 
     def _own_optimizer(self) -> Optimizer:
         return getattr(self.optimizer, "optimizer", self.optimizer)

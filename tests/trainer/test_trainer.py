@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import Trainer
 
 from hf_dlion import DistributedLion, DLionTrainer, DLionTrainerMixin
@@ -156,26 +154,6 @@ def test_one_process_is_lion(tmp_path: Path) -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.95)
     assert trainer.state.log_history[0]["bytes_sent_total"] == 0
-
-
-def resumed(rank: int, folder: str) -> str:
-    records: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("hf_dlion").addHandler(handler)
-    tiny.trainer(rank, folder, save_strategy="steps", save_steps=2).train()
-    again = tiny.trainer(rank, folder, max_steps=6)
-    again.train(resume_from_checkpoint=str(Path(folder, "checkpoint-2")))
-    everyone = [torch.empty_like(weights(again.model)) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, weights(again.model))
-    assert all(torch.equal(other, everyone[0]) for other in everyone)
-    assert again.state.global_step == 6
-    return "".join(records)
-
-
-def test_resuming_says_that_only_one_momentum_was_kept(tmp_path: Path) -> None:
-    for message in run_workers(resumed, 2, str(tmp_path)):
-        assert "has the momentum of rank 0 only" in message
 
 
 def test_several_gpus_in_one_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

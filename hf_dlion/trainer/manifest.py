@@ -1,0 +1,176 @@
+"""The manifest of a checkpoint: which files it is made of, each with size and hash.
+
+Everything is written under a temporary name, flushed to disk, and renamed; the manifest last. A folder whose manifest
+is missing, or does not fit the files, is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..optim.workers import STEP
+
+MANIFEST = "hf_dlion_manifest.json"
+TEMPORARY = ".hf_dlion_part"
+ANY_PART = "worker_*_of_*.safetensors"
+ELSEWHERE = "Resume from another checkpoint."
+
+_FORMAT = 1
+_MAX_MANIFEST_BYTES = 1 << 26
+_CHUNK = 1 << 22
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written, is not whole, or does not fit; the message says what to do instead."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of the checkpoint: its bytes, and their SHA-256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is made of.
+
+    Attributes:
+        method: class of the optimizer.
+        settings: its options.
+        workers: how many it has.
+        step: how many it has made.
+        groups: its param groups, with the number of their parameters as ``params``.
+        parts: the files of the workers' states, by rank.
+        files: every file, by its path in the folder.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    workers: int
+    step: int
+    groups: list[dict[str, Any]]
+    parts: list[str]
+    files: dict[str, Entry]
+    format: int = _FORMAT
+
+    def write(self, folder: Path) -> None:
+        """Into the folder, as the last of its files."""
+        sealed = {**asdict(self), "sha256": _hash(asdict(self))}
+        write_whole(folder / MANIFEST, lambda part: part.write_text(json.dumps(sealed, indent=1), encoding="utf-8"))
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """From the folder.
+
+        Raises:
+            CheckpointError: there is none, or it is not one that was written here.
+        """
+        path = folder / MANIFEST
+        try:
+            if path.stat().st_size > _MAX_MANIFEST_BYTES:
+                raise CheckpointError(f"{path} is too large for a manifest. {ELSEWHERE}")
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{folder} has no {MANIFEST}: its writing was interrupted, or hf_dlion did not write it. {ELSEWHERE}"
+            ) from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}). {ELSEWHERE}") from error
+        try:
+            return cls._checked(found)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is not a manifest of this version ({error}). {ELSEWHERE}") from error
+
+    @classmethod
+    def _checked(cls, found: Any) -> Manifest:
+        if found["format"] != _FORMAT:
+            raise ValueError(f"format {found['format']!r}, and not {_FORMAT}")
+        if found.pop("sha256") != _hash(found):
+            raise ValueError("its own hash differs")
+        files = {name: Entry(**entry) for name, entry in found["files"].items()}
+        for name, entry in files.items():
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name or "\0" in name:
+                raise ValueError(f"{name!r} is no path inside of a folder")
+            if type(entry.size) is not int or entry.size < 0 or not re.fullmatch("[0-9a-f]{64}", entry.sha256):
+                raise ValueError(f"{name!r} has no size and hash")
+        manifest = cls(**{**found, "files": files})
+        if type(manifest.workers) is not int or type(manifest.step) is not int or manifest.step < 0:
+            raise ValueError("workers and step are not numbers")
+        if manifest.parts != [part_name(rank, manifest.workers) for rank in range(len(manifest.parts))]:
+            raise ValueError("the names of the parts are others")
+        if len(manifest.parts) != manifest.workers or not manifest.workers or not files.keys() >= set(manifest.parts):
+            raise ValueError("there is not one part for each worker")
+        if not isinstance(manifest.method, str) or not isinstance(manifest.settings, dict):
+            raise ValueError("method and settings are not there")
+        for group in manifest.groups:
+            if type(group["params"]) is not int or type(group[STEP]) is not int:
+                raise ValueError("a param group without parameters or step")
+        return manifest
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def part_name(rank: int, workers: int) -> str:
+    """The file of a worker's state."""
+    return f"worker_{rank:05d}_of_{workers:05d}.safetensors"
+
+
+def check_file(folder: Path, name: str, entry: Entry) -> None:
+    """Raise CheckpointError unless the file is there and is what was written."""
+    path = folder / name
+    if not os.path.isfile(path) or path.is_symlink():  # False for a name that no file can have
+        raise CheckpointError(
+            f"{path} is missing. Put it back (each node needs the parts of its own ranks, and with another number of "
+            "workers the parts of all), take resume_world_size_policy reset to start it at zero with another number of "
+            "workers, or resume from another checkpoint."
+        )
+    try:
+        found = entry_of(path) if path.stat().st_size == entry.size else None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}). {ELSEWHERE}") from error
+    if found != entry:
+        raise CheckpointError(f"{path} is not what was written: its size or hash differs. {ELSEWHERE}")
+
+
+def entry_of(path: Path, flush: bool = False) -> Entry:
+    """Of a file as it is now, which is flushed to disk first if asked for."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+        if flush:
+            os.fsync(file.fileno())
+        return Entry(os.fstat(file.fileno()).st_size, digest.hexdigest())
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Under a temporary name, flushed to disk, and renamed; nothing is left where that fails."""
+    part = path.with_name(f"{TEMPORARY}_{path.name}")
+    try:
+        write(part)
+        _flush(part)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,193 @@
+"""Half an hour of training with three workers, under torchrun, and a fault every minute: `make soak`.
+
+What it did is written as JSON to SOAK_REPORT (soak_report.json); SOAK_MINUTES and SOAK_SEED are its length and seed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+WORKERS = 3
+TIME_LIMIT = 20  # seconds, of a collective
+HANG = 240  # seconds without a step: longer than a start, a time limit and torchrun's patience with a frozen process
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("soak_training.py")
+RECORDS, PROGRESS = "soak_rank{}.jsonl", "soak_progress"
+FAULTS = ["kill", "kill in an exchange", "kill while saving", "terminate all", "freeze", "no space"]
+
+
+def command(folder: Path, steps: int, seed: int) -> list[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORKERS)]
+    settings = {
+        "optim": "dlion_mavo",
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "block_size": 64,
+        "per_device_train_batch_size": 2,
+        "max_steps": steps,
+        "seed": seed,
+        "save_strategy": "steps",
+        "save_steps": 20,
+        "save_total_limit": 3,
+        "eval_strategy": "steps",
+        "eval_steps": steps,
+        "eval_on_start": "false",
+        "max_eval_blocks": 64,
+        "logging_steps": 100,
+        "ddp_timeout": TIME_LIMIT,
+        "check_replicas_steps": 1,
+        "resume_from_checkpoint": "auto",
+        "disable_tqdm": "true",
+        "report_to": "none",
+        "cache_dir": folder.parent / "cache",
+        "output_dir": folder,
+    }
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    return [*launch, "--max-restarts", "1000", "--monitor-interval", "0.5", str(SCRIPT), "--use_cpu", *flags]
+
+
+@contextlib.contextmanager
+def training(folder: Path, steps: int, seed: int) -> Iterator[subprocess.Popen[bytes]]:
+    folder.mkdir(parents=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}"}
+    with (folder / "log.txt").open("wb") as log:
+        process = subprocess.Popen(
+            command(folder, steps, seed), stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            yield process
+        finally:
+            for pid in [*workers_of(process.pid).values(), process.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+
+
+def workers_of(agent: int) -> dict[int, int]:
+    """The process of each rank."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError, KeyError):
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == agent:
+                pairs = (pair.partition(b"=") for pair in (folder / "environ").read_bytes().split(b"\0"))
+                found[int({key: value for key, _, value in pairs}[b"RANK"])] = int(folder.name)
+    return found
+
+
+def progress(folder: Path) -> int:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int((folder / PROGRESS).read_text().split()[0])
+    return 0
+
+
+def inject(fault: str, ranks: dict[int, int], draw: random.Random) -> list[int]:
+    """Returns the ranks that it struck."""
+    struck = sorted(ranks) if fault == "terminate all" else [draw.choice(sorted(ranks))]
+    for rank in struck:
+        with contextlib.suppress(ProcessLookupError):
+            if fault == "no space":  # as if the disk were full: a file can have no more than that
+                hard = resource.prlimit(ranks[rank], resource.RLIMIT_FSIZE)[1]
+                resource.prlimit(ranks[rank], resource.RLIMIT_FSIZE, (40_000, hard))
+            else:
+                number = {
+                    "kill": signal.SIGKILL,
+                    "kill in an exchange": signal.SIGUSR1,
+                    "kill while saving": signal.SIGUSR2,
+                    "terminate all": signal.SIGTERM,
+                    "freeze": signal.SIGSTOP,
+                }[fault]
+                os.kill(ranks[rank], number)
+    return struck
+
+
+def undisturbed(folder: Path, steps: int, seed: int) -> dict[str, Any]:
+    began = time.monotonic()
+    with training(folder, steps, seed) as process:
+        assert process.wait(timeout=7200) == 0, (folder / "log.txt").read_text()[-3000:]
+    return {"seed": seed, "seconds": round(time.monotonic() - began), **end_of(folder)}
+
+
+def end_of(folder: Path) -> dict[str, Any]:
+    last = [json.loads((folder / RECORDS.format(rank)).read_text().splitlines()[-1]) for rank in range(WORKERS)]
+    results = json.loads((folder / "results.json").read_text())
+    return {
+        "steps": results["steps"],
+        "validation_loss": results["validation_loss_last"],
+        "checksums": [entry["checksum"] for entry in last],
+    }
+
+
+def soak(folder: Path, steps: int, seed: int, draw: random.Random) -> dict[str, Any]:
+    began, faults, last, since = time.monotonic(), [], 0, time.monotonic()
+    with training(folder, steps, seed) as process:
+        due: float | None = None
+        while process.poll() is None:
+            time.sleep(0.2)
+            now, step = time.monotonic(), progress(folder)
+            if step != last:
+                last, since = step, now
+                due = now + draw.uniform(20, 60) if due is None else due
+            assert now - since < HANG, f"no step for {HANG} s after {faults[-1:]}"
+            ranks = workers_of(process.pid)
+            if due is not None and now >= due and len(ranks) == WORKERS:
+                fault = draw.choice(FAULTS)
+                struck = inject(fault, ranks, draw)
+                faults.append({"second": round(now - began, 1), "step": step, "fault": fault, "ranks": struck})
+                due = None
+        assert process.returncode == 0, (folder / "log.txt").read_text()[-3000:]
+    records = [json.loads(line) for line in (folder / RECORDS.format(0)).read_text().splitlines()]
+    starts = [record for record in records if "began" in record]
+    assert all(record["incomplete"] is None for record in starts)
+    return {
+        "seed": seed,
+        "seconds": round(time.monotonic() - began),
+        "faults": faults,
+        "faults_by_kind": Counter(fault["fault"] for fault in faults),
+        "starts": len(starts),
+        "resumed_from": [record["resumed_from"] and Path(record["resumed_from"]).name for record in starts],
+        **end_of(folder),
+    }
+
+
+@pytest.mark.slow
+def test_soak(tmp_path: Path) -> None:
+    minutes, seed = float(os.environ.get("SOAK_MINUTES", "30")), int(os.environ.get("SOAK_SEED", "1"))
+    first = undisturbed(tmp_path / "first", 60, seed)
+    records = [json.loads(line) for line in (tmp_path / "first" / RECORDS.format(0)).read_text().splitlines()]
+    step_seconds = (records[-1]["ended"] - records[0]["began"]) / 60
+    start_seconds = first["seconds"] - 60 * step_seconds
+    # A cycle is a start, 40 seconds of training to the next fault, and up to a time limit to notice it.
+    share = 40 / (40 + start_seconds + TIME_LIMIT / 2)
+    steps = max(20, round(minutes * 60 * share / step_seconds / 20) * 20)
+    disturbed = soak(tmp_path / "soak", steps, seed, random.Random(seed))
+    same, other = (undisturbed(tmp_path / f"undisturbed_{one}", steps, one) for one in (seed, seed + 1))
+    report = {
+        "command": f"SOAK_MINUTES={minutes:g} SOAK_SEED={seed} make soak",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "workers": WORKERS,
+        "time_limit_of_collectives": TIME_LIMIT,
+        "disturbed": disturbed,
+        "undisturbed": [same, other],
+    }
+    Path(os.environ.get("SOAK_REPORT", "soak_report.json")).write_text(json.dumps(report, indent=1) + "\n")
+    assert len(set(disturbed["checksums"])) == 1, "the ranks' parameters differ"
+    # More than the loss within the spread of two seeds: bit for bit the run that nothing disturbed.
+    assert disturbed["checksums"] == same["checksums"]
+    assert disturbed["validation_loss"] == same["validation_loss"] != other["validation_loss"]
