@@ -36,6 +36,7 @@ benchmark: $(VENV)/.installed
 	$(BIN)/python examples/benchmark_network.py --workers 4 --output model_cards/network/4_workers
 	$(BIN)/python examples/benchmark_network.py --workers 2 --output model_cards/network/2_workers
 	$(BIN)/python examples/benchmark_step.py --output model_cards/step
+	$(BIN)/python examples/benchmark_checks.py --output model_cards/checks
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer
@@ -85,6 +86,9 @@ class DLionTrainerMixin:
                 "all in one. Start one process, or leave virtual_workers out."
             )
         keep_gradients_local(self.accelerator)
+        if self.args.use_cpu and dist.is_initialized():
+            # transformers 5.23 gives a process group on the CPU no time limit of its own, whatever ddp_timeout says.
+            dist.distributed_c10d._set_pg_timeout(self.args.ddp_timeout_delta)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """As the parent, with the method that ``args.optim`` names."""

@@ -65,7 +65,12 @@ def command(folder: Path, steps: int, seed: int) -> list[str]:
 @contextlib.contextmanager
 def training(folder: Path, steps: int, seed: int) -> Iterator[subprocess.Popen[bytes]]:
     folder.mkdir(parents=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}",
+        # Else workers meet the addresses of those before the restart in the agent's store (pytorch/pytorch#135712).
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(
             command(folder, steps, seed), stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
