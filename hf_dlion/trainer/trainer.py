@@ -22,6 +22,7 @@ from ..optim.virtual import VirtualWorkers
 from ..optim.workers import WorkersOptimizer
 from ..wire.collectives import settle
 from ..wire.ledger import Ledger, fp32_all_reduce_bytes
+from ..wire.liveness import naming_the_lost
 from .card import write_card
 from .local_gradients import keep_gradients_local
 from .theory import LionTheoryCallback
@@ -100,7 +101,8 @@ class DLionTrainerMixin:
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As the parent."""
-        output: TrainOutput = super().train(*args, **kwargs)  # type: ignore[misc]
+        with naming_the_lost("training"):
+            output: TrainOutput = super().train(*args, **kwargs)  # type: ignore[misc]
         settle()  # so that accelerator.end_training() may follow at once
         return output
 
