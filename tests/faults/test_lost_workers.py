@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
 
 from hf_dlion import DistributedLion
-from hf_dlion.optim.registry import METHODS
 from hf_dlion.wire.exchange import ShardedExchange
-from tests.harness import Outcome, run_to_their_ends, run_workers
-from tests.trainer import tiny
-
-LOST = "hf_dlion.wire.liveness.WorkerLostError: "
-
-
-def die(*_: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+from hf_dlion.wire.liveness import naming_the_lost
+from tests.faults.victims import LOST, check_survivors, die
+from tests.harness import run_to_their_ends, run_workers
 
 
 def stop_for_a_while(*_: Any) -> None:
-    subprocess.Popen(["sh", "-c", f"sleep 25; kill -KILL {os.getpid()}"])
+    subprocess.Popen(["sh", "-c", f"sleep 18; kill -KILL {os.getpid()}"])
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -52,18 +48,6 @@ def take_steps(rank: int, victim: int, place: str, group: dist.ProcessGroup | No
         optimizer.zero_grad()
         (weight * torch.linspace(1, 2 + rank, 40_000)).sum().backward()
         optimizer.step()
-
-
-def check_survivors(outcomes: list[Outcome], victim: int) -> None:
-    """All but the victim say that it was this one."""
-    for rank, outcome in enumerate(outcomes):
-        if rank == victim:
-            assert outcome.exit_code == -signal.SIGKILL
-            continue
-        assert f"{LOST}rank {victim} did not answer: " in str(outcome.error), f"rank {rank}: {outcome.error}"
-        assert "see its log. `torchrun --max-restarts`" in str(outcome.error)
-        assert "The backend said: " in str(outcome.error)
-        assert outcome.exit_code == 1
 
 
 @pytest.mark.parametrize("place", ["backward", "between send and receive", "between the rounds"])
@@ -98,7 +82,7 @@ def late(rank: int) -> None:
     for step in range(2):
         parameter.grad = torch.linspace(1, 2 + rank, 8)
         if rank == 1 and step == 1:
-            time.sleep(20)
+            time.sleep(15)
         optimizer.step()
 
 
@@ -137,39 +121,97 @@ def test_the_store_dies_with_its_rank() -> None:
         assert LOST in str(outcome.error)
 
 
-class Dies(TrainerCallback):
-    def __init__(self, event: str) -> None:
-        setattr(self, event, self.die)
-
-    def die(self, _: Any, state: Any, *rest: Any, **more: Any) -> None:
-        if state.global_step >= 2:
-            die()
-
-
-def train_until(rank: int, folder: str, victim: int, event: str) -> None:
-    trainer = tiny.trainer(rank, folder, max_steps=8, logging_steps=2)
-    if rank == victim:
-        trainer.add_callback(Dies(event))
-    trainer.train()
-
-
-@pytest.mark.parametrize(
-    ("victim", "event", "failed"), [(2, "on_step_begin", "an all-"), (0, "on_step_end", "training of 3 ranks")]
-)
-def test_the_trainer_names_the_lost_rank(victim: int, event: str, failed: str, tmp_path: Path) -> None:
-    """At the end of a step that is logged, it is a gather of the Trainer that fails."""
-    outcomes = run_to_their_ends(train_until, 3, str(tmp_path), victim, event, timeout=100)
-    check_survivors(outcomes, victim)
-    assert all(f"did not answer: {failed}" in str(o.error) for o in outcomes[:victim] + outcomes[victim + 1 :])
-
-
 def other_errors(rank: int) -> str:
-    trainer = tiny.trainer(rank, "unused", max_steps=1)
-    trainer.create_optimizer = lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory"))  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="^out of memory$") as caught:
-        trainer.train()
+    with pytest.raises(RuntimeError, match="^out of memory$") as caught, naming_the_lost("training"):
+        raise RuntimeError("out of memory")
     return type(caught.value).__name__
 
 
 def test_errors_that_are_not_of_the_backend_stay_as_they_are() -> None:
     assert run_workers(other_errors, 2) == ["RuntimeError"] * 2
+    with pytest.raises(dist.DistStoreError), naming_the_lost("no process group"):
+        raise dist.DistStoreError
+
+
+def namespaces_work() -> bool:
+    name = f"probe-{os.getpid()}"
+    if not shutil.which("ip"):
+        return False
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
+    return made and subprocess.run(["ip", "netns", "delete", name], capture_output=True).returncode == 0
+
+
+def ip(*command: str) -> None:
+    subprocess.run(["ip", *command], check=True, capture_output=True)
+
+
+@pytest.fixture
+def linked() -> Iterator[list[str]]:
+    """Three network namespaces with a link each to a bridge in the fourth."""
+    *names, hub = namespaces = [f"faults{os.getpid()}-{name}" for name in (0, 1, 2, "hub")]
+    try:
+        for name in namespaces:
+            ip("netns", "add", name)
+        ip("-n", hub, "link", "add", "bridge", "up", "type", "bridge")
+        for rank, name in enumerate(names):
+            ip(*f"-n {hub} link add port{rank} type veth peer name eth0 netns {name}".split())
+            ip(*f"-n {hub} link set port{rank} master bridge up".split())
+            ip(*f"-n {name} address add 10.0.0.{rank + 1}/24 dev eth0".split())
+            for device in ("lo", "eth0"):
+                ip("-n", name, "link", "set", device, "up")
+        yield namespaces
+    finally:
+        for name in namespaces:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+LINKED = """
+import sys
+from datetime import timedelta
+import torch.distributed as dist
+from tests.faults.test_lost_workers import exchange_for_ever
+
+rank = int(sys.argv[1])
+method = "tcp://10.0.0.1:29500"
+dist.init_process_group("gloo", init_method=method, rank=rank, world_size=3, timeout=timedelta(seconds=8))
+exchange_for_ever(rank)
+"""
+
+
+def exchange_for_ever(rank: int) -> None:
+    weight = torch.nn.Parameter(torch.ones(40_000))
+    optimizer = DistributedLion([weight], exchange="sharded", lr=0.0)
+    for step in itertools.count():
+        weight.grad = torch.linspace(1, 2 + rank, 40_000)
+        optimizer.step()
+        if step == 3:
+            print("under way", flush=True)
+
+
+@pytest.mark.skipif(not namespaces_work(), reason="network namespaces need root (CAP_SYS_ADMIN) and iproute2")
+def test_a_cut_link_is_named_on_both_sides(linked: list[str]) -> None:
+    *names, hub = linked
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "eth0", "PYTHONPATH": str(Path(__file__).parents[2])}
+    workers = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", name, sys.executable, "-c", LINKED, str(rank)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank, name in enumerate(names)
+    ]
+    try:
+        for worker in workers:
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == "under way\n"
+        ip("-n", hub, "link", "set", "port2", "down")
+        errors = [worker.communicate(timeout=60)[1] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    for error in errors[:2]:
+        assert f"{LOST}rank 2 did not answer: an all-" in error
+    assert "or this rank, 2, is cut off from them" in errors[2]
+    assert [worker.returncode for worker in workers] == [1, 1, 1], errors
