@@ -185,7 +185,8 @@ def exchange_for_ever(rank: int) -> None:
         weight.grad = torch.linspace(1, 2 + rank, 40_000)
         optimizer.step()
         if step == 3:
-            print("under way", flush=True)
+            sys.stdout.write("under way\n")
+            sys.stdout.flush()
 
 
 @pytest.mark.skipif(not namespaces_work(), reason="network namespaces need root (CAP_SYS_ADMIN) and iproute2")

@@ -67,20 +67,24 @@ def test_all_end_at_once_when_they_are_told_to(tmp_path: Path) -> None:
     script.write_text(TRAIN)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    launcher = subprocess.Popen([*command, str(tmp_path)], env=environment, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "log"
+    with log.open("w") as errors:
+        launcher = subprocess.Popen([*command, str(tmp_path)], env=environment, stderr=errors)
     try:
         files = [tmp_path / "0", tmp_path / "1"]
+        end = time.monotonic() + 120
         while not all(file.exists() and file.read_text() for file in files):
-            assert launcher.poll() is None, launcher.communicate()[1]
+            assert launcher.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
             time.sleep(0.2)
         workers = [int(file.read_text()) for file in files]
         for worker in workers:
             os.kill(worker, signal.SIGTERM)
-        _, said = launcher.communicate(timeout=60)
+        assert launcher.wait(timeout=60) == 1
     finally:
-        launcher.kill()
-    assert launcher.returncode == 1
-    assert "Signal 15 (SIGTERM)" in said
+        launcher.terminate()  # and with it its workers, where the test failed
+        launcher.wait(60)
+    assert "Signal 15 (SIGTERM)" in log.read_text()
     for worker in workers:
         with pytest.raises(ProcessLookupError):
             os.kill(worker, 0)
