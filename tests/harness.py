@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,6 +21,15 @@ import torch.distributed as dist
 
 class WorkerError(AssertionError):
     """Some workers failed; the message has their tracebacks."""
+
+
+@dataclass
+class Outcome:
+    """How a worker ended: what it returned, or its traceback, and the exit code of its process."""
+
+    value: Any
+    error: str | None
+    exit_code: int | None = None
 
 
 def run_workers(function: Callable[..., Any], workers: int, *args: Any, timeout: float = 120) -> list[Any]:
@@ -36,14 +47,26 @@ def run_workers(function: Callable[..., Any], workers: int, *args: Any, timeout:
     Raises:
         WorkerError: a rank raised, died or did not end in time.
     """
-    outcomes = _run(function, workers, args, timeout)
-    failures = [f"rank {rank}:\n{text}" for rank, (good, text) in enumerate(outcomes) if not good]
+    outcomes = run_to_their_ends(function, workers, *args, timeout=timeout)
+    failures = [f"rank {rank}:\n{outcome.error}" for rank, outcome in enumerate(outcomes) if outcome.error]
     if failures:
         raise WorkerError("\n".join(failures))
-    return [value for _, value in outcomes]
+    return [outcome.value for outcome in outcomes]
 
 
-def _run(function: Callable[..., Any], workers: int, args: tuple[Any, ...], timeout: float) -> list[tuple[bool, Any]]:
+def run_to_their_ends(
+    function: Callable[..., Any],
+    workers: int,
+    *args: Any,
+    timeout: float = 120,
+    collective_timeout: float | None = None,
+) -> list[Outcome]:
+    """As :func:`run_workers`, where workers may fail, die, or be killed: how each of them ended.
+
+    Args:
+        function, workers, args, timeout: as there.
+        collective_timeout: seconds that the process group gives a collective; None is ``timeout``.
+    """
     # A fork server imports torch once, and forks before any thread has started.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.harness", "hf_dlion", "transformers"])
@@ -52,7 +75,16 @@ def _run(function: Callable[..., Any], workers: int, args: tuple[Any, ...], time
         for rank in range(workers):
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
-                target=_work, args=(function, rank, workers, args, str(Path(folder, "rendezvous")), timeout, sender)
+                target=_work,
+                args=(
+                    function,
+                    rank,
+                    workers,
+                    args,
+                    str(Path(folder, "rendezvous")),
+                    collective_timeout or timeout,
+                    sender,
+                ),
             )
             process.start()
             sender.close()
@@ -60,22 +92,22 @@ def _run(function: Callable[..., Any], workers: int, args: tuple[Any, ...], time
             pipes.append(receiver)
         end = time.monotonic() + timeout
         outcomes = [_receive(pipe, end) for pipe in pipes]
-        for process in processes:
+        for process, outcome in zip(processes, outcomes, strict=True):
             process.join(timeout=5)
             if process.is_alive():
                 process.kill()
                 process.join()
+            outcome.exit_code = process.exitcode
         return outcomes
 
 
-def _receive(pipe: Connection, end: float) -> tuple[bool, Any]:
+def _receive(pipe: Connection, end: float) -> Outcome:
     if not pipe.poll(max(0, end - time.monotonic())):
-        return False, "did not end in time"
+        return Outcome(None, "did not end in time")
     try:
-        good, value = pickle.loads(pipe.recv_bytes())
+        return pickle.loads(pipe.recv_bytes())
     except EOFError:
-        return False, "died without a word"
-    return good, value
+        return Outcome(None, "died without a word")
 
 
 def _work(
@@ -96,11 +128,13 @@ def _work(
             world_size=workers,
             timeout=timedelta(seconds=timeout),
         )
-        outcome = True, function(rank, *args)
+        outcome = Outcome(function(rank, *args), None)
     except BaseException:
-        outcome = False, traceback.format_exc()
+        outcome = Outcome(None, traceback.format_exc())
     pipe.send_bytes(pickle.dumps(outcome))
     pipe.close()
     # A rank that failed must not wait for the others to leave the group.
-    if outcome[0] and dist.is_initialized():
+    if outcome.error:
+        sys.exit(1)
+    if dist.is_initialized():
         dist.destroy_process_group()

@@ -25,6 +25,7 @@ from ..optim.virtual import VirtualWorkers
 from ..optim.workers import WorkersOptimizer
 from ..wire.collectives import settle
 from ..wire.ledger import Ledger, fp32_all_reduce_bytes
+from ..wire.liveness import naming_the_lost
 from .card import write_card
 from .checkpoints import (
     check_complete,
@@ -117,10 +118,14 @@ class DLionTrainerMixin:
 
         Raises:
             CheckpointError: the checkpoint given is not whole; with True, none in the output folder is.
+            WorkerLostError: a collective failed; with the ranks that did not answer.
         """
-        if resume_from_checkpoint and self._votes:
+        if not self._votes:
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        if resume_from_checkpoint:
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
-        output: TrainOutput = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        with naming_the_lost("training"):
+            output: TrainOutput = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         settle()  # so that accelerator.end_training() may follow at once
         return output
 

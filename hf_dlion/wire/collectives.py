@@ -13,6 +13,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from .ledger import Ledger
+from .liveness import naming_the_lost
+
+ALL_GATHER, ALL_TO_ALL = "an all-gather", "an all-to-all"
 
 
 class Pending(Protocol):
@@ -89,6 +92,8 @@ class ProcessChannel(Channel):
     Args:
         group: the workers; None is the default group.
         ledger: where the bytes are counted.
+
+    Its collectives, and waiting for them, raise a :class:`WorkerLostError` with the ranks that did not answer.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, ledger: Ledger) -> None:
@@ -100,20 +105,31 @@ class ProcessChannel(Channel):
     @override
     def gather_objects(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        with naming_the_lost("an all-gather of objects", self.group):
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     @override
     def _all_gather(self, parts: Tensor, part: Tensor) -> Pending:
-        work = dist.all_gather_single(parts.view(-1), part.view(-1), group=self.group, async_op=True)
-        assert work is not None
-        return work
+        with naming_the_lost(ALL_GATHER, self.group):
+            work = dist.all_gather_single(parts.view(-1), part.view(-1), group=self.group, async_op=True)
+        return _Work(work, ALL_GATHER, self.group)
 
     @override
     def _all_to_all(self, received: Tensor, parts: Tensor) -> Pending:
-        work = dist.all_to_all_single(received, parts, group=self.group, async_op=True)
+        with naming_the_lost(ALL_TO_ALL, self.group):
+            work = dist.all_to_all_single(received, parts, group=self.group, async_op=True)
+        return _Work(work, ALL_TO_ALL, self.group)
+
+
+class _Work:
+    def __init__(self, work: dist.Work | None, what: str, group: dist.ProcessGroup | None) -> None:
         assert work is not None
-        return work
+        self._work, self._what, self._group = work, what, group
+
+    def wait(self) -> None:
+        with naming_the_lost(self._what, self._group):
+            self._work.wait()
 
 
 def settle() -> None:

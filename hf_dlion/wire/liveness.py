@@ -1,0 +1,170 @@
+"""Who failed to answer, when a collective fails.
+
+The error of a backend names no rank: a connection was closed, or a time limit passed; and a rank may wait for one that
+itself waits for the lost one. So every process counts up a key of its own in the process group's store, once a second.
+After an error, those whose count stands still are the ones that did not answer. What the first rank finds is what all
+say, as by then that one may have ended too. Uses ``ProcessGroup.get_group_store`` and ``Store.clone`` of torch.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+
+BEAT_SECONDS = 1.0
+LISTEN_SECONDS = 3.5
+STORE_SECONDS = 5.0
+_FINDING = "hf_dlion/lost"
+
+
+class WorkerLostError(RuntimeError):
+    """A collective failed; the message has the ranks that did not answer, and what the backend said."""
+
+
+class _Heart:
+    """Counts up this rank's key while its default process group exists.
+
+    Args:
+        group: the default group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        # With a connection of its own, since waiting for a key blocks everything else on a connection.
+        self.store: Any = group.get_group_store().clone()  # type: ignore[attr-defined]
+        self._group = weakref.ref(group)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._beat, args=(dist.get_rank(),), daemon=True)
+        self._thread.start()
+
+    def belongs_to(self, group: dist.ProcessGroup | None) -> bool:
+        return group is not None and self._group() is group
+
+    def count(self, rank: int, more: int = 0) -> int:
+        """The beats of a rank so far, 0 if it has not begun; ``more`` are added."""
+        return self.store.add(f"hf_dlion/beat/{rank}", more)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join(timeout=1)
+
+    def _beat(self, rank: int) -> None:
+        try:
+            while self.belongs_to(dist.group.WORLD):
+                self.count(rank, 1)
+                if self._stopped.wait(BEAT_SECONDS):
+                    return
+        except RuntimeError:
+            return  # the store is gone; who misses a rank says so
+
+
+_heart: _Heart | None = None
+
+
+def start_beating() -> _Heart | None:
+    """Show the other ranks from now on that this process lives, if it has a process group; once is enough."""
+    global _heart
+    group = dist.group.WORLD if dist.is_available() else None
+    if group is None:
+        return None
+    if _heart is None or not _heart.belongs_to(group):
+        _stop_beating()
+        atexit.unregister(_stop_beating)
+        atexit.register(_stop_beating)
+        _heart = _Heart(group)
+    return _heart
+
+
+def _stop_beating() -> None:
+    if _heart is not None:
+        _heart.stop()
+
+
+@contextmanager
+def naming_the_lost(what: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Inside, this process beats, and an error of the backend becomes one that names who did not answer.
+
+    Args:
+        what: is done inside, in a few words.
+        group: the ranks that take part; None is the default group.
+
+    Raises:
+        WorkerLostError: from the backend's error, some seconds after it.
+    """
+    start_beating()
+    try:
+        yield
+    except RuntimeError as error:
+        heart = start_beating()
+        if heart is None or isinstance(error, WorkerLostError) or not _of_backend(error):
+            raise
+        raise WorkerLostError(_explain(what, error, heart, dist.get_process_group_ranks(group))) from error
+
+
+def _of_backend(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def _explain(what: str, error: RuntimeError, heart: _Heart, ranks: Sequence[int]) -> str:
+    said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    lost = _lost(heart, ranks)
+    if lost is None:
+        return (
+            f"{what} failed, and the store of the process group does not answer either: rank 0 or what started it is "
+            f"gone, as one of the two hosts the store, or this rank, {dist.get_rank()}, is cut off from them. "
+            f"{_ADVICE} The backend said: {said}"
+        )
+    if not lost:
+        return (
+            f"{what} failed, though all of the ranks {_listed(ranks)} are alive: the network between two of them is "
+            "cut, one needed longer than the time limit of the process group, or the ranks do not call the same "
+            f"collectives in the same order. The backend said: {said}"
+        )
+    return (
+        f"{_named(lost)} did not answer: {what} of {len(ranks)} ranks failed, and then there was no sign of life for "
+        f"{LISTEN_SECONDS} seconds. The process has ended or hangs, or its machine is gone or cut off: see its log. "
+        f"{_ADVICE} The backend said: {said}"
+    )
+
+
+_ADVICE = (
+    "`torchrun --max-restarts` starts all ranks again; let the script resume from the last checkpoint, as with "
+    "--resume_from_checkpoint."
+)
+
+
+def _lost(heart: _Heart, ranks: Sequence[int]) -> list[int] | None:
+    """The ranks that show no sign of life, the same on all that ask; None if the store does not answer in time."""
+    found: list[list[int]] = []
+
+    def listen() -> None:
+        try:
+            if not heart.store.check([_FINDING]):
+                before = [heart.count(rank) for rank in ranks]
+                time.sleep(LISTEN_SECONDS)
+                silent = [rank for rank, count in zip(ranks, before, strict=True) if heart.count(rank) == count]
+                heart.store.compare_set(_FINDING, "", " ".join(map(str, silent)) or "none")
+            first = heart.store.get(_FINDING).decode()
+            found.append([] if first == "none" else [int(rank) for rank in first.split()])
+        except RuntimeError:
+            return
+
+    # Not here: over a link that was cut, the store may block for minutes.
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    listener.join(LISTEN_SECONDS + STORE_SECONDS)
+    return found[0] if found else None
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {_listed(ranks)}"
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))

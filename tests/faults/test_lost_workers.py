@@ -1,0 +1,218 @@
+"""Ranks that die, stop or are cut off: the others say which, and nobody hangs."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hf_dlion import DistributedLion
+from hf_dlion.wire.exchange import ShardedExchange
+from hf_dlion.wire.liveness import naming_the_lost
+from tests.faults.victims import LOST, check_survivors, die
+from tests.harness import run_to_their_ends, run_workers
+
+
+def stop_for_a_while(*_: Any) -> None:
+    subprocess.Popen(["sh", "-c", f"sleep 18; kill -KILL {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def take_steps(rank: int, victim: int, place: str, group: dist.ProcessGroup | None = None) -> None:
+    """Some steps, in the third of which the victim meets its fate."""
+    weight = torch.nn.Parameter(torch.ones(40_000))
+    optimizer = DistributedLion([weight], exchange="sharded", process_group=group)
+    for step in range(5):
+        if rank == victim and step == 2:
+            if place == "backward":
+                weight.register_hook(die)
+            elif place == "between send and receive":
+                ShardedExchange.receive = die  # type: ignore[assignment, method-assign]
+            elif place == "between the rounds":
+                ShardedExchange.decide = die  # type: ignore[assignment, method-assign]
+            else:
+                stop_for_a_while()
+        optimizer.zero_grad()
+        (weight * torch.linspace(1, 2 + rank, 40_000)).sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("place", ["backward", "between send and receive", "between the rounds"])
+def test_a_killed_rank_is_named_by_all_others(place: str) -> None:
+    with ThreadPoolExecutor(3) as side_by_side:
+        runs = list(side_by_side.map(lambda v: run_to_their_ends(take_steps, 3, v, place, timeout=100), range(3)))
+    for victim, outcomes in enumerate(runs):
+        check_survivors(outcomes, victim)
+
+
+def test_those_who_wait_for_one_who_gave_up_name_the_lost_one() -> None:
+    check_survivors(run_to_their_ends(gather_until, 6, 5, timeout=100), 5)
+
+
+def gather_until(rank: int, victim: int) -> None:
+    weight = torch.nn.Parameter(torch.ones(40_000))
+    optimizer = DistributedLion([weight], exchange="gather")
+    for step in range(3):
+        weight.grad = torch.linspace(1, 2 + rank, 40_000)
+        if rank == victim and step == 2:
+            die()
+        optimizer.step()
+
+
+def test_a_stopped_rank_is_named_after_the_time_limit() -> None:
+    check_survivors(run_to_their_ends(take_steps, 3, 1, "stopped", timeout=100, collective_timeout=8), 1)
+
+
+def late(rank: int) -> None:
+    parameter = torch.nn.Parameter(torch.ones(8))
+    optimizer = DistributedLion([parameter])
+    for step in range(2):
+        parameter.grad = torch.linspace(1, 2 + rank, 8)
+        if rank == 1 and step == 1:
+            time.sleep(15)
+        optimizer.step()
+
+
+def test_a_rank_that_is_late_but_alive_is_not_called_lost() -> None:
+    waiting, _ = run_to_their_ends(late, 2, timeout=100, collective_timeout=8)
+    assert f"{LOST}an all-gather failed, though all of the ranks 0, 1 are alive" in str(waiting.error)
+
+
+def in_a_group(rank: int) -> None:
+    group = dist.new_group([1, 3])
+    if rank in (1, 3):
+        take_steps(rank, 3, "between the rounds", group)
+
+
+def test_ranks_of_a_smaller_group_have_their_global_numbers() -> None:
+    outcomes = run_to_their_ends(in_a_group, 4, timeout=100)
+    assert f"{LOST}rank 3 did not answer: an all-to-all of 2 ranks failed" in str(outcomes[1].error) or (
+        f"{LOST}rank 3 did not answer: an all-gather of 2 ranks failed" in str(outcomes[1].error)
+    )
+    assert [outcomes[rank].error for rank in (0, 2)] == [None, None]
+
+
+def host_dies(rank: int, port: int) -> None:
+    take_steps(rank, -1, "nowhere")
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
+    take_steps(rank, 0, "between the rounds")
+
+
+def test_the_store_dies_with_its_rank() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for outcome in run_to_their_ends(host_dies, 3, port, timeout=100)[1:]:
+        assert "the store of the process group does not answer either: rank 0 or what started it" in str(outcome.error)
+        assert LOST in str(outcome.error)
+
+
+def other_errors(rank: int) -> str:
+    with pytest.raises(RuntimeError, match="^out of memory$") as caught, naming_the_lost("training"):
+        raise RuntimeError("out of memory")
+    return type(caught.value).__name__
+
+
+def test_errors_that_are_not_of_the_backend_stay_as_they_are() -> None:
+    assert run_workers(other_errors, 2) == ["RuntimeError"] * 2
+    with pytest.raises(dist.DistStoreError), naming_the_lost("no process group"):
+        raise dist.DistStoreError
+
+
+def namespaces_work() -> bool:
+    name = f"probe-{os.getpid()}"
+    if not shutil.which("ip"):
+        return False
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
+    return made and subprocess.run(["ip", "netns", "delete", name], capture_output=True).returncode == 0
+
+
+def ip(*command: str) -> None:
+    subprocess.run(["ip", *command], check=True, capture_output=True)
+
+
+@pytest.fixture
+def linked() -> Iterator[list[str]]:
+    """Three network namespaces with a link each to a bridge in the fourth."""
+    *names, hub = namespaces = [f"faults{os.getpid()}-{name}" for name in (0, 1, 2, "hub")]
+    try:
+        for name in namespaces:
+            ip("netns", "add", name)
+        ip("-n", hub, "link", "add", "bridge", "up", "type", "bridge")
+        for rank, name in enumerate(names):
+            ip(*f"-n {hub} link add port{rank} type veth peer name eth0 netns {name}".split())
+            ip(*f"-n {hub} link set port{rank} master bridge up".split())
+            ip(*f"-n {name} address add 10.0.0.{rank + 1}/24 dev eth0".split())
+            for device in ("lo", "eth0"):
+                ip("-n", name, "link", "set", device, "up")
+        yield namespaces
+    finally:
+        for name in namespaces:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+LINKED = """
+import sys
+from datetime import timedelta
+import torch.distributed as dist
+from tests.faults.test_lost_workers import exchange_for_ever
+
+rank = int(sys.argv[1])
+method = "tcp://10.0.0.1:29500"
+dist.init_process_group("gloo", init_method=method, rank=rank, world_size=3, timeout=timedelta(seconds=8))
+exchange_for_ever(rank)
+"""
+
+
+def exchange_for_ever(rank: int) -> None:
+    weight = torch.nn.Parameter(torch.ones(40_000))
+    optimizer = DistributedLion([weight], exchange="sharded", lr=0.0)
+    for step in itertools.count():
+        weight.grad = torch.linspace(1, 2 + rank, 40_000)
+        optimizer.step()
+        if step == 3:
+            sys.stdout.write("under way\n")
+            sys.stdout.flush()
+
+
+@pytest.mark.skipif(not namespaces_work(), reason="network namespaces need root (CAP_SYS_ADMIN) and iproute2")
+def test_a_cut_link_is_named_on_both_sides(linked: list[str]) -> None:
+    *names, hub = linked
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "eth0", "PYTHONPATH": str(Path(__file__).parents[2])}
+    workers = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", name, sys.executable, "-c", LINKED, str(rank)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank, name in enumerate(names)
+    ]
+    try:
+        for worker in workers:
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == "under way\n"
+        ip("-n", hub, "link", "set", "port2", "down")
+        errors = [worker.communicate(timeout=60)[1] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    for error in errors[:2]:
+        assert f"{LOST}rank 2 did not answer: an all-" in error
+    assert "or this rank, 2, is cut off from them" in errors[2]
+    assert [worker.returncode for worker in workers] == [1, 1, 1], errors
