@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 		--per_device_train_batch_size 4 --max_steps 1200 --save_strategy no --model_card true --output_dir out/demo
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -27,9 +27,10 @@ smoke: $(VENV)/.installed
 	$(BIN)/accelerate launch --config_file examples/configs/cpu_2.yaml examples/pretrain_gpt2.py --use_cpu \
 		--optim dlion_avg --max_steps 6 --eval_steps 3 --logging_steps 2 --max_eval_blocks 32 --output_dir out/smoke
 
-# Half an hour of training in which a worker is killed, frozen or out of space every minute.
+# What takes too long for each change: above all, half an hour of training in which a worker is killed, frozen or out
+# of space every minute.
 soak: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow tests/faults/test_soak.py
+	$(BIN)/python -m pytest -m slow
 
 # The measurements in the README; as root on Linux for limited links.
 benchmark: $(VENV)/.installed

@@ -9,6 +9,7 @@ say, as by then that one may have ended too. Uses ``ProcessGroup.get_group_store
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
 import weakref
@@ -21,7 +22,9 @@ import torch.distributed as dist
 BEAT_SECONDS = 1.0
 LISTEN_SECONDS = 3.5
 STORE_SECONDS = 5.0
-_FINDING = "hf_dlion/lost"
+# Of this attempt: torchrun may keep its store over restarts.
+_KEYS = f"hf_dlion/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+_FINDING = f"{_KEYS}/lost"
 
 
 class WorkerLostError(RuntimeError):
@@ -48,7 +51,7 @@ class _Heart:
 
     def count(self, rank: int, more: int = 0) -> int:
         """The beats of a rank so far, 0 if it has not begun; ``more`` are added."""
-        return self.store.add(f"hf_dlion/beat/{rank}", more)
+        return self.store.add(f"{_KEYS}/beat/{rank}", more)
 
     def stop(self) -> None:
         self._stopped.set()

@@ -15,7 +15,14 @@ STEPS = 60
 SAVED = 20  # steps between checkpoints
 
 
-@pytest.mark.parametrize("fault", ["kill in an exchange", "kill while saving", "no space"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "kill while saving",
+        pytest.param("kill in an exchange", marks=pytest.mark.slow),
+        pytest.param("no space", marks=pytest.mark.slow),
+    ],
+)
 def test_goes_on_after(fault: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with training(folder, STEPS, seed=1) as process:
