@@ -45,6 +45,9 @@ logger = logging.getLogger(__name__)
 
 OTHER_WORKERS = ("mean", "reset", "error")
 
+SCALER = "gradient_scaler"
+"""Of a part with fp16: the worker's own scale, and how many steps it has lasted."""
+
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -55,7 +58,7 @@ def save_workers(folder: str | Path, optimizer: Optimizer, *, seals: bool | None
 
     Args:
         folder: exists; with several nodes, shared by them, or one on each.
-        optimizer: of this package, as it is or prepared by accelerate.
+        optimizer: of this package, as it is or prepared by accelerate, with whose gradient scaler its worker's is kept.
         seals: whether this rank writes the manifest; by default rank 0 does. One rank of each folder.
 
     Raises:
@@ -63,7 +66,7 @@ def save_workers(folder: str | Path, optimizer: Optimizer, *, seals: bool | None
     """
     folder = Path(folder)
     members = _members(optimizer)
-    first, workers = members[0], members[0].workers
+    first, workers, scaler = members[0], members[0].workers, _scaler_of(optimizer)
     seals = first.rank == 0 if seals is None else seals
     unseal(folder, seals)
 
@@ -72,6 +75,9 @@ def save_workers(folder: str | Path, optimizer: Optimizer, *, seals: bool | None
         for member in members:
             name = part_name(member.rank, workers)
             tensors = {_key(*place): tensor.contiguous() for place, tensor in _state_of(member)}
+            if scaler is not None:
+                state = scaler.state_dict()
+                tensors[SCALER] = torch.tensor([state["scale"], state["_growth_tracker"]], dtype=torch.float32)
             write_whole(folder / name, lambda part, tensors=tensors: save_file(tensors, part))  # type: ignore[misc]
             written[name] = entry_of(folder / name)
         return written
@@ -111,7 +117,8 @@ def load_workers(folder: str | Path, optimizer: Optimizer, *, other_workers: str
 
     In a loop of your own, after ``accelerator.load_state(folder)``. With as many workers as wrote it, each has its own
     state again. Otherwise, what a worker keeps for itself (momentum, residual) becomes what ``other_workers`` says; the
-    mean is taken tensor by tensor, so that no more than two of a parameter's size are held beside the state.
+    mean is taken tensor by tensor, so that no more than two of a parameter's size are held beside the state. Gradient
+    scalers then all start from that of rank 0.
 
     Args:
         folder: of the checkpoint.
@@ -143,6 +150,7 @@ def load_workers(folder: str | Path, optimizer: Optimizer, *, other_workers: str
             "%s is of %d workers, and here are %d: momenta are taken over by %r.",
             folder, manifest.workers, members[0].workers, other_workers,
         )  # fmt: skip
+    scaler = _scaler_of(optimizer)
     with ExitStack() as stack:
         files = {
             name: stack.enter_context(safe_open(folder / name, framework="pt"))
@@ -163,6 +171,10 @@ def load_workers(folder: str | Path, optimizer: Optimizer, *, other_workers: str
             for group, saved in zip(member.param_groups, manifest.groups, strict=True):
                 group.update({name: _as_before(saved[name], group[name]) for name in _taken_over(group, saved)})
             member.state_changed()
+            part = files[own if manifest.workers == member.workers else manifest.parts[0]]
+            if scaler is not None and SCALER in part.keys():  # noqa: SIM118
+                scale, lasted = part.get_tensor(SCALER).tolist()
+                scaler.load_state_dict(scaler.state_dict() | {"scale": scale, "_growth_tracker": int(lasted)})
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
@@ -221,6 +233,11 @@ def _members(optimizer: Optimizer) -> list[WorkersOptimizer]:
     if not isinstance(inner, WorkersOptimizer):
         raise TypeError(f"{type(inner).__name__} has no workers: this is for the optimizers of hf_dlion.")
     return [inner]
+
+
+def _scaler_of(optimizer: Optimizer) -> torch.amp.GradScaler | None:
+    scaler: torch.amp.GradScaler | None = getattr(optimizer, "scaler", None)
+    return scaler if scaler is not None and scaler.is_enabled() else None
 
 
 def _key(index: int, name: str) -> str:
@@ -292,6 +309,8 @@ def _check_tensors(path: Path, member: WorkersOptimizer) -> None:
             dtypes = {piece.get_dtype() for piece in found.values()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}). {ELSEWHERE}") from error
+    if SCALER in shapes:
+        expected[SCALER] = torch.Size([2])
     if shapes != expected or dtypes - {"F32"}:
         differing = sorted(key for key in shapes.keys() | expected.keys() if shapes.get(key) != expected.get(key))
         raise CheckpointError(

@@ -2,7 +2,7 @@
 
 Extension points of transformers 5: ``create_accelerator_and_postprocess``, ``create_optimizer`` with
 ``optimizer_cls_and_kwargs``, ``training_step``, ``log``, and ``_save_checkpoint`` with
-``_save_optimizer_and_scheduler`` and ``_load_optimizer_and_scheduler``.
+``_save_optimizer_and_scheduler``, ``_load_optimizer_and_scheduler``, ``_save_scaler`` and ``_load_scaler``.
 """
 
 from __future__ import annotations
@@ -189,6 +189,14 @@ class DLionTrainerMixin:
         load_workers(checkpoint, self.optimizer, other_workers=self.args.resume_world_size_policy)
         scheduler = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), map_location="cpu", weights_only=True)
         self.lr_scheduler.load_state_dict(scheduler)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        if not self._votes:  # each worker's is in its own part
+            super()._save_scaler(output_dir)  # type: ignore[misc]
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if not self._votes:
+            super()._load_scaler(checkpoint)  # type: ignore[misc]
 
     @property
     def _votes(self) -> bool:

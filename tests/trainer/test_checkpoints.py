@@ -85,6 +85,30 @@ def test_resumed_is_as_never_stopped(workers: int, options: dict[str, Any], tmp_
         assert not torch.equal(outcomes[0][1][local], outcomes[1][1][local])
 
 
+def scaled(rank: int, folder: str, checkpoint: bool, steps: int) -> tuple[torch.Tensor, dict[str, Any], State]:
+    """With a gradient scaler, as fp16 has on a GPU: that of rank 1 is so large that the norm overflows at first."""
+    options = {"lr_scheduler_type": "constant", "max_grad_norm": 0, "save_strategy": "steps", "save_steps": 3}
+    run = trainer(rank, folder, max_steps=steps, **options)
+    run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (66 if rank else 8), growth_interval=2)
+    run.train(resume_from_checkpoint=checkpoint)
+    return weights(run.model), run.accelerator.scaler.state_dict(), state_of(run)[0]
+
+
+def test_gradient_scalers_are_each_worker_s_own(tmp_path: Path) -> None:
+    whole = run_workers(scaled, 2, str(tmp_path / "whole"), False, 7)
+    run_workers(scaled, 2, str(tmp_path), False, 3)
+    again = run_workers(scaled, 2, str(tmp_path), True, 7)
+    for (parameters, scaler, own), (resumed, its_scaler, its_own) in zip(whole, again, strict=True):
+        assert torch.equal(parameters, resumed)
+        assert scaler == its_scaler
+        assert all(torch.equal(own[key], its_own[key]) for key in own)
+    assert whole[0][1]["scale"] < whole[1][1]["scale"] < 2.0**66
+    assert not (tmp_path / "checkpoint-3" / "scaler.pt").exists()
+    # Rank 0's has lasted one good step of the two after which it doubles: now they all do.
+    for _, scaler, _ in run_workers(scaled, 3, str(tmp_path), True, 8):
+        assert scaler["scale"] == 2 * whole[0][1]["scale"]
+
+
 def write(rank: int, folder: str, options: dict[str, Any]) -> None:
     trainer(rank, folder, **{"max_steps": 2, "save_strategy": "steps", "save_steps": 2, **options}).train()
 
