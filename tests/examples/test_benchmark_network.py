@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.links import NEEDS_ROOT, namespaces_work
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "benchmark_network.py"
 # 3.3 million parameters: enough to make headers small, too few to be compiled.
@@ -21,15 +21,7 @@ def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
-def namespaces_work() -> bool:
-    name = f"probe-{os.getpid()}"
-    if not (shutil.which("ip") and shutil.which("tc")):
-        return False
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
-    return made and subprocess.run(["ip", "netns", "delete", name], capture_output=True).returncode == 0
-
-
-@pytest.mark.skipif(not namespaces_work(), reason="network namespaces need root (CAP_SYS_ADMIN) and iproute2")
+@pytest.mark.skipif(not namespaces_work(), reason=NEEDS_ROOT)
 @pytest.mark.parametrize(
     ("workers", "bits"), [(4, {"dlion_mavo": 2.25, "dlion_avg": 3.0}), (2, {"dlion_mavo": 1.0, "dlion_avg": 1.0})]
 )

@@ -19,7 +19,7 @@ from hf_dlion.optim.agreement import checksum
 from hf_dlion.trainer import checkpoints
 from hf_dlion.trainer.manifest import write_whole
 from hf_dlion.wire.collectives import Pending, ProcessChannel
-from tests.faults.test_soak import PROGRESS, RECORDS
+from tests.faults.test_soak import LAST_STEP, PROGRESS, RECORDS
 
 told: set[int] = set()
 
@@ -47,6 +47,11 @@ def write_or_die(path: Path, write: Any) -> None:
 
 
 class ShowProgress(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        last = Path(args.output_dir, LAST_STEP)
+        if last.exists():
+            state.max_steps = int(last.read_text())
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.process_index == 0:
             Path(args.output_dir, PROGRESS).write_text(f"{state.global_step} {time.time()}")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from hf_dlion.wire.exchange import ShardedExchange
 from hf_dlion.wire.liveness import naming_the_lost
 from tests.faults.victims import LOST, check_survivors, die
 from tests.harness import run_to_their_ends, run_workers
+from tests.links import NEEDS_ROOT, links, namespaces_work
 
 
 def stop_for_a_while(*_: Any) -> None:
@@ -133,38 +132,6 @@ def test_errors_that_are_not_of_the_backend_stay_as_they_are() -> None:
         raise dist.DistStoreError
 
 
-def namespaces_work() -> bool:
-    name = f"probe-{os.getpid()}"
-    if not shutil.which("ip"):
-        return False
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
-    return made and subprocess.run(["ip", "netns", "delete", name], capture_output=True).returncode == 0
-
-
-def ip(*command: str) -> None:
-    subprocess.run(["ip", *command], check=True, capture_output=True)
-
-
-@pytest.fixture
-def linked() -> Iterator[list[str]]:
-    """Three network namespaces with a link each to a bridge in the fourth."""
-    *names, hub = namespaces = [f"faults{os.getpid()}-{name}" for name in (0, 1, 2, "hub")]
-    try:
-        for name in namespaces:
-            ip("netns", "add", name)
-        ip("-n", hub, "link", "add", "bridge", "up", "type", "bridge")
-        for rank, name in enumerate(names):
-            ip(*f"-n {hub} link add port{rank} type veth peer name eth0 netns {name}".split())
-            ip(*f"-n {hub} link set port{rank} master bridge up".split())
-            ip(*f"-n {name} address add 10.0.0.{rank + 1}/24 dev eth0".split())
-            for device in ("lo", "eth0"):
-                ip("-n", name, "link", "set", device, "up")
-        yield namespaces
-    finally:
-        for name in namespaces:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
-
-
 LINKED = """
 import sys
 from datetime import timedelta
@@ -189,29 +156,29 @@ def exchange_for_ever(rank: int) -> None:
             sys.stdout.flush()
 
 
-@pytest.mark.skipif(not namespaces_work(), reason="network namespaces need root (CAP_SYS_ADMIN) and iproute2")
-def test_a_cut_link_is_named_on_both_sides(linked: list[str]) -> None:
-    *names, hub = linked
+@pytest.mark.skipif(not namespaces_work(), reason=NEEDS_ROOT)
+def test_a_cut_link_is_named_on_both_sides() -> None:
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "eth0", "PYTHONPATH": str(Path(__file__).parents[2])}
-    workers = [
-        subprocess.Popen(
-            ["ip", "netns", "exec", name, sys.executable, "-c", LINKED, str(rank)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank, name in enumerate(names)
-    ]
-    try:
-        for worker in workers:
-            assert worker.stdout is not None
-            assert worker.stdout.readline() == "under way\n"
-        ip("-n", hub, "link", "set", "port2", "down")
-        errors = [worker.communicate(timeout=60)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
+    with links(3) as network:
+        workers = [
+            subprocess.Popen(
+                ["ip", "netns", "exec", name, sys.executable, "-c", LINKED, str(rank)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment,
+            )
+            for rank, name in enumerate(network.namespaces)
+        ]
+        try:
+            for worker in workers:
+                assert worker.stdout is not None
+                assert worker.stdout.readline() == "under way\n"
+            network.set(2, "down")
+            errors = [worker.communicate(timeout=60)[1] for worker in workers]
+        finally:
+            for worker in workers:
+                worker.kill()
     for error in errors[:2]:
         assert f"{LOST}rank 2 did not answer: an all-" in error
     assert "or this rank, 2, is cut off from them" in errors[2]

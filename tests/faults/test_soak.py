@@ -1,5 +1,7 @@
 """Half an hour of training with three workers, under torchrun, and a fault every minute: `make soak`.
 
+As root, the workers are in network namespaces, and their links are cut too.
+
 What it did is written as JSON to SOAK_REPORT (soak_report.json); SOAK_MINUTES and SOAK_SEED are its length and seed.
 """
 
@@ -23,17 +25,31 @@ from typing import Any
 import pytest
 import torch
 
+from hf_dlion.trainer.manifest import write_whole
+from tests.links import Links, links, namespaces_work
+
 WORKERS = 3
 TIME_LIMIT = 20  # seconds, of a collective
 HANG = 240  # seconds without a step: longer than a start, a time limit and torchrun's patience with a frozen process
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("soak_training.py")
-RECORDS, PROGRESS = "soak_rank{}.jsonl", "soak_progress"
+RECORDS, PROGRESS, LAST_STEP = "soak_rank{}.jsonl", "soak_progress", "soak_last_step"
+SAVE_STEPS = 20
+UNLIMITED = 10**6  # steps
+CUT = "cut link"
+CUT_SECONDS = 30  # longer than the time limit: it is noticed, and the workers are started again while it lasts
 FAULTS = ["kill", "kill in an exchange", "kill while saving", "terminate all", "freeze", "no space"]
+# torchrun starts this for each worker.
+IN_NAMESPACE = 'exec ip netns exec "$1-$LOCAL_RANK" env MASTER_ADDR="$2" GLOO_SOCKET_IFNAME=eth0 "${@:3}"'
 
 
-def command(folder: Path, steps: int, seed: int) -> list[str]:
+def command(folder: Path, steps: int, seed: int, network: Links | None) -> list[str]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORKERS)]
+    launch += ["--max-restarts", "1000", "--monitor-interval", "0.5"]
+    script = ["--no-python", sys.executable, str(SCRIPT)]
+    if network is not None:
+        prefix = network.namespaces[0].removesuffix("-0")
+        script = ["--no-python", "bash", "-c", IN_NAMESPACE, "bash", prefix, network.addresses[0], *script[1:]]
     settings = {
         "optim": "dlion_mavo",
         "learning_rate": 1e-3,
@@ -43,7 +59,7 @@ def command(folder: Path, steps: int, seed: int) -> list[str]:
         "max_steps": steps,
         "seed": seed,
         "save_strategy": "steps",
-        "save_steps": 20,
+        "save_steps": SAVE_STEPS,
         "save_total_limit": 3,
         "eval_strategy": "steps",
         "eval_steps": steps,
@@ -59,11 +75,11 @@ def command(folder: Path, steps: int, seed: int) -> list[str]:
         "output_dir": folder,
     }
     flags = [f"--{name}={value}" for name, value in settings.items()]
-    return [*launch, "--max-restarts", "1000", "--monitor-interval", "0.5", str(SCRIPT), "--use_cpu", *flags]
+    return [*launch, *script, "--use_cpu", *flags]
 
 
 @contextlib.contextmanager
-def training(folder: Path, steps: int, seed: int) -> Iterator[subprocess.Popen[bytes]]:
+def training(folder: Path, steps: int, seed: int, network: Links | None = None) -> Iterator[subprocess.Popen[bytes]]:
     folder.mkdir(parents=True)
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -73,7 +89,11 @@ def training(folder: Path, steps: int, seed: int) -> Iterator[subprocess.Popen[b
     }
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(
-            command(folder, steps, seed), stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            command(folder, steps, seed, network),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
         )
         try:
             yield process
@@ -138,10 +158,12 @@ def end_of(folder: Path) -> dict[str, Any]:
     }
 
 
-def soak(folder: Path, steps: int, seed: int, draw: random.Random) -> dict[str, Any]:
+def soak(folder: Path, minutes: float, seed: int, draw: random.Random, network: Links | None) -> dict[str, Any]:
     began, faults, last, since = time.monotonic(), [], 0, time.monotonic()
-    with training(folder, steps, seed) as process:
+    kinds = FAULTS if network is None else [*FAULTS, CUT]
+    with training(folder, UNLIMITED, seed, network) as process:
         due: float | None = None
+        cut: tuple[float, int] | None = None
         while process.poll() is None:
             time.sleep(0.2)
             now, step = time.monotonic(), progress(folder)
@@ -149,10 +171,22 @@ def soak(folder: Path, steps: int, seed: int, draw: random.Random) -> dict[str, 
                 last, since = step, now
                 due = now + draw.uniform(20, 60) if due is None else due
             assert now - since < HANG, f"no step for {HANG} s after {faults[-1:]}"
+            if network is not None and cut is not None and now > cut[0] + CUT_SECONDS:
+                network.set(cut[1], "up")
+                cut = None
+            if now - began > 60 * minutes:
+                if not (folder / LAST_STEP).exists():
+                    # Far enough on that what waits for the next save has struck, and been resumed from.
+                    end = (step // SAVE_STEPS + 4) * SAVE_STEPS
+                    write_whole(folder / LAST_STEP, lambda path, end=end: path.write_text(str(end)))  # type: ignore[misc]
+                continue
             ranks = workers_of(process.pid)
-            if due is not None and now >= due and len(ranks) == WORKERS:
-                fault = draw.choice(FAULTS)
-                struck = inject(fault, ranks, draw)
+            if due is not None and now >= due and len(ranks) == WORKERS and cut is None:
+                fault = draw.choice(kinds)
+                if network is not None and fault == CUT:
+                    cut = now, draw.randrange(WORKERS)
+                    network.set(cut[1], "down")
+                struck = [cut[1]] if cut else inject(fault, ranks, draw)
                 faults.append({"second": round(now - began, 1), "step": step, "fault": fault, "ranks": struck})
                 due = None
         assert process.returncode == 0, (folder / "log.txt").read_text()[-3000:]
@@ -173,15 +207,9 @@ def soak(folder: Path, steps: int, seed: int, draw: random.Random) -> dict[str, 
 @pytest.mark.slow
 def test_soak(tmp_path: Path) -> None:
     minutes, seed = float(os.environ.get("SOAK_MINUTES", "30")), int(os.environ.get("SOAK_SEED", "1"))
-    first = undisturbed(tmp_path / "first", 60, seed)
-    records = [json.loads(line) for line in (tmp_path / "first" / RECORDS.format(0)).read_text().splitlines()]
-    step_seconds = (records[-1]["ended"] - records[0]["began"]) / 60
-    start_seconds = first["seconds"] - 60 * step_seconds
-    # A cycle is a start, 40 seconds of training to the next fault, and up to a time limit to notice it.
-    share = 40 / (40 + start_seconds + TIME_LIMIT / 2)
-    steps = max(20, round(minutes * 60 * share / step_seconds / 20) * 20)
-    disturbed = soak(tmp_path / "soak", steps, seed, random.Random(seed))
-    same, other = (undisturbed(tmp_path / f"undisturbed_{one}", steps, one) for one in (seed, seed + 1))
+    with links(WORKERS) if namespaces_work() else contextlib.nullcontext() as network:
+        disturbed = soak(tmp_path / "soak", minutes, seed, random.Random(seed), network)
+    same, other = (undisturbed(tmp_path / f"undisturbed_{one}", disturbed["steps"], one) for one in (seed, seed + 1))
     report = {
         "command": f"SOAK_MINUTES={minutes:g} SOAK_SEED={seed} make soak",
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
