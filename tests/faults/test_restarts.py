@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
+import signal
+import socket
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.faults.test_soak import RECORDS, WORKERS, end_of, inject, progress, training, workers_of
+from tests.faults.test_soak import (
+    RECORDS,
+    SCRIPT,
+    WORKERS,
+    arguments,
+    end_of,
+    environment,
+    inject,
+    progress,
+    training,
+    workers_of,
+)
 
 STEPS = 60
 SAVED = 20  # steps between checkpoints
@@ -33,10 +52,64 @@ def test_goes_on_after(fault: str, tmp_path: Path) -> None:
         assert process.wait(timeout=400) == 0, (folder / "log.txt").read_text()[-3000:]
     assert len(struck) == 1
     for rank in range(WORKERS):
-        records = [json.loads(line) for line in (folder / RECORDS.format(rank)).read_text().splitlines()]
-        first, second, last = records
+        first, second, last = records_of(folder, rank)
         assert first["resumed_from"] is None
         assert Path(second["resumed_from"]).name == f"checkpoint-{SAVED}"
         assert second["incomplete"] is None
         assert last["step"] == STEPS
     assert len(set(end_of(folder)["checksums"])) == 1
+
+
+def records_of(folder: Path, rank: int) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / RECORDS.format(rank)).read_text().splitlines()]
+
+
+def accepts(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("localhost", port)) == 0
+
+
+@pytest.mark.slow
+def test_goes_on_with_the_machines_that_are_left(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    folder, agents = tmp_path / "run", []
+    folder.mkdir()
+    launch = (
+        f"--nnodes 2:3 --nproc-per-node 1 --max-restarts 3 --rdzv-backend c10d --rdzv-id {port} --local-addr localhost"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", *launch.split(), "--rdzv-endpoint", f"localhost:{port}"]
+    try:
+        for _ in range(3):  # each as if a machine; the first has the store
+            agents.append(
+                subprocess.Popen(
+                    [*command, str(SCRIPT), *arguments(folder, STEPS, seed=1)],
+                    env=environment(),
+                    start_new_session=True,
+                )
+            )
+            wait_until(lambda: accepts(port))
+        wait_until(lambda: progress(folder) > SAVED + 1)
+        for pid in [*workers_of(agents[2].pid).values(), agents[2].pid]:
+            os.kill(pid, signal.SIGKILL)
+        assert [agent.wait(timeout=400) for agent in agents[:2]] == [0, 0]
+    finally:
+        for agent in agents:
+            for pid in [*workers_of(agent.pid).values(), agent.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            agent.wait()
+    ends = [records_of(folder, rank)[-1] for rank in range(2)]
+    assert [end["step"] for end in ends] == [STEPS, STEPS]
+    assert ends[0]["checksum"] == ends[1]["checksum"]
+    resumed = records_of(folder, 0)[-2]
+    assert Path(resumed["resumed_from"]).name in (f"checkpoint-{SAVED}", f"checkpoint-{2 * SAVED}")
+    assert json.loads((folder / "results.json").read_text())["workers"] == 2
+
+
+def wait_until(what: Callable[[], bool], seconds: float = 300) -> None:
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until
+        time.sleep(0.05)

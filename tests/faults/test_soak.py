@@ -50,6 +50,10 @@ def command(folder: Path, steps: int, seed: int, network: Links | None) -> list[
     if network is not None:
         prefix = network.namespaces[0].removesuffix("-0")
         script = ["--no-python", "bash", "-c", IN_NAMESPACE, "bash", prefix, network.addresses[0], *script[1:]]
+    return [*launch, *script, *arguments(folder, steps, seed)]
+
+
+def arguments(folder: Path, steps: int, seed: int) -> list[str]:
     settings = {
         "optim": "dlion_mavo",
         "learning_rate": 1e-3,
@@ -74,25 +78,27 @@ def command(folder: Path, steps: int, seed: int, network: Links | None) -> list[
         "cache_dir": folder.parent / "cache",
         "output_dir": folder,
     }
-    flags = [f"--{name}={value}" for name, value in settings.items()]
-    return [*launch, *script, "--use_cpu", *flags]
+    return ["--use_cpu", *(f"--{name}={value}" for name, value in settings.items())]
 
 
-@contextlib.contextmanager
-def training(folder: Path, steps: int, seed: int, network: Links | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    folder.mkdir(parents=True)
-    environment = os.environ | {
+def environment() -> dict[str, str]:
+    return os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}",
         # Else workers meet the addresses of those before the restart in the agent's store (pytorch/pytorch#135712).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
+
+
+@contextlib.contextmanager
+def training(folder: Path, steps: int, seed: int, network: Links | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    folder.mkdir(parents=True)
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(
             command(folder, steps, seed, network),
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=environment(),
             start_new_session=True,
         )
         try:
