@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..wire.collectives import Channel
 
+_SHOWN = 4
+
 
 @dataclass
 class Opening:
@@ -103,8 +105,10 @@ def differing(channel: Channel, description: dict[str, Any]) -> str:
     """
     everyone = channel.gather_objects(description)
     for name in dict.fromkeys(key for one in everyone for key in one):
-        values = [one.get(name, "absent") for one in everyone]
-        if any(value != values[0] for value in values):
-            other = next(rank for rank, value in enumerate(values) if value != values[0])
-            return f"{name} is {values[0]} on rank 0 and {values[other]} on rank {other}"
+        ranks: dict[str, list[int]] = {}
+        for rank, one in enumerate(everyone):
+            ranks.setdefault(str(one.get(name, "absent")), []).append(rank)
+        if len(ranks) > 1:
+            where = [f"{value} on rank{'s' * (len(of) > 1)} {', '.join(map(str, of))}" for value, of in ranks.items()]
+            return f"{name} is {' and '.join(where[:_SHOWN])}{', and so on' * (len(where) > _SHOWN)}"
     return "they differ in a way that their description does not show"

@@ -151,8 +151,7 @@ class DistributedLion(WorkersOptimizer):
         hypers = [_hyper(group, plan.device) for group in self.param_groups]
         passes = self._current_passes(plan)
         if plan.exchange is None:
-            if bad >= 0:
-                self._raise_for_bad({0: bad})
+            self._check_alone(bad)
             each = (h for group, h in zip(self.param_groups, hypers, strict=True) for _ in group["params"])
             passes.alone(plan.kernels or EAGER, gradients, each, self.param_groups[0][STEP])
         else:
@@ -189,8 +188,9 @@ class DistributedLion(WorkersOptimizer):
         # Votes on padding are zero votes: ties for N even, split for N odd, and never unanimous.
         return VoteShares((ties - padding) / votes if plan.workers % 2 == 0 else 0.0, unanimous / votes)
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError where a hyperparameter is out of its range."""
+        super().check_group(group)
         check_betas(group["betas"])
 
     def state_changed(self) -> None:
@@ -202,7 +202,8 @@ class DistributedLion(WorkersOptimizer):
         """Options that must be the same on all ranks, besides hyperparameters."""
         return super().options() | {"aggregation": self.aggregation, "tie": self.tie, "exchange": self.exchange}
 
-    def _settings(self) -> tuple[str, ...]:
+    def settings(self) -> tuple[str, ...]:
+        """Names of the hyperparameters that must be the same on all ranks at every step."""
         return "lr", "betas", "weight_decay"
 
     def _current_plan(self) -> _Plan:

@@ -137,8 +137,7 @@ class MeanGradient(WorkersOptimizer):
     ) -> list[int]:
         """The ranks that count in this step."""
         if channel is None:
-            if bad >= 0:
-                self._raise_for_bad({0: bad})
+            self._check_alone(bad)
             return [0] if bad < 0 else []
         if not self.opened or self._checking_gradients:
             self._open(channel, parameters, gradients, compiled=False)
@@ -158,17 +157,19 @@ class MeanGradient(WorkersOptimizer):
             if updated is not parameter:
                 parameter.copy_(updated)
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError where a hyperparameter is out of its range."""
+        super().check_group(group)
         check_betas(group["betas"])
         check_range("momentum", group["momentum"], "it is a decay, at least 0 and less than 1.", below=1)
         check_range("eps", group["eps"], "it cannot be negative.")
 
     def options(self) -> dict[str, Any]:
         """Options that must be the same on all ranks, besides hyperparameters."""
-        return super().options() | {"method": type(self).__name__, "rule": self.rule}
+        return super().options() | {"rule": self.rule}
 
-    def _settings(self) -> tuple[str, ...]:
+    def settings(self) -> tuple[str, ...]:
+        """Names of the hyperparameters that must be the same on all ranks at every step."""
         return ("lr", "weight_decay", *RULES[self.rule].settings)
 
 

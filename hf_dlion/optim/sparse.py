@@ -11,6 +11,7 @@ from ..wire.collectives import Channel
 from ..wire.sums import sum_sparse
 
 RESIDUAL = "residual"
+MOST_ENTRIES = 2**31
 
 
 def largest(values: Tensor, share: float) -> Tensor:
@@ -22,7 +23,16 @@ def largest(values: Tensor, share: float) -> Tensor:
 def sum_chosen(
     channel: Channel | None, voters: Sequence[int], indices: list[Tensor], values: list[Tensor], size: int
 ) -> Tensor:
-    """The sum over the voters of their chosen entries, float32 ``[size]``."""
+    """The sum over the voters of their chosen entries, float32 ``[size]``.
+
+    Raises:
+        ValueError: there are more entries than an index of 32 bits can name.
+    """
+    if size > MOST_ENTRIES:
+        raise ValueError(
+            f"{size} parameters: entries travel with an index of 32 bits, for up to {MOST_ENTRIES}. Train fewer, by "
+            "LoRA for example, or by a method that sends no indices."
+        )
     chosen, entries = torch.cat(indices), torch.cat(values)
     if channel is None:
         return torch.zeros(size, dtype=torch.float32, device=entries.device).index_add_(0, chosen, entries)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 STEP = "step"
 ON_BAD_GRADIENT = ("abstain", "raise")
+# Of a gradient scaler, steps in a row in which all workers overflow; from 65536, its scale is 6e-8 then.
+_MOST_OVERFLOWS = 40
 
 
 class WorkersOptions(TypedDict, total=False):
@@ -40,7 +43,8 @@ class WorkersOptimizer(Optimizer, ABC):
     ``_state_names``. The step number is an entry of every param group.
 
     A ``torch.amp.GradScaler`` hands over its scale: the worker whose gradient overflowed abstains and its scale falls,
-    while the others step; where all overflow, the step changes no parameter. So scales differ between the workers.
+    while the others step; where all overflow, the step changes no parameter, and after 40 such steps in a row, which no
+    scale explains, all ranks raise. So scales differ between the workers.
 
     Args:
         params: parameters, named parameters or param groups; dense, real floating point, on one device.
@@ -49,18 +53,21 @@ class WorkersOptimizer(Optimizer, ABC):
         local_state_names: keys of a parameter's state that each worker has for itself.
         process_group: the workers; None is the default group. Or this one's place among virtual workers.
         on_bad_gradient: what becomes of a step where a worker's gradient has a NaN or Inf: ``"abstain"``, that worker
-            is left out of it, and its state stays; or ``"raise"``, all ranks raise.
+            is left out of it, and its state stays; or ``"raise"``, all ranks raise. With a gradient scaler, that worker
+            is left out.
         check_replicas_every: compares a checksum of the parameters over the ranks every so many steps; 0: never.
 
     Attributes:
         ledger: what this worker has sent and received.
         opened: whether the workers have found that they fit together; not so before the first step.
+        parameter_names: for errors, by index; empty where they are those that the params were given with.
         abstentions: workers left out of a step for a bad gradient, over all steps of this object.
     """
 
     _state_format = torch.contiguous_format
     # torch's GradScaler then calls step() on every rank, with `grad_scale` and `found_inf` set meanwhile.
     _step_supports_amp_scaling = True
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -85,6 +92,8 @@ class WorkersOptimizer(Optimizer, ABC):
         self.local_state_names = local_state_names
         self._state_names = (*state_names, *local_state_names)
         self._checking_gradients = True
+        self._overflows = 0
+        self.parameter_names: list[str] = []
         self.opened = False
         super().__init__(params, defaults | {STEP: 0})
 
@@ -94,7 +103,7 @@ class WorkersOptimizer(Optimizer, ABC):
         group = self.param_groups[-1]
         group[STEP] = self.param_groups[0][STEP]
         try:
-            self._check_group(group)
+            self.check_group(group)
             for parameter in group["params"]:
                 _check_parameter(parameter, self.param_groups[0]["params"][0].device)
         except ValueError:
@@ -168,7 +177,7 @@ class WorkersOptimizer(Optimizer, ABC):
         own = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False, memory_format=self._state_format)
         return own.copy_(found)
 
-    def _check_group(self, group: dict[str, Any]) -> None:
+    def check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError where a hyperparameter is out of its range."""
         check_range("lr", group["lr"], "it cannot be negative.")
         check_range("weight_decay", group["weight_decay"], "it cannot be negative.")
@@ -182,7 +191,7 @@ class WorkersOptimizer(Optimizer, ABC):
         return {"on_bad_gradient": self.on_bad_gradient, "check_replicas_every": self.check_replicas_every}
 
     @abstractmethod
-    def _settings(self) -> tuple[str, ...]:
+    def settings(self) -> tuple[str, ...]:
         """Names of the hyperparameters that must be the same on all ranks at every step."""
 
     def _all_parameters(self) -> list[Tensor]:
@@ -203,6 +212,8 @@ class WorkersOptimizer(Optimizer, ABC):
         if scale is not None and present:
             torch._foreach_div_(present, scale.to(present[0].device))
         bad = first_bad_gradient(gradients)
+        if bad < 0 and self.found_inf is not None and bool(self.found_inf):
+            bad = 0  # something else, clipping by value say, has made finite what the scaler found to be infinite
         if bad < 0:
             return gradients, bad
         if not self._scaled and self.on_bad_gradient == "abstain":
@@ -228,8 +239,9 @@ class WorkersOptimizer(Optimizer, ABC):
         if any(other.parameters != opening.parameters for other in openings):
             raise RuntimeError(
                 "the parameters differ between the ranks before the first step, so the replicas would never be the "
-                "same. Wrap the model in DistributedDataParallel (accelerator.prepare does), which sends rank 0's "
-                "parameters to all, or load the same weights on every rank."
+                f"same: {differing(channel, self._describe_parameters())}. Wrap the model in DistributedDataParallel "
+                "(accelerator.prepare does), which sends rank 0's parameters to all, or load the same weights on every "
+                "rank."
             )
         if self._checking_gradients and any(other.gradients for other in openings):
             if all(other.gradients == opening.gradients for other in openings):
@@ -275,16 +287,36 @@ class WorkersOptimizer(Optimizer, ABC):
     @property
     def _scaled(self) -> bool:
         """Whether a gradient scaler calls, to whom an overflow is nothing special."""
-        return getattr(self, "found_inf", None) is not None
+        return self.found_inf is not None
+
+    def _check_alone(self, bad: int) -> None:
+        """What is checked at a step of one worker alone."""
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        alone = self.process_group is None and not dist.is_initialized()
+        if launched > 1 and alone and dist.is_torchelastic_launched():
+            raise RuntimeError(
+                f"this is one of {launched} processes that were launched together, without a process group: each "
+                "would train for itself. First create an accelerate.Accelerator, or call "
+                "torch.distributed.init_process_group."
+            )
+        self._raise_for_bad({0: bad} if bad >= 0 else {})
 
     def _raise_for_bad(self, bad: dict[int, int]) -> None:
         """Raise FloatingPointError where these bad gradients, by rank, do not only lead to abstentions."""
-        if bad and not self._scaled and (self.on_bad_gradient == "raise" or len(bad) == self.workers):
+        everywhere = len(bad) == self.workers
+        self._overflows = self._overflows + 1 if everywhere and self._scaled else 0
+        if self._scaled:
+            fatal = self._overflows == _MOST_OVERFLOWS
+        else:
+            fatal = everywhere or (bool(bad) and self.on_bad_gradient == "raise")
+        if fatal:
             rank, index = next(iter(bad.items()))
-            raise FloatingPointError(f"rank {rank}: {self._describe_bad(index)}")
+            so_often = f"all workers overflowed in {_MOST_OVERFLOWS} steps in a row; " if self._scaled else ""
+            raise FloatingPointError(f"{so_often}rank {rank}: {self._describe_bad(index)}")
 
     def _describe_layout(self) -> dict[str, Any]:
-        described = self.options() | {"the number of param groups": len(self.param_groups)}
+        described: dict[str, Any] = {"method": type(self).__name__, **self.options()}
+        described["the number of param groups"] = len(self.param_groups)
         for index, parameter in enumerate(self._all_parameters()):
             described[f"parameter {index}"] = (
                 f"{str(parameter.dtype).removeprefix('torch.')} {tuple(parameter.shape)}, strides {parameter.stride()}"
@@ -299,7 +331,7 @@ class WorkersOptimizer(Optimizer, ABC):
     def _describe_settings(self) -> dict[str, Any]:
         described: dict[str, Any] = {}
         for index, group in enumerate(self.param_groups):
-            for name in (STEP, *self._settings()):
+            for name in (STEP, *self.settings()):
                 value = group[name]
                 described[f"{name} of param group {index}"] = float(value) if isinstance(value, Tensor) else value
         return described
@@ -313,8 +345,9 @@ class WorkersOptimizer(Optimizer, ABC):
         )
 
     def _name(self, index: int) -> str:
-        names = [name for group in self.param_groups for name in group.get("param_names", ())]
-        return f"parameter {index} ({names[index]})" if len(names) > index else f"parameter {index}"
+        given = [name for group in self.param_groups for name in group.get("param_names", ())]
+        name = next(iter((self.parameter_names or given)[index : index + 1]), "")
+        return f"parameter {index} ({name})" if name else f"parameter {index}"
 
 
 def check_range(name: str, value: Any, what: str, below: float = float("inf")) -> None:

@@ -22,9 +22,13 @@ import torch.distributed as dist
 BEAT_SECONDS = 1.0
 LISTEN_SECONDS = 3.5
 STORE_SECONDS = 5.0
-# Of this attempt: torchrun may keep its store over restarts.
-_KEYS = f"hf_dlion/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-_FINDING = f"{_KEYS}/lost"
+
+
+def keys() -> str:
+    """Where in the store the ranks of this attempt show that they live."""
+    # Otherwise the store is new with each attempt, and the agents of several machines count restarts differently.
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return f"hf_dlion/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if kept else 0}"
 
 
 class WorkerLostError(RuntimeError):
@@ -51,7 +55,7 @@ class _Heart:
 
     def count(self, rank: int, more: int = 0) -> int:
         """The beats of a rank so far, 0 if it has not begun; ``more`` are added."""
-        return self.store.add(f"{_KEYS}/beat/{rank}", more)
+        return self.store.add(f"{keys()}/beat/{rank}", more)
 
     def stop(self) -> None:
         self._stopped.set()
@@ -148,12 +152,13 @@ def _lost(heart: _Heart, ranks: Sequence[int]) -> list[int] | None:
 
     def listen() -> None:
         try:
-            if not heart.store.check([_FINDING]):
+            finding = f"{keys()}/lost"
+            if not heart.store.check([finding]):
                 before = [heart.count(rank) for rank in ranks]
                 time.sleep(LISTEN_SECONDS)
                 silent = [rank for rank, count in zip(ranks, before, strict=True) if heart.count(rank) == count]
-                heart.store.compare_set(_FINDING, "", " ".join(map(str, silent)) or "none")
-            first = heart.store.get(_FINDING).decode()
+                heart.store.compare_set(finding, "", " ".join(map(str, silent)) or "none")
+            first = heart.store.get(finding).decode()
             found.append([] if first == "none" else [int(rank) for rank in first.split()])
         except RuntimeError:
             return

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from hf_dlion import DistributedLion
+from hf_dlion.wire import liveness
 from hf_dlion.wire.exchange import ShardedExchange
 from hf_dlion.wire.liveness import naming_the_lost
 from tests.faults.victims import LOST, check_survivors, die
@@ -130,6 +131,15 @@ def test_errors_that_are_not_of_the_backend_stay_as_they_are() -> None:
     assert run_workers(other_errors, 2) == ["RuntimeError"] * 2
     with pytest.raises(dist.DistStoreError), naming_the_lost("no process group"):
         raise dist.DistStoreError
+
+
+@pytest.mark.parametrize(("kept", "attempts"), [("True", ["0", "1"]), ("False", ["0", "0"])])
+def test_an_attempt_has_keys_of_its_own(kept: str, attempts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agents of several machines count restarts differently; but then the store is that of the attempt."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", kept)
+    for count, attempt in enumerate(attempts):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+        assert liveness.keys() == f"hf_dlion/{attempt}"
 
 
 LINKED = """

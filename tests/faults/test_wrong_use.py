@@ -97,6 +97,17 @@ def train(rank: int, options: list[dict[str, Any]], gpus: int = 0) -> None:
     DLionTrainer(model=tiny.model(), args=arguments, train_dataset=tiny.rows()).train()
 
 
+def foreign_optimizer(rank: int) -> None:
+    from hf_dlion import DLionTrainer
+    from tests.trainer import tiny
+
+    tiny.act_as_launched(rank)
+    model = tiny.model()
+    optimizers = torch.optim.SGD(model.parameters()), None
+    arguments = tiny.arguments("unused", max_steps=3)
+    DLionTrainer(model=model, args=arguments, train_dataset=tiny.rows(), optimizers=optimizers).train()
+
+
 def differ(*options: dict[str, Any]) -> tuple[list[dict[str, Any]]]:
     return (list(options),)
 
@@ -122,7 +133,8 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], list[str]]] = {
         differ({}, {"check_replicas_every": 5}),
         [ANOTHER, "check_replicas_every is 100 on rank 0"],
     ),
-    "method": (other_method, (), [ANOTHER, "on rank 0 and", "on rank 1"]),
+    "method": (other_method, (), [ANOTHER, "method is DistributedLion on rank 0 and GlobalLion on rank 1"]),
+    "foreign optimizer": (foreign_optimizer, (), ["optim='dlion_mavo', and an optimizer of class SGD was given"]),
     "dtype": (other_dtype, (), [ANOTHER, "parameter 0 is float32 (8,)", "bfloat16 (8,)"]),
     "groups": (other_groups, (), [ANOTHER, "the number of param groups is 1 on rank 0 and 2 on rank 1"]),
     "step": (other_step, (), [SETTING, "step of param group 0 is 0 on rank 0 and 2 on rank 1"]),
@@ -180,11 +192,21 @@ DistributedLion([weight], lr=0.1 * (1 + dist.get_rank())).step()
 """
 
 
-def test_a_launcher_sees_it(tmp_path: Path) -> None:
-    script = tmp_path / "step.py"
-    script.write_text(LAUNCHED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        (LAUNCHED, "lr of param group 0 is 0.1 on rank 0 and 0.2 on rank 1. Set them"),
+        (
+            LAUNCHED.replace('dist.init_process_group("gloo")', "").replace("dist.get_rank()", "0"),
+            "each would train for",
+        ),
+    ],
+)
+def test_a_launcher_sees_it(script: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "step.py"
+    path.write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(path)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1
-    assert "lr of param group 0 is 0.1 on rank 0 and 0.2 on rank 1. Set them" in done.stderr
+    assert said in done.stderr

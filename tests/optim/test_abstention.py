@@ -135,6 +135,53 @@ def test_with_a_gradient_scaler_who_overflows_abstains() -> None:
         assert counts == [4, 8]
 
 
+def clipped_by_value(rank: int) -> tuple[torch.Tensor, int]:
+    """Rank 1 overflows, and is clipped to what is finite."""
+    parameter = torch.nn.Parameter(torch.ones(8))
+    optimizer = DistributedLion([parameter], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.zeros(()))
+    parameter.grad = torch.linspace(-1 - rank, 2, 8)
+    if rank == 1:
+        parameter.grad[:] = torch.inf
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_value_([parameter], 1.0)
+    scaler.step(optimizer)
+    return parameter.detach(), optimizer.abstentions
+
+
+def test_who_overflowed_abstains_though_it_was_clipped() -> None:
+    for parameter, abstentions in run_workers(clipped_by_value, 3):
+        assert abstentions == 1
+        # Of three voters there would be no ties.
+        assert sorted(parameter.unique().tolist()) == pytest.approx([0.9, 1.0, 1.1])
+
+
+def always_bad(rank: int) -> str:
+    parameter = torch.nn.Parameter(torch.ones(8))
+    optimizer = DistributedLion([("weight", parameter)], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaler.scale(torch.zeros(()))
+    for step in range(100):
+        parameter.grad = torch.linspace(-1 - rank, 2, 8)
+        if step != 20 or rank != 0:
+            parameter.grad[3] = torch.nan
+        try:
+            scaler.step(optimizer)
+        except FloatingPointError as error:
+            return f"{step}: {error}"
+        scaler.update()
+    return "no error"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_no_scale_explains_is_an_error(workers: int) -> None:
+    for message in run_workers(always_bad, workers):
+        assert message.startswith(
+            "60: all workers overflowed in 40 steps in a row; rank 0: the gradient of parameter 0 (w"
+        )
+
+
 def test_a_single_worker_with_a_gradient_scaler_skips() -> None:
     parameter = torch.nn.Parameter(torch.ones(8))
     optimizer = DistributedLion([parameter], lr=1.0)

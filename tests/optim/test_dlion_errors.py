@@ -110,7 +110,7 @@ def misuse(rank: int, kind: str) -> str:
         ("one more", ["the size of param group 0 is 1 on rank 0 and 2 on rank 1"]),
         ("another lr", ["lr of param group 0 is 0.1 on rank 0 and 1.1 on rank 1"]),
         ("another option", ["tie is zero on rank 0 and alternate on rank 1"]),
-        ("other weights", ["the parameters differ between the ranks"]),
+        ("other weights", ["the parameters differ between the ranks", "the checksum of parameter 0", "on rank 0 and"]),
         ("nan", ["FloatingPointError", "rank 1", "parameter 0", "NaN or Inf", "step 0"]),
     ],
 )
