@@ -7,7 +7,6 @@ every file of the folder with size and hash (``manifest``).
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..optim.agreement import digest
 from ..optim.virtual import VirtualWorkers
 from ..optim.workers import STEP, WorkersOptimizer
 from ..wire.collectives import ProcessChannel
@@ -48,6 +48,8 @@ OTHER_WORKERS = ("mean", "reset", "error")
 SCALER = "gradient_scaler"
 """Of a part with fp16: the worker's own scale, and how many steps it has lasted."""
 
+_LARGEST = 1e38  # of a hyperparameter: float32 has it
+
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -62,7 +64,7 @@ def save_workers(folder: str | Path, optimizer: Optimizer, *, seals: bool | None
         seals: whether this rank writes the manifest; by default rank 0 does. One rank of each folder.
 
     Raises:
-        CheckpointError: a rank could not write; raised on all ranks. The folder has no manifest then.
+        CheckpointError: a rank could not write; raised on all ranks. Where it could not, the folder has no manifest.
     """
     folder = Path(folder)
     members = _members(optimizer)
@@ -104,6 +106,11 @@ def save_workers(folder: str | Path, optimizer: Optimizer, *, seals: bool | None
             ).write(folder)
 
     _on_all_ranks(members, seal, f"could not write the manifest of {folder}")
+    if not (folder / MANIFEST).exists():
+        logger.warning(
+            "%s has no manifest on the machine of rank %d, and does not count there. Let the machines share the "
+            "folder, or let a rank of each seal it: --save_on_each_node, or the argument `seals`.", folder, first.rank,
+        )  # fmt: skip
 
 
 def unseal(folder: str | Path, seals: bool) -> None:
@@ -135,26 +142,34 @@ def load_workers(folder: str | Path, optimizer: Optimizer, *, other_workers: str
     folder = Path(folder)
     members = _members(optimizer)
 
-    def check() -> None:
+    read = []
+
+    def check() -> int:
         manifest = Manifest.read(folder)
         _check_fits(folder, manifest, members[0], other_workers)
-        needed = _needed(manifest, members, other_workers)
-        for name in needed:
+        for name in _needed(folder, manifest, members, other_workers):
             check_file(folder, name, manifest.files[name])
             _check_tensors(folder / name, members[0])
+        read.append(manifest)
+        return digest((manifest.step, manifest.groups, [manifest.files[name] for name in manifest.parts]))
 
-    _on_all_ranks(members, check, "cannot resume")
-    manifest = Manifest.read(folder)
+    if len(set(_on_all_ranks(members, check, "cannot resume"))) > 1:
+        raise CheckpointError(f"{folder} is not of one run on all ranks: their manifests differ. {ELSEWHERE}")
+    [manifest] = read
     if manifest.workers != members[0].workers and members[0].rank == 0:
         logger.warning(
             "%s is of %d workers, and here are %d: momenta are taken over by %r.",
             folder, manifest.workers, members[0].workers, other_workers,
         )  # fmt: skip
+    if manifest.settings != members[0].options() and members[0].rank == 0:
+        here = members[0].options()
+        others = [f"{name}={value!r}" for name, value in manifest.settings.items() if here.get(name) != value]
+        logger.warning("%s was written with %s; here it is otherwise.", folder, ", ".join(others) or "fewer options")
     scaler = _scaler_of(optimizer)
     with ExitStack() as stack:
         files = {
             name: stack.enter_context(safe_open(folder / name, framework="pt"))
-            for name in _needed(manifest, members, other_workers)
+            for name in _needed(folder, manifest, members, other_workers)
         }
         for member in members:
             own = part_name(member.rank, manifest.workers)
@@ -163,7 +178,7 @@ def load_workers(folder: str | Path, optimizer: Optimizer, *, other_workers: str
                 if manifest.workers == member.workers:
                     tensor.copy_(files[own].get_tensor(key))
                 elif place[1] not in member.local_state_names:
-                    tensor.copy_(files[manifest.parts[0]].get_tensor(key))
+                    tensor.copy_(next(iter(files.values())).get_tensor(key))
                 elif other_workers == "reset":
                     tensor.zero_()
                 else:
@@ -171,7 +186,7 @@ def load_workers(folder: str | Path, optimizer: Optimizer, *, other_workers: str
             for group, saved in zip(member.param_groups, manifest.groups, strict=True):
                 group.update({name: _as_before(saved[name], group[name]) for name in _taken_over(group, saved)})
             member.state_changed()
-            part = files[own if manifest.workers == member.workers else manifest.parts[0]]
+            part = files[own] if manifest.workers == member.workers else next(iter(files.values()))
             if scaler is not None and SCALER in part.keys():  # noqa: SIM118
                 scale, lasted = part.get_tensor(SCALER).tolist()
                 scaler.load_state_dict(scaler.state_dict() | {"scale": scale, "_growth_tracker": int(lasted)})
@@ -187,7 +202,7 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
     everyone = _gather(sorted(found))
     # Of folders of its own, a node may lack the newest.
     for step in sorted(set.intersection(*map(set, everyone)), reverse=True):
-        why = next((why for why in _gather(why_incomplete(found[step])) if why is not None), None)
+        why = _why_incomplete_anywhere(found[step])
         if why is None:
             return str(found[step])
         if not dist.is_initialized() or dist.get_rank() == 0:
@@ -197,18 +212,30 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
 
 def check_complete(folder: str | Path) -> None:
     """Raise CheckpointError, on all ranks, unless the checkpoint is whole. A collective as the one above."""
-    why = next((why for why in _gather(why_incomplete(folder)) if why is not None), None)
+    why = _why_incomplete_anywhere(Path(folder))
     if why is not None:
         raise CheckpointError(why)
+
+
+def _why_incomplete_anywhere(folder: Path) -> str | None:
+    """What is wrong with the checkpoint, the same on all ranks; None if nothing."""
+    everyone = _gather((why_incomplete(folder), sorted(path.name for path in folder.glob(ANY_PART))))
+    if wrong := [why for why, _ in everyone if why is not None]:
+        return wrong[0]
+    lost = set(Manifest.read(folder).parts) - {name for _, names in everyone for name in names}
+    return f"{folder / min(lost)} is missing on all ranks. {ELSEWHERE}" if lost else None
 
 
 def why_incomplete(folder: str | Path) -> str | None:
     """What is wrong with the checkpoint, as far as this process looks at it; None if nothing.
 
-    The processes of a node share the files out among themselves; parts of workers on other nodes may be absent.
+    With a process group, the processes of a node share the files out among themselves; parts of workers on other nodes
+    may be absent.
     """
     folder = Path(folder)
-    rank, size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    rank, size = 0, 1
+    if dist.is_initialized():
+        rank, size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     try:
         manifest = Manifest.read(folder)
         for index, (name, entry) in enumerate(sorted(manifest.files.items())):
@@ -265,15 +292,18 @@ def _taken_over(group: dict[str, Any], saved: dict[str, Any]) -> list[str]:
 
 def _as_before(value: Any, before: Any) -> Any:
     if isinstance(before, Tensor):
-        return before.fill_(value)
+        return before.fill_(float(value))
     return tuple(value) if isinstance(value, list) else value
 
 
-def _needed(manifest: Manifest, members: Sequence[WorkersOptimizer], other_workers: str) -> list[str]:
+def _needed(folder: Path, manifest: Manifest, members: Sequence[WorkersOptimizer], other_workers: str) -> list[str]:
     """The parts that this process reads."""
     if manifest.workers == members[0].workers:
         return [part_name(member.rank, manifest.workers) for member in members]
-    return manifest.parts if other_workers == "mean" else manifest.parts[:1]
+    if other_workers == "mean":
+        return manifest.parts
+    # What all workers have is in each part.
+    return [name for name in manifest.parts if (folder / name).exists()][:1] or manifest.parts[:1]
 
 
 def _check_fits(folder: Path, manifest: Manifest, member: WorkersOptimizer, other_workers: str) -> None:
@@ -297,6 +327,12 @@ def _check_fits(folder: Path, manifest: Manifest, member: WorkersOptimizer, othe
         for name in _taken_over(group, saved):
             if _kind(saved[name]) != _kind(_plain(group)[name]):
                 raise CheckpointError(f"{folder}: {name}={saved[name]!r} in a param group cannot be. {ELSEWHERE}")
+        if absent := [name for name in (STEP, *member.settings()) if name not in saved]:
+            raise CheckpointError(f"{folder}: a param group has no {', '.join(absent)}. {ELSEWHERE}")
+        try:
+            member.check_group(_plain(group) | saved)
+        except ValueError as error:
+            raise CheckpointError(f"{folder}: a param group with {error} {ELSEWHERE}") from error
 
 
 def _check_tensors(path: Path, member: WorkersOptimizer) -> None:
@@ -307,10 +343,13 @@ def _check_tensors(path: Path, member: WorkersOptimizer) -> None:
             found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             shapes = {key: torch.Size(piece.get_shape()) for key, piece in found.items()}
             dtypes = {piece.get_dtype() for piece in found.values()}
+            scaling = file.get_tensor(SCALER) if shapes.get(SCALER) == (2,) else torch.ones(2)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}). {ELSEWHERE}") from error
     if SCALER in shapes:
         expected[SCALER] = torch.Size([2])
+    if not (scaling.isfinite().all() and scaling[0] > 0 and scaling[1] >= 0):
+        raise CheckpointError(f"{path}: a {SCALER} of {scaling.tolist()} cannot be. {ELSEWHERE}")
     if shapes != expected or dtypes - {"F32"}:
         differing = sorted(key for key in shapes.keys() | expected.keys() if shapes.get(key) != expected.get(key))
         raise CheckpointError(
@@ -324,7 +363,7 @@ def _kind(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_kind(one) for one in value]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return math.isfinite(value)
+        return abs(value) < _LARGEST
     return type(value)
 
 
@@ -354,6 +393,8 @@ def _on_all_ranks(members: Sequence[WorkersOptimizer], work: Callable[[], Any], 
         result = work()
     except (OSError, SafetensorError, CheckpointError) as error:
         failure = str(error)
+    except Exception as error:  # the others wait
+        failure = f"{type(error).__name__}: {error}"
     together = [(result, failure)]
     if members[0].workers > len(members):
         group = members[0].process_group

@@ -113,7 +113,7 @@ class Manifest:
         if not isinstance(manifest.method, str) or not isinstance(manifest.settings, dict):
             raise ValueError("method and settings are not there")
         for group in manifest.groups:
-            if type(group["params"]) is not int or type(group[STEP]) is not int:
+            if type(group["params"]) is not int or type(group[STEP]) is not int or group[STEP] < 0:
                 raise ValueError("a param group without parameters or step")
         return manifest
 
@@ -130,7 +130,7 @@ def part_name(rank: int, workers: int) -> str:
 def check_file(folder: Path, name: str, entry: Entry) -> None:
     """Raise CheckpointError unless the file is there and is what was written."""
     path = folder / name
-    if not os.path.isfile(path) or path.is_symlink():  # False for a name that no file can have
+    if not os.path.isfile(path):  # False for a name that no file can have
         raise CheckpointError(
             f"{path} is missing. Put it back (each node needs the parts of its own ranks, and with another number of "
             "workers the parts of all), take resume_world_size_policy reset to start it at zero with another number of "

@@ -1,8 +1,9 @@
 """The Trainer, and the mixin that makes any Trainer vote.
 
 Extension points of transformers 5: ``create_accelerator_and_postprocess``, ``create_optimizer`` with
-``optimizer_cls_and_kwargs``, ``training_step``, ``log``, and ``_save_checkpoint`` with
-``_save_optimizer_and_scheduler``, ``_load_optimizer_and_scheduler``, ``_save_scaler`` and ``_load_scaler``.
+``optimizer_cls_and_kwargs``, ``training_step``, ``_clip_grad_norm`` and ``_get_grad_norm``, ``log``, and
+``_save_checkpoint`` and ``_save``, with ``_save_optimizer_and_scheduler``, ``_load_optimizer_and_scheduler``,
+``_save_scaler`` and ``_load_scaler``.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from transformers import Trainer
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from ..optim.dlion import DistributedLion
@@ -55,7 +57,7 @@ class DLionTrainerMixin:
     - what a :class:`LionTheoryCallback` among the callbacks observed.
 
     ``max_grad_norm`` clips each worker's gradient by that gradient's own norm. A common factor changes no sign, so
-    this only weighs the steps against each other inside the momentum; 0 turns it off.
+    where signs travel this only weighs the steps against each other inside the momentum; 0 turns it off.
 
     With ``args.virtual_workers`` above 1, each of the batches that make a step is one virtual worker's
     (:class:`hf_dlion.optim.virtual.VirtualWorkers`).
@@ -110,6 +112,8 @@ class DLionTrainerMixin:
                 }
                 self.optimizer_cls_and_kwargs = (VirtualWorkers, virtual | keywords)
         optimizer: Optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        if self._votes:
+            self._check_and_name(self.model if model is None else model)  # type: ignore[attr-defined]
         self._logged, self._logged_abstentions = Ledger(), 0
         return optimizer
 
@@ -144,8 +148,7 @@ class DLionTrainerMixin:
         self.current_gradient_accumulation_steps = batches
         if not virtual.gradients:
             self._turn_norms = []
-        limit = self.args.max_grad_norm or math.inf
-        self._turn_norms.append(self.accelerator.clip_grad_norm_(model.parameters(), limit))
+        self._turn_norms.append(self._clip(model, self.args.max_grad_norm or math.inf))
         virtual.next_worker()
         return loss / batches
 
@@ -155,6 +158,24 @@ class DLionTrainerMixin:
         if self._votes and "loss" in logs and "learning_rate" in logs:
             logs = {**logs, **self._observations(logs)}
         super().log(logs, start_time)  # type: ignore[misc]
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        if not self._votes:
+            return super()._clip_grad_norm(model)  # type: ignore[misc]
+        return self._clip(model, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None and self._votes:
+            grad_norm = self._clip(model, math.inf)
+        return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+
+    def _clip(self, model: nn.Module, limit: float) -> torch.Tensor:
+        """Returns the norm; where it is not finite, gradients stay as they are, and the bad one can be found."""
+        self.accelerator.unscale_gradients()
+        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        clip_grads_with_norm_(parameters, limit, torch.where(norm.isfinite(), norm, 0.0))
+        return norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if not self._votes or self.args.save_only_model:
@@ -170,11 +191,25 @@ class DLionTrainerMixin:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
         finally:
             self.args.save_total_limit, self.args.push_to_hub = limit, push
+        if self.args.should_save:
+            torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))  # which were written without the two
         save_workers(folder, self.optimizer, seals=self.args.should_save)
         if push:
             self._push_from_checkpoint(folder)  # type: ignore[attr-defined]
         if self.args.should_save:
             rotate_checkpoints(run, limit, best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        if not (self._votes and self.args.save_on_each_node and hasattr(model, "should_save_on_this_rank")):
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+            return
+        # Models of transformers 5.23 save themselves on rank 0 only, whatever is_main_process says.
+        model.should_save_on_this_rank = lambda is_main_process: is_main_process
+        try:
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+        finally:
+            del model.should_save_on_this_rank
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self._votes:
@@ -213,6 +248,19 @@ class DLionTrainerMixin:
             return newest
         check_complete(str(wanted))
         return str(wanted)
+
+    def _check_and_name(self, model: nn.Module) -> None:
+        """While gradients stay on their worker, only our optimizers may step. Their errors get the model's names."""
+        optimizer = self._own_optimizer()
+        if not isinstance(optimizer, (WorkersOptimizer, VirtualWorkers)):
+            raise ValueError(
+                f"optim={self.args.optim!r}, and an optimizer of class {type(optimizer).__name__} was given: no worker "
+                "would learn from the others. Leave it out, or take the optim of transformers that it is."
+            )
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        found = [names.get(parameter, "") for group in optimizer.param_groups for parameter in group["params"]]
+        for member in optimizer.members if isinstance(optimizer, VirtualWorkers) else [optimizer]:
+            member.parameter_names = found
 
     def _own_optimizer(self) -> Optimizer:
         return getattr(self.optimizer, "optimizer", self.optimizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from hf_dlion import (
     DistributedLion,
     DLionTrainer,
+    DLionTrainingArguments,
     keep_gradients_local,
     last_complete_checkpoint,
     load_workers,
@@ -86,10 +88,10 @@ def test_resumed_is_as_never_stopped(workers: int, options: dict[str, Any], tmp_
 
 
 def scaled(rank: int, folder: str, checkpoint: bool, steps: int) -> tuple[torch.Tensor, dict[str, Any], State]:
-    """With a gradient scaler, as fp16 has on a GPU: that of rank 1 is so large that the norm overflows at first."""
+    """With a gradient scaler, as fp16 has on a GPU: that of rank 1 is so large that the loss overflows at first."""
     options = {"lr_scheduler_type": "constant", "max_grad_norm": 0, "save_strategy": "steps", "save_steps": 3}
     run = trainer(rank, folder, max_steps=steps, **options)
-    run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (66 if rank else 8), growth_interval=2)
+    run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (127 if rank else 8), growth_interval=2)
     run.train(resume_from_checkpoint=checkpoint)
     return weights(run.model), run.accelerator.scaler.state_dict(), state_of(run)[0]
 
@@ -102,7 +104,7 @@ def test_gradient_scalers_are_each_worker_s_own(tmp_path: Path) -> None:
         assert torch.equal(parameters, resumed)
         assert scaler == its_scaler
         assert all(torch.equal(own[key], its_own[key]) for key in own)
-    assert whole[0][1]["scale"] < whole[1][1]["scale"] < 2.0**66
+    assert whole[0][1]["scale"] < whole[1][1]["scale"] < 2.0**127
     assert not (tmp_path / "checkpoint-3" / "scaler.pt").exists()
     # Rank 0's has lasted one good step of the two after which it doubles: now they all do.
     for _, scaler, _ in run_workers(scaled, 3, str(tmp_path), True, 8):
@@ -194,6 +196,8 @@ def test_a_missing_part_is_named_on_every_rank(tmp_path: Path) -> None:
 def spoil(checkpoint: Path, how: str) -> None:
     if how == "no manifest":
         (checkpoint / MANIFEST).unlink()
+    elif how == "a lost part":
+        (checkpoint / "worker_00001_of_00002.safetensors").unlink()
     elif how == "a truncated model":
         path = checkpoint / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-1])
@@ -216,7 +220,7 @@ def resume_newest(rank: int, folder: str) -> tuple[int, str]:
     return int(found.rpartition("-")[2]), " ".join(records)
 
 
-@pytest.mark.parametrize("how", ["no manifest", "a truncated model", "a flipped bit"])
+@pytest.mark.parametrize("how", ["no manifest", "a truncated model", "a flipped bit", "a lost part"])
 def test_what_is_not_whole_is_passed_over(how: str, tmp_path: Path) -> None:
     run_workers(write, 2, str(tmp_path), {"max_steps": 4})
     newest = tmp_path / "checkpoint-4"
@@ -228,6 +232,15 @@ def test_what_is_not_whole_is_passed_over(how: str, tmp_path: Path) -> None:
     for message in run_workers(outcome, 2, str(tmp_path), str(newest), {"max_steps": 5}):
         assert str(newest) in message
         assert "Resume from another checkpoint" in message
+
+
+def test_without_a_process_group_every_rank_looks_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(0, str(tmp_path), {"max_steps": 4, "virtual_workers": 2})
+    spoil(tmp_path / "checkpoint-4", "a truncated model")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    for rank in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
 def test_nothing_whole_is_an_error_or_none(tmp_path: Path) -> None:
@@ -253,6 +266,100 @@ def test_another_method_or_model_is_refused(tmp_path: Path) -> None:
         save_workers(tmp_path, torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))]))
     with pytest.raises(ValueError, match="'sum' is not known.*mean, reset, error"):
         load_workers(checkpoint, DistributedLion([torch.nn.Parameter(torch.zeros(3))]), other_workers="sum")
+
+
+def test_reset_needs_none_of_the_others_state(tmp_path: Path) -> None:
+    write(0, str(tmp_path), {"virtual_workers": 3})
+    checkpoint = tmp_path / "checkpoint-2"
+    (checkpoint / "worker_00000_of_00003.safetensors").unlink()
+    optimizer = trainer(0, tmp_path, virtual_workers=2).create_optimizer()
+    load_workers(checkpoint, optimizer, other_workers="reset")
+    assert optimizer.param_groups[0]["step"] == 2
+
+
+def test_links_to_files_are_files(tmp_path: Path) -> None:
+    write(0, str(tmp_path), {})
+    links = tmp_path / "links" / "checkpoint-2"
+    links.mkdir(parents=True)
+    for path in (tmp_path / "checkpoint-2").iterdir():
+        (links / path.name).symlink_to(path)
+    assert last_complete_checkpoint(links.parent) == str(links)
+    resume(0, str(tmp_path), str(links), {"max_steps": 3})
+
+
+def on_a_machine_of_its_own(rank: int, folder: str, each: bool) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("hf_dlion").addHandler(handler)
+    DLionTrainingArguments.local_process_index = property(lambda _: 0)  # type: ignore[assignment, method-assign]
+
+    def run(name: str, **options: Any) -> DLionTrainer:
+        own = trainer(rank, f"{folder}/{name}_{rank}", lr_scheduler_type="constant", **options)
+        os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        return own
+
+    saving = {"save_strategy": "steps", "save_steps": 2, "save_on_each_node": each}
+    whole = run("whole", max_steps=4)
+    whole.train()
+    run("run", max_steps=2, **saving).train()
+    again = run("run", max_steps=4)
+    again.train(resume_from_checkpoint=each)
+    return weights(whole.model), weights(again.model), said
+
+
+@pytest.mark.parametrize("each", [True, False])
+def test_machines_with_folders_of_their_own(each: bool, tmp_path: Path) -> None:
+    outcomes = run_workers(on_a_machine_of_its_own, 2, str(tmp_path), each)
+    for whole, again, _ in outcomes:
+        assert torch.equal(whole, again)
+    warned = ["has no manifest on the machine" in " ".join(said) for _, _, said in outcomes]
+    assert warned == [False, not each]
+    assert (tmp_path / "run_1" / "checkpoint-2" / MANIFEST).exists() == each
+
+
+def of_two_runs(rank: int, folder: str) -> str:
+    for seed in range(2):
+        write(rank, f"{folder}/seed_{seed}", {"seed": seed})
+    return outcome(rank, folder, f"{folder}/seed_{rank}/checkpoint-2", {"max_steps": 3})
+
+
+def test_checkpoints_of_two_runs_are_not_mixed(tmp_path: Path) -> None:
+    for message in run_workers(of_two_runs, 2, str(tmp_path)):
+        assert "is not of one run on all ranks" in message
+
+
+def unwritable(rank: int, folder: str) -> str:
+    optimizer = DistributedLion([torch.nn.Parameter(torch.ones(8))])
+    optimizer.param_groups[0]["note"] = object()
+    try:
+        save_workers(folder, optimizer)
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
+def test_what_is_no_json_stops_all_ranks(tmp_path: Path) -> None:
+    for message in run_workers(unwritable, 2, str(tmp_path)):
+        assert "rank 0 could not write the manifest" in message
+        assert "TypeError" in message
+
+
+def test_a_checkpoint_is_pushed_when_it_counts(tmp_path: Path) -> None:
+    pushed = []
+
+    class Pushing(DLionTrainer):
+        def init_hf_repo(self, token: str | None = None) -> None:
+            pass
+
+        def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+            pushed.append(Path(checkpoint_folder, MANIFEST).exists())
+
+    args = tiny.arguments(tmp_path, push_to_hub=True, save_strategy="steps", save_steps=2, save_total_limit=1)
+    Pushing(model=tiny.model(), args=args, train_dataset=tiny.rows()).train()
+    assert pushed == [True, True]
+    saved = torch.load(tmp_path / "checkpoint-4" / "training_args.bin", weights_only=False)
+    assert (saved.push_to_hub, saved.save_total_limit) == (True, 1)
 
 
 def test_the_trainer_s_own_options_do_what_they_say(tmp_path: Path) -> None:

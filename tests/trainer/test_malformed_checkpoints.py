@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_dlion import DistributedLion, load_workers, save_workers
 from hf_dlion.optim.virtual import VirtualWorkers
-from hf_dlion.trainer.checkpoints import why_incomplete
+from hf_dlion.trainer.checkpoints import SCALER, why_incomplete
 from hf_dlion.trainer.manifest import MANIFEST, CheckpointError, _hash, entry_of
 from tests.trainer import tiny
 
@@ -158,6 +158,16 @@ def hostile_value(folder: Path, other: Path, draw: random.Random) -> None:
     rewrite(folder, lambda found: place(found, value))
 
 
+def hostile_group(folder: Path, other: Path, draw: random.Random) -> None:
+    values = {"lr": [-1, 10**400, None], "betas": [[2, 3], [0.9]], "step": [-5, 0.5], "weight_decay": [-1]}
+    name = draw.choice(sorted(values))
+    value = draw.choice(values[name])
+    if draw.random() < 0.2:
+        rewrite(folder, lambda found: found["groups"][0].pop(name))
+    else:
+        rewrite(folder, lambda found: found["groups"][0].update({name: value}))
+
+
 def deep(folder: Path, other: Path, draw: random.Random) -> None:
     (folder / MANIFEST).write_text("[" * draw.randrange(2000, 200_000))
 
@@ -178,13 +188,18 @@ def hostile_header(folder: Path, other: Path, draw: random.Random) -> None:
 
 def other_tensors(folder: Path, other: Path, draw: random.Random) -> None:
     tensors = load_file(folder / PART)
-    kind = draw.randrange(4)
+    kind = draw.randrange(5)
     if kind == 0:
         tensors["0.momentum"] = tensors["0.momentum"].double()
     elif kind == 1:
         tensors["0.momentum"] = tensors["0.momentum"].T.contiguous()
     elif kind == 2:
         tensors["2.momentum"] = torch.ones(3)
+    elif kind == 3:
+        scaling = draw.choice(
+            [[float("nan"), 1], [1, float("nan")], [0, 1], [1, -1], [float("inf"), 1], [1], [1, 1, 1]]
+        )
+        tensors[SCALER] = torch.tensor(scaling, dtype=torch.float32)
     else:
         del tensors["1.momentum"]
     save_file(tensors, folder / "made")
@@ -194,8 +209,8 @@ def other_tensors(folder: Path, other: Path, draw: random.Random) -> None:
 
 
 KINDS = [
-    truncate, flip, grow, remove, wrong_rank, of_another, linked, hostile_name, hostile_value, hostile_value, deep,
-    pickled, hostile_header, other_tensors,
+    truncate, flip, grow, remove, wrong_rank, of_another, linked, hostile_name, hostile_value, hostile_value,
+    hostile_group, deep, pickled, hostile_header, other_tensors,
 ]  # fmt: skip
 
 

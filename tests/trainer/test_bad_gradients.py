@@ -1,0 +1,69 @@
+"""Through the Trainer, a bad gradient is its worker's alone, and is named."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from tests.harness import run_workers
+from tests.trainer import tiny
+from tests.trainer.test_trainer import weights
+
+LATE = "transformer.ln_f.weight"
+
+
+def spoiled(rank: int, folder: str, bad: int | None, options: dict[str, Any]) -> tuple[torch.Tensor, float, str]:
+    """A worker whose gradient of a late parameter has a NaN in the second of four steps."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("hf_dlion").addHandler(handler)
+    run = tiny.trainer(rank, folder, logging_steps=4, **options)
+    backwards = 0
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        nonlocal backwards
+        backwards += 1
+        turn = options.get("virtual_workers", 1)
+        step, worker = (backwards - 1) // turn, rank if turn == 1 else (backwards - 1) % turn
+        return (
+            torch.where(torch.arange(len(gradient)) == 3, torch.nan, gradient)
+            if (step, worker) == (1, bad)
+            else gradient
+        )
+
+    dict(run.model.named_parameters())[LATE].register_hook(spoil)
+    run.train()
+    counted = [entry["bad_gradients"] for entry in run.state.log_history if "bad_gradients" in entry]
+    return weights(run.model), sum(counted), " ".join(said)
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+@pytest.mark.parametrize("virtual", [False, True])
+def test_a_worker_abstains_and_the_parameter_is_named(virtual: bool, max_grad_norm: float, tmp_path: Any) -> None:
+    options = {"max_grad_norm": max_grad_norm, **({"virtual_workers": 3} if virtual else {})}
+    outcomes = run_workers(spoiled, 1 if virtual else 3, str(tmp_path), 1, options)
+    for parameters, counted, _ in outcomes:
+        assert torch.equal(parameters, outcomes[0][0])
+        assert parameters.isfinite().all()
+        assert counted == 1
+    *_, said = outcomes[0 if virtual else 1]
+    assert "worker 1 abstains from a step: the gradient of parameter" in said
+    assert f"({LATE}), shape (32,), has a NaN or Inf at step 1" in said
+
+
+def test_all_stop_where_it_is_to_be_an_error(tmp_path: Any) -> None:
+    for message in run_workers(stopped, 2, str(tmp_path)):
+        assert message.startswith("rank 1: the gradient of parameter")
+        assert f"({LATE})" in message
+
+
+def stopped(rank: int, folder: str) -> str:
+    try:
+        spoiled(rank, folder, 1, {"on_bad_gradient": "raise"})
+    except FloatingPointError as error:
+        return str(error)
+    return "no error"
