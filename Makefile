@@ -27,8 +27,8 @@ smoke: $(VENV)/.installed
 	$(BIN)/accelerate launch --config_file examples/configs/cpu_2.yaml examples/pretrain_gpt2.py --use_cpu \
 		--optim dlion_avg --max_steps 6 --eval_steps 3 --logging_steps 2 --max_eval_blocks 32 --output_dir out/smoke
 
-# What takes too long for each change: above all, half an hour of training in which a worker is killed, frozen or out
-# of space every minute.
+# What takes too long for each change: above all, half an hour of training in which every 20 to 60 seconds a worker is
+# killed, frozen, out of space or, as root, cut off.
 soak: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
 

@@ -1,4 +1,4 @@
-"""Half an hour of training with three workers, under torchrun, and a fault every minute: `make soak`.
+"""Half an hour of training with three workers, under torchrun, and a fault every 20 to 60 seconds: `make soak`.
 
 As root, the workers are in network namespaces, and their links are cut too.
 
@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("soak_training.py")
 RECORDS, PROGRESS, LAST_STEP = "soak_rank{}.jsonl", "soak_progress", "soak_last_step"
 SAVE_STEPS = 20
+BETWEEN = 20, 60  # seconds from fault to fault
 UNLIMITED = 10**6  # steps
 CUT = "cut link"
 CUT_SECONDS = 30  # longer than the time limit: it is noticed, and the workers are started again while it lasts
@@ -94,9 +96,11 @@ def environment() -> dict[str, str]:
 def training(folder: Path, steps: int, seed: int, network: Links | None = None) -> Iterator[subprocess.Popen[bytes]]:
     folder.mkdir(parents=True)
     with (folder / "log.txt").open("wb") as log:
+        # Through a pipe: a worker without space can still say so.
+        writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log, start_new_session=True)
         process = subprocess.Popen(
             command(folder, steps, seed, network),
-            stdout=log,
+            stdout=writer.stdin,
             stderr=subprocess.STDOUT,
             env=environment(),
             start_new_session=True,
@@ -108,6 +112,7 @@ def training(folder: Path, steps: int, seed: int, network: Links | None = None) 
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             process.wait()
+            writer.communicate()
 
 
 def workers_of(agent: int) -> dict[int, int]:
@@ -159,23 +164,27 @@ def end_of(folder: Path) -> dict[str, Any]:
     results = json.loads((folder / "results.json").read_text())
     return {
         "steps": results["steps"],
+        "first_loss": next(entry["loss"] for entry in results["log_history"] if "loss" in entry),
         "validation_loss": results["validation_loss_last"],
         "checksums": [entry["checksum"] for entry in last],
     }
 
 
-def soak(folder: Path, minutes: float, seed: int, draw: random.Random, network: Links | None) -> dict[str, Any]:
-    began, faults, last, since = time.monotonic(), [], 0, time.monotonic()
-    kinds = FAULTS if network is None else [*FAULTS, CUT]
+def soak(folder: Path, minutes: float, seed: int, network: Links | None) -> dict[str, Any]:
+    draw = random.Random(seed)
+    kinds = [*FAULTS, *([CUT] if network else [])]
+    began, faults, waiting = time.monotonic(), [], []
+    last, since = 0, began
+    due: float | None = None
+    cut: tuple[float, int] | None = None
     with training(folder, UNLIMITED, seed, network) as process:
-        due: float | None = None
-        cut: tuple[float, int] | None = None
         while process.poll() is None:
             time.sleep(0.2)
             now, step = time.monotonic(), progress(folder)
-            if step != last:
+            moved = step != last
+            if moved:
                 last, since = step, now
-                due = now + draw.uniform(20, 60) if due is None else due
+                due = now + draw.uniform(*BETWEEN) if due is None else due
             assert now - since < HANG, f"no step for {HANG} s after {faults[-1:]}"
             if network is not None and cut is not None and now > cut[0] + CUT_SECONDS:
                 network.set(cut[1], "up")
@@ -187,25 +196,28 @@ def soak(folder: Path, minutes: float, seed: int, draw: random.Random, network: 
                     write_whole(folder / LAST_STEP, lambda path, end=end: path.write_text(str(end)))  # type: ignore[misc]
                 continue
             ranks = workers_of(process.pid)
-            if due is not None and now >= due and len(ranks) == WORKERS and cut is None:
-                fault = draw.choice(kinds)
+            # Where it takes longer than that until training moves again, the next fault waits for it.
+            if due is not None and now >= due and moved and len(ranks) == WORKERS and cut is None:
+                waiting = waiting or draw.sample(kinds, len(kinds))
+                fault = waiting.pop()
                 if network is not None and fault == CUT:
                     cut = now, draw.randrange(WORKERS)
                     network.set(cut[1], "down")
                 struck = [cut[1]] if cut else inject(fault, ranks, draw)
                 faults.append({"second": round(now - began, 1), "step": step, "fault": fault, "ranks": struck})
-                due = None
+                due = now + draw.uniform(*BETWEEN)
         assert process.returncode == 0, (folder / "log.txt").read_text()[-3000:]
-    records = [json.loads(line) for line in (folder / RECORDS.format(0)).read_text().splitlines()]
-    starts = [record for record in records if "began" in record]
-    assert all(record["incomplete"] is None for record in starts)
+    texts = [(folder / RECORDS.format(rank)).read_text() for rank in range(WORKERS)]
+    starts = [[record for line in text.splitlines() if "began" in (record := json.loads(line))] for text in texts]
     return {
         "seed": seed,
         "seconds": round(time.monotonic() - began),
+        "links_could_be_cut": network is not None,
         "faults": faults,
         "faults_by_kind": Counter(fault["fault"] for fault in faults),
-        "starts": len(starts),
-        "resumed_from": [record["resumed_from"] and Path(record["resumed_from"]).name for record in starts],
+        "longest_without_a_fault": round(max(b["second"] - a["second"] for a, b in pairwise(faults)), 1),
+        "resumed_from": [start["resumed_from"] and Path(start["resumed_from"]).name for start in starts[0]],
+        "resumed_from_incomplete": sum(start["incomplete"] is not None for of_rank in starts for start in of_rank),
         **end_of(folder),
     }
 
@@ -214,7 +226,7 @@ def soak(folder: Path, minutes: float, seed: int, draw: random.Random, network: 
 def test_soak(tmp_path: Path) -> None:
     minutes, seed = float(os.environ.get("SOAK_MINUTES", "30")), int(os.environ.get("SOAK_SEED", "1"))
     with links(WORKERS) if namespaces_work() else contextlib.nullcontext() as network:
-        disturbed = soak(tmp_path / "soak", minutes, seed, random.Random(seed), network)
+        disturbed = soak(tmp_path / "soak", minutes, seed, network)
     same, other = (undisturbed(tmp_path / f"undisturbed_{one}", disturbed["steps"], one) for one in (seed, seed + 1))
     report = {
         "command": f"SOAK_MINUTES={minutes:g} SOAK_SEED={seed} make soak",
@@ -226,7 +238,11 @@ def test_soak(tmp_path: Path) -> None:
         "undisturbed": [same, other],
     }
     Path(os.environ.get("SOAK_REPORT", "soak_report.json")).write_text(json.dumps(report, indent=1) + "\n")
+    kinds = [*FAULTS, *([CUT] if network else [])]
+    assert set(disturbed["faults_by_kind"]) == set(kinds) or len(disturbed["faults"]) < len(kinds)
+    assert disturbed["resumed_from_incomplete"] == 0
     assert len(set(disturbed["checksums"])) == 1, "the ranks' parameters differ"
+    assert disturbed["validation_loss"] < disturbed["first_loss"]
     # More than the loss within the spread of two seeds: bit for bit the run that nothing disturbed.
     assert disturbed["checksums"] == same["checksums"]
     assert disturbed["validation_loss"] == same["validation_loss"] != other["validation_loss"]
