@@ -211,8 +211,11 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
 
 
 def check_complete(folder: str | Path) -> None:
-    """Raise CheckpointError, on all ranks, unless the checkpoint is whole. A collective as the one above."""
-    why = _why_incomplete_anywhere(Path(folder))
+    """Raise CheckpointError, on all ranks, unless the checkpoint is whole. A collective as the one above.
+
+    A part that is lost may not be needed: :func:`load_workers` says whose it was, and what can be done.
+    """
+    why = next((why for why in _gather(why_incomplete(folder)) if why is not None), None)
     if why is not None:
         raise CheckpointError(why)
 
