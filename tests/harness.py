@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import pickle
 import sys
@@ -138,3 +139,12 @@ def _work(
         sys.exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def what_is_logged(name: str = "hf_dlion") -> list[str]:
+    """A list that gets the messages of this logger from now on; pytest's caplog does not hear workers."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger(name).addHandler(handler)
+    return messages

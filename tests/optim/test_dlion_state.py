@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch.distributed as dist
 
 from hf_dlion import DistributedLion
 from hf_dlion.optim import dlion, layout
-from tests.harness import run_workers
+from tests.harness import run_workers, what_is_logged
 from tests.optim.test_dlion import flatten, same_on_all_ranks
 
 
@@ -248,10 +247,7 @@ def test_vote_shares_leave_padding_out_and_start_over() -> None:
 
 
 def falls_back_to_eager(rank: int) -> str:
-    records: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("hf_dlion").addHandler(handler)
+    records = what_is_logged()
     dlion.COMPILE_FROM = 0
     if rank == 1:
 

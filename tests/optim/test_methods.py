@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hf_dlion.optim import sparse
 from hf_dlion.optim.agreement import digest
 from hf_dlion.optim.dgc import DeepGradientCompression
 from hf_dlion.optim.registry import METHODS
@@ -314,3 +315,12 @@ def test_dgc_warms_up() -> None:
 def test_options_out_of_range(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         METHODS[name].optimizer([torch.nn.Parameter(torch.zeros(3))], **options)
+
+
+@pytest.mark.parametrize("name", ["graddrop", "dgc"])
+def test_more_entries_than_indices_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "MOST_ENTRIES", 4)
+    parameter = torch.nn.Parameter(torch.ones(5))
+    parameter.grad = torch.ones(5)
+    with pytest.raises(ValueError, match="5 parameters: entries travel with an index of 32 bits"):
+        METHODS[name].optimizer([parameter]).step()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
 import torch
 
-from tests.harness import run_workers
+from tests.harness import run_workers, what_is_logged
 from tests.trainer import tiny
 from tests.trainer.test_trainer import weights
 
@@ -17,10 +16,7 @@ LATE = "transformer.ln_f.weight"
 
 def spoiled(rank: int, folder: str, bad: int | None, options: dict[str, Any]) -> tuple[torch.Tensor, float, str]:
     """A worker whose gradient of a late parameter has a NaN in the second of four steps."""
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("hf_dlion").addHandler(handler)
+    said = what_is_logged()
     run = tiny.trainer(rank, folder, logging_steps=4, **options)
     backwards = 0
 

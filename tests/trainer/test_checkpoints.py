@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import resource
 from pathlib import Path
@@ -27,7 +26,7 @@ from hf_dlion import (
     save_workers,
 )
 from hf_dlion.trainer.manifest import MANIFEST, CheckpointError, Manifest
-from tests.harness import run_workers
+from tests.harness import run_workers, what_is_logged
 from tests.trainer import tiny
 from tests.trainer.test_trainer import weights
 
@@ -209,10 +208,7 @@ def spoil(checkpoint: Path, how: str) -> None:
 
 
 def resume_newest(rank: int, folder: str) -> tuple[int, str]:
-    records: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("hf_dlion").addHandler(handler)
+    records = what_is_logged()
     found = last_complete_checkpoint(folder)
     run = trainer(rank, folder, max_steps=6)
     run.train(resume_from_checkpoint=True)
@@ -288,10 +284,7 @@ def test_links_to_files_are_files(tmp_path: Path) -> None:
 
 
 def on_a_machine_of_its_own(rank: int, folder: str, each: bool) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("hf_dlion").addHandler(handler)
+    said = what_is_logged()
     DLionTrainingArguments.local_process_index = property(lambda _: 0)  # type: ignore[assignment, method-assign]
 
     def run(name: str, **options: Any) -> DLionTrainer:
