@@ -49,7 +49,7 @@ from score_table import ResultsError, average, comparison_table, read_results, r
 from tasks_3shot.definitions import NAMES, LoadedTask, TaskError, check_tasks, digest, load_task
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
-from hf_dlion.wire.collectives import settle
+from hf_dlion.wire.collectives import drain_gloo
 
 ADAPTER, CARD = "adapter_config.json", "README.md"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -354,7 +354,7 @@ def main() -> None:
     state = PartialState(cpu=args.use_cpu, timeout=PATIENCE)
     run(args, state)
     state.wait_for_everyone()
-    settle()
+    drain_gloo()
     state.destroy_process_group()
 
 

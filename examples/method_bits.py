@@ -36,7 +36,7 @@ def wire_bits(
     """What one of N ranks sends, when the ranks are the server together: its own part needs no wire.
 
     Args:
-        method: a name of `hf_dlion.optim.registry.METHODS`.
+        method: a name of `hf_dlion.trainer.methods.METHODS`.
         workers: N.
         tie: `vote_tie` of the training arguments.
         exchange: `vote_exchange` of the training arguments.

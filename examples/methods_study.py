@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from study_cells import Cell, StudyError
 
-from hf_dlion.optim.registry import METHODS
+from hf_dlion.trainer.methods import METHODS
 
 NEEDS = ("log_history", "trainable_parameters", "bytes_counted_steps", "bytes_sent")
 

@@ -8,25 +8,26 @@ from typing import TYPE_CHECKING, Any
 from .optim.dlion import DistributedLion
 
 if TYPE_CHECKING:
+    from .checkpoint.complete import last_complete_checkpoint
+    from .checkpoint.workers import load_workers, save_workers
+    from .local_gradients import keep_gradients_local
     from .trainer.arguments import DLionArgumentsMixin, DLionTrainingArguments
-    from .trainer.checkpoints import last_complete_checkpoint, load_workers, save_workers
-    from .trainer.local_gradients import keep_gradients_local
     from .trainer.theory import LionTheoryCallback
     from .trainer.trainer import DLionTrainer, DLionTrainerMixin
 
 __version__ = "0.1.0"
 
-# transformers takes seconds to import: only when one of these names is asked for.
+# transformers takes seconds to import, accelerate one: only when one of these names is asked for.
 _LAZY = {
-    "DLionArgumentsMixin": "arguments",
-    "DLionTrainingArguments": "arguments",
+    "DLionArgumentsMixin": "trainer.arguments",
+    "DLionTrainer": "trainer.trainer",
+    "DLionTrainerMixin": "trainer.trainer",
+    "DLionTrainingArguments": "trainer.arguments",
+    "LionTheoryCallback": "trainer.theory",
     "keep_gradients_local": "local_gradients",
-    "last_complete_checkpoint": "checkpoints",
-    "load_workers": "checkpoints",
-    "save_workers": "checkpoints",
-    "LionTheoryCallback": "theory",
-    "DLionTrainer": "trainer",
-    "DLionTrainerMixin": "trainer",
+    "last_complete_checkpoint": "checkpoint.complete",
+    "load_workers": "checkpoint.workers",
+    "save_workers": "checkpoint.workers",
 }
 
 __all__ = [
@@ -46,4 +47,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".trainer.{_LAZY[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

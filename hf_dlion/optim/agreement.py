@@ -1,27 +1,36 @@
 """What all workers must agree on, so that none waits for the votes of one that stopped.
 
-Before the first vote, one small round compares what the ranks optimize (:class:`Opening`). Later, every vote carries
-a :class:`Note`. What does not fit together is known to all ranks at once, and all raise the same error.
+What does not fit together is known to all ranks at once, and all raise the same error.
 """
 
 from __future__ import annotations
 
-import hashlib
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from ..bits.hashing import checksum, digest
 from ..wire.collectives import Channel
+from .replica import Replica
+
+logger = logging.getLogger(__name__)
+
+ON_BAD_GRADIENT = ("abstain", "raise")
 
 _SHOWN = 4
+# Of a gradient scaler, steps in a row in which all workers overflow; from 65536, its scale is 6e-8 then.
+_MOST_OVERFLOWS = 40
 
 
-@dataclass
-class Opening:
-    """One rank's part of the round before the first vote.
+@dataclass(frozen=True)
+class Handshake:
+    """One rank's part of the round before the first step.
 
     Attributes:
         layout: digest of the parameter list and of the optimizer's options.
@@ -36,17 +45,17 @@ class Opening:
     gradients: int
 
 
-@dataclass
-class Note:
+@dataclass(frozen=True)
+class Header:
     """One rank's part of what travels with the votes.
 
     Attributes:
-        settings: digest of the step number and of every group's hyperparameters.
+        hyperparameters: digest of the step number and of every group's hyperparameters.
         bad_gradient: index of the first parameter with a NaN or Inf in its gradient; -1 if there is none.
         parameters: checksum of the parameters; 0 where it is not this step's turn to be compared.
     """
 
-    settings: int
+    hyperparameters: int
     bad_gradient: int
     parameters: int
 
@@ -55,27 +64,198 @@ class Note:
         return torch.tensor(astuple(self), dtype=torch.int64, device=device).view(torch.int32)
 
     @classmethod
-    def unpack(cls, notes: Tensor) -> list[Note]:
+    def unpack(cls, headers: Tensor) -> list[Header]:
         """Everyone's, by rank, from int32 ``[N, 6]``."""
-        return [cls(*row) for row in notes.contiguous().view(torch.int64).tolist()]
+        return [cls(*row) for row in headers.contiguous().view(torch.int64).tolist()]
 
 
-def digest(value: Any) -> int:
-    """63 bits of a hash of ``repr(value)``, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little") >> 1
+class Agreement:
+    """Finds out, on all ranks alike, whether the workers fit together, and whose votes count in a step.
 
+    Args:
+        on_bad_gradient: ``"abstain"`` or ``"raise"``, as of ``WorkersOptimizer``.
+        check_replicas_steps: compares the parameters over the ranks every so many steps; 0: never.
 
-@torch.no_grad()
-def checksum(tensors: Sequence[Tensor]) -> int:
-    """A number that equal tensors share and others hardly: 0 if all of them are zero or there are none."""
-    total = 0
-    for index, tensor in enumerate(tensors):
-        integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-        bits = tensor.contiguous().view(integers).flatten()
-        # Sums at several strides, so that a permutation shows.
-        for stride in (1, 3, 7):
-            total = (total * 1000003 + (index + 1) * int(bits[::stride].sum(dtype=torch.int64))) % (1 << 62)
-    return total
+    Attributes:
+        handshake_done: whether the workers have found that they fit together; not so before the first step.
+        bad_gradients: workers left out of a step for a bad gradient, over all steps.
+        scaled: whether a gradient scaler calls, to whom an overflow is nothing special.
+    """
+
+    def __init__(self, on_bad_gradient: str, check_replicas_steps: int) -> None:
+        self.on_bad_gradient = on_bad_gradient
+        self.check_replicas_steps = check_replicas_steps
+        self.handshake_done = False
+        self.bad_gradients = 0
+        self.scaled = False
+        self._comparing_gradients = True
+        self._overflows = 0
+        self._voters: list[int] = []
+
+    def options(self) -> dict[str, Any]:
+        """What must be the same on all ranks."""
+        return {"on_bad_gradient": self.on_bad_gradient, "check_replicas_steps": self.check_replicas_steps}
+
+    def own_gradients(
+        self,
+        gradients: list[Tensor | None],
+        replica: Replica,
+        rank: int,
+        scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> tuple[list[Tensor | None], int]:
+        """What this worker votes with: its gradients, or none where one is bad and it abstains.
+
+        Args:
+            gradients: by parameter.
+            replica: this rank's.
+            rank: this worker's number, for the log.
+            scale: of a gradient scaler that has not been taken off the gradients; they are divided by it in place.
+            found_inf: of a gradient scaler, whether it found an overflow; None without one.
+
+        Returns:
+            The gradients, and the index of the first bad one; -1 if there is none.
+        """
+        self.scaled = found_inf is not None
+        present = [gradient for gradient in gradients if gradient is not None]
+        if scale is not None and present:
+            torch._foreach_div_(present, scale.to(present[0].device))
+        bad = first_bad_gradient(gradients)
+        if bad < 0 and found_inf is not None and bool(found_inf):
+            bad = 0  # something else, clipping by value say, has made finite what the scaler found to be infinite
+        if bad < 0:
+            return gradients, bad
+        if not self.scaled and self.on_bad_gradient == "abstain":
+            logger.warning("worker %d abstains from a step: %s", rank, replica.describe_bad_gradient(bad))
+        return [None] * len(gradients), bad
+
+    def shake_hands(
+        self, channel: Channel, replica: Replica, gradients: Sequence[Tensor | None], compiled: bool
+    ) -> bool:
+        """Before the first step: whether all ranks have compiled. One round of 32 bytes a rank, if it is needed.
+
+        Raises:
+            RuntimeError: the ranks do not optimize the same parameters in the same way, or all have the same gradients.
+        """
+        if self.handshake_done and not self._comparing_gradients:
+            return compiled
+        own = Handshake(
+            digest(replica.describe_layout()),
+            int(compiled),
+            checksum(replica.parameters),
+            checksum([g for g in gradients if g is not None]),
+        )
+        everyone = [
+            Handshake(*row) for row in channel.gather_integers(list(astuple(own)), replica.parameters[0].device)
+        ]
+        if any(other.layout != own.layout for other in everyone):
+            raise RuntimeError(
+                f"the ranks do not optimize the same parameters in the same way: "
+                f"{differing(channel, replica.describe_layout())}. Build model and optimizer alike on every rank."
+            )
+        if any(other.parameters != own.parameters for other in everyone):
+            raise RuntimeError(
+                "the parameters differ between the ranks before the first step, so the replicas would never be the "
+                f"same: {differing(channel, replica.describe_parameters())}. Wrap the model in DistributedDataParallel "
+                "(accelerator.prepare does), which sends rank 0's parameters to all, or load the same weights on every "
+                "rank."
+            )
+        self._compare_gradients([other.gradients for other in everyone])
+        self.handshake_done = True
+        return all(other.compiled for other in everyone)
+
+    def header(self, replica: Replica, bad_gradient: int) -> Tensor:
+        """The header of this rank, packed.
+
+        Args:
+            replica: this rank's.
+            bad_gradient: index of the first parameter with a bad gradient; -1 if there is none.
+        """
+        every = self.check_replicas_steps
+        due = every and replica.step and replica.step % every == 0
+        compared = checksum(replica.parameters) if due else 0
+        own = Header(digest(replica.describe_hyperparameters()), bad_gradient, compared)
+        return own.pack(replica.parameters[0].device)
+
+    def voters(self, channel: Channel, replica: Replica, headers: Tensor) -> list[int]:
+        """The ranks that do not abstain, the same on all ranks; none, where a gradient scaler overflowed on all.
+
+        Args:
+            channel: the workers.
+            replica: this rank's.
+            headers: everyone's, with the first bucket of a step; ``[N, 0]`` with the others, where the same ranks vote.
+
+        Raises:
+            RuntimeError: hyperparameters or parameters differ between the ranks.
+            FloatingPointError: a bad gradient is to be raised, or all ranks have one and no gradient scaler.
+        """
+        if headers.shape[1]:
+            self._voters = self._hear(channel, replica, Header.unpack(headers))
+        return self._voters
+
+    def check_alone(self, replica: Replica, bad_gradient: int, default_group: bool) -> None:
+        """What is checked at a step of one worker alone.
+
+        Args:
+            replica: its own.
+            bad_gradient: as of :meth:`header`.
+            default_group: whether the optimizer was given no process group.
+
+        Raises:
+            RuntimeError: other processes were launched with this one.
+            FloatingPointError: its gradient is bad, without a gradient scaler or too often.
+        """
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched > 1 and default_group and not dist.is_initialized() and dist.is_torchelastic_launched():
+            raise RuntimeError(
+                f"this is one of {launched} processes that were launched together, without a process group: each "
+                "would train for itself. First create an accelerate.Accelerator, or call "
+                "torch.distributed.init_process_group."
+            )
+        self._raise_for_bad(replica, {0: bad_gradient} if bad_gradient >= 0 else {}, 1)
+
+    def _compare_gradients(self, checksums: Sequence[int]) -> None:
+        """At the first step at which not all are zero."""
+        if not self._comparing_gradients or not any(checksums):
+            return
+        if len(set(checksums)) == 1:
+            raise RuntimeError(
+                f"all {len(checksums)} workers have exactly the same gradients, so their votes say nothing. Either "
+                "the gradients were averaged before the step (DDP still all-reduces: call "
+                "hf_dlion.keep_gradients_local before accelerator.prepare, or use DLionTrainer), or every worker "
+                "was given the same data (shard the data loader: accelerator.prepare does)."
+            )
+        self._comparing_gradients = False
+
+    def _hear(self, channel: Channel, replica: Replica, headers: Sequence[Header]) -> list[int]:
+        if any(header.hyperparameters != headers[0].hyperparameters for header in headers):
+            raise RuntimeError(
+                f"the ranks have different hyperparameters: {differing(channel, replica.describe_hyperparameters())}. "
+                "Set them, and step the scheduler, alike on every rank."
+            )
+        if any(header.parameters != headers[0].parameters for header in headers):
+            raise RuntimeError(
+                f"the parameters are no longer the same on all ranks at step {replica.step}: "
+                f"{differing(channel, replica.describe_parameters())}. Something has changed them on some ranks only, "
+                "or their hardware rounds differently. Resume from a checkpoint of before, on hardware of one kind."
+            )
+        bad = {rank: header.bad_gradient for rank, header in enumerate(headers) if header.bad_gradient >= 0}
+        self._raise_for_bad(replica, bad, len(headers))
+        self.bad_gradients += len(bad)
+        return [rank for rank in range(len(headers)) if rank not in bad]
+
+    def _raise_for_bad(self, replica: Replica, bad: dict[int, int], workers: int) -> None:
+        """Raise FloatingPointError where these bad gradients, by rank, do not only lead to abstentions."""
+        everywhere = len(bad) == workers
+        self._overflows = self._overflows + 1 if everywhere and self.scaled else 0
+        if self.scaled:
+            fatal = self._overflows == _MOST_OVERFLOWS
+        else:
+            fatal = everywhere or (bool(bad) and self.on_bad_gradient == "raise")
+        if fatal:
+            rank, index = next(iter(bad.items()))
+            so_often = f"all workers overflowed in {_MOST_OVERFLOWS} steps in a row; " if self.scaled else ""
+            raise FloatingPointError(f"{so_often}rank {rank}: {replica.describe_bad_gradient(index)}")
 
 
 def first_bad_gradient(gradients: Sequence[Tensor | None]) -> int:
@@ -89,11 +269,6 @@ def first_bad_gradient(gradients: Sequence[Tensor | None]) -> int:
     if bool(sums.isfinite().all()):
         return -1
     return next((i for i, g in present if not bool(g.isfinite().all())), -1)
-
-
-def exchange_openings(channel: Channel, opening: Opening, device: torch.device) -> list[Opening]:
-    """Everyone's opening, by rank. One round of 32 bytes a rank."""
-    return [Opening(*row) for row in channel.gather_integers(list(astuple(opening)), device)]
 
 
 def differing(channel: Channel, description: dict[str, Any]) -> str:

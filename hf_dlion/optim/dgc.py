@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
 from ..wire.collectives import Channel
-from .mean_gradient import MeanGradient, RuleOptions
-from .sparse import RESIDUAL, largest, sum_chosen
-from .workers import STEP, check_range
+from ..wire.conversation import Conversation
+from .mean_gradient import MeanGradient, RuleOptions, Share
+from .replica import STEP
+from .sparse import RESIDUAL, sum_largest
+from .workers import StepInputs, check_range
 
 VELOCITY = "velocity"
 
@@ -38,8 +40,10 @@ class DeepGradientCompression(MeanGradient):
         drop: share of the entries that are not sent, in [0, 1). At least one entry of a parameter is.
         warmup_steps: until then, less is dropped.
         clip: of the norm that the mean gradient may have; 0 turns clipping off.
-        shared: as in :class:`MeanGradient`, but for ``momentum``; the default rule is plain SGD.
+        options: as in :class:`MeanGradient`, but for ``momentum``; the default rule is plain SGD.
     """
+
+    whole_parameters = True
 
     def __init__(
         self,
@@ -51,7 +55,7 @@ class DeepGradientCompression(MeanGradient):
         drop: float = 0.96,
         warmup_steps: int = 0,
         clip: float = 1.0,
-        **shared: Unpack[RuleOptions],
+        **options: Unpack[RuleOptions],
     ) -> None:
         check_range("drop", drop, "it is a share, at least 0 and less than 1.", below=1)
         check_range("momentum", momentum, "it is a decay, at least 0 and less than 1.", below=1)
@@ -61,7 +65,7 @@ class DeepGradientCompression(MeanGradient):
         self.drop = drop
         self.warmup_steps = warmup_steps
         self.clip = clip
-        super().__init__(params, lr, weight_decay, momentum=0.0, local_state=(VELOCITY, RESIDUAL), **shared)
+        super().__init__(params, lr, weight_decay, momentum=0.0, local_state=(VELOCITY, RESIDUAL), **options)
 
     @property
     def kept(self) -> float:
@@ -71,33 +75,26 @@ class DeepGradientCompression(MeanGradient):
             return final
         return float(0.25 * (final / 0.25) ** (step / self.warmup_steps))
 
-    def _sum(
-        self,
-        channel: Channel | None,
-        voters: Sequence[int],
-        gradients: Sequence[Tensor],
-        states: Sequence[dict[str, Tensor]],
-    ) -> Tensor:
-        scale, kept = self._clip_factor(gradients), self.kept
-        indices, values, offset = [], [], 0
-        for gradient, state in zip(gradients, states, strict=True):
-            velocity, residual = state[VELOCITY].view(-1), state[RESIDUAL].view(-1)
-            velocity.mul_(self.correction).add_(gradient * scale)
-            residual.add_(velocity)
-            chosen = largest(residual, kept)
-            indices.append(chosen + offset)
-            values.append(residual[chosen])
-            residual[chosen] = 0
-            velocity[chosen] = 0
-            offset += len(gradient)
-        return sum_chosen(channel, voters, indices, values, offset)
-
-    def _clip_factor(self, gradients: Sequence[Tensor]) -> Tensor:
-        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    @override
+    def _prepare(self, channel: Channel | None, voters: Sequence[int], inputs: StepInputs) -> Tensor:
+        """The factor of local clipping."""
+        zero = torch.zeros((), device=inputs.replica.parameters[0].device)
+        norms = [zero if gradient is None else gradient.float().norm() for gradient in inputs.gradients]
+        norm = torch.stack(norms).norm()
         bound = self.clip / self.workers**0.5
         return torch.where(norm > bound, bound / norm, 1.0) if self.clip else torch.ones_like(norm)
 
+    @override
+    def _sum(self, channel: Channel | None, voters: Sequence[int], share: Share) -> Conversation[Tensor]:
+        for gradient, state in zip(share.gradients, share.states, strict=True):
+            state[VELOCITY].mul_(self.correction).add_(gradient * share.shared)
+            state[RESIDUAL].add_(state[VELOCITY])
+        total, sent = yield from sum_largest(channel, voters, [s[RESIDUAL] for s in share.states], self.kept)
+        for state, indices in zip(share.states, sent, strict=True):
+            state[VELOCITY][indices] = 0
+        return total
+
+    @override
     def options(self) -> dict[str, Any]:
-        """Options that must be the same on all ranks, besides hyperparameters."""
         own = {"momentum": self.correction, "drop": self.drop, "warmup_steps": self.warmup_steps, "clip": self.clip}
         return super().options() | own

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
-from ..wire.exchange import AGGREGATIONS, EXCHANGES, TIES, Exchange, make_exchange, top_level
-from .agreement import Note
-from .kernels import EAGER, Kernels, compile_kernels
-from .layout import Bucket, make_buckets, memory_order
-from .passes import Passes
-from .workers import STEP, WorkersOptimizer, WorkersOptions, check_betas
+from ..bits.kernels import EAGER, Kernels, compile_kernels
+from ..bits.packing import LANES
+from ..wire.collectives import Channel
+from ..wire.conversation import Conversation
+from ..wire.exchange import AGGREGATIONS, EXCHANGES, TIES, Ballot, Exchange, Voters, highest_level, make_exchange
+from .layout import Bucket, make_buckets
+from .tensors import local
+from .views import SegmentViews
+from .workers import (
+    Plan,
+    StepInputs,
+    VoteShares,
+    WorkersOptimizer,
+    WorkersOptions,
+    all_parameters,
+    check_betas,
+    check_known,
+)
 
 MOMENTUM = "momentum"
 
@@ -23,30 +36,40 @@ COMPILE_FROM = 1 << 22
 """Parameters from which on compiling, some 10 seconds once, pays."""
 
 
-@dataclass(frozen=True)
-class VoteShares:
-    """How the votes went since they were last asked for, over all workers.
+@dataclass(kw_only=True)
+class VotePlan(Plan):
+    """What stays the same from step to step.
 
     Attributes:
-        ties: share of the parameters on which the votes were split evenly; 0 for N odd.
-        unanimous: share of the parameters on which all workers agreed.
+        views: cut into segments.
+        buckets: the layout.
+        kernels: compiled, if this worker could; those of all are used only if all could.
+        exchange: of the votes; None for one worker alone.
+        highest: level of a decision of all workers, for which the kernels are compiled.
     """
 
-    ties: float
-    unanimous: float
-
-
-@dataclass
-class _Plan:
-    """What stays the same from step to step."""
-
-    workers: int
-    device: torch.device
-    parameters: list[Tensor]
-    buckets: list[Bucket]
-    kernels: Kernels | None
+    views: SegmentViews
+    buckets: Sequence[Bucket]
+    kernels: Kernels
     exchange: Exchange | None
-    passes: Passes | None = None
+    highest: int
+
+
+@dataclass(frozen=True)
+class Ballots:
+    """What the ballots of one step have in common.
+
+    Attributes:
+        inputs: of the step.
+        hypers: for each param group, as the kernels take it.
+        zero_votes: bool ``[32]``, what an exact zero votes, by lane.
+        voters: whose votes count.
+    """
+
+    inputs: StepInputs
+    hypers: Sequence[Tensor]
+    zero_votes: Tensor
+    voters: Voters
 
 
 class DistributedLion(WorkersOptimizer):
@@ -87,14 +110,14 @@ class DistributedLion(WorkersOptimizer):
             back.
         exchange: ``"gather"``, everyone counts all votes, (N-1) bits sent per parameter; ``"sharded"``, each rank
             counts its part, (N-1)/N * (1 + bits of the decision); ``"auto"``, the one that sends less.
-        process_group, on_bad_gradient, check_replicas_every: as in :class:`hf_dlion.optim.workers.WorkersOptimizer`.
+        process_group, on_bad_gradient, check_replicas_steps: as in :class:`hf_dlion.optim.workers.WorkersOptimizer`.
 
     Raises:
         ValueError: an argument out of its range; a parameter that is sparse, complex or not dense in memory, or on
             another device than the first.
     """
 
-    _state_format = torch.preserve_format  # the passes read momenta in the memory order of their parameters
+    bounded_by_decay = True
 
     def __init__(
         self,
@@ -106,141 +129,96 @@ class DistributedLion(WorkersOptimizer):
         aggregation: str = "mavo",
         tie: str = "zero",
         exchange: str = "auto",
-        **workers: Unpack[WorkersOptions],
+        **options: Unpack[WorkersOptions],
     ) -> None:
-        for name, given, known in (
-            ("aggregation", aggregation, AGGREGATIONS),
-            ("tie", tie, TIES),
-            ("exchange", exchange, EXCHANGES),
-        ):
-            if given not in known:
-                raise ValueError(f"{name}={given!r} is not known; it is one of {', '.join(map(repr, known))}.")
+        check_known("aggregation", aggregation, AGGREGATIONS)
+        check_known("tie", tie, TIES)
+        check_known("exchange", exchange, EXCHANGES)
         self.aggregation = aggregation
         self.tie = tie
         self.exchange = exchange
-        self._plan: _Plan | None = None
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, (), (MOMENTUM,), **workers)
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, (), (MOMENTUM,), **options)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Vote and update. A collective over the workers.
-
-        Args:
-            closure: computes the loss again and returns it.
-
-        Raises:
-            FloatingPointError: all ranks have a NaN or Inf in a gradient, or one has with ``on_bad_gradient="raise"``;
-                raised on all ranks.
-            RuntimeError: the ranks do not fit together (parameters, options, hyperparameters or steps differ), or all
-                have the same gradients at the first step; raised on all ranks. Or a gradient is sparse.
-
-            No parameter has changed then; momenta may have.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        plan = self._current_plan()
-        gradients, bad = self._gradients(plan.parameters)
-        hypers = [_hyper(group, plan.device) for group in self.param_groups]
-        passes = self._current_passes(plan)
-        if plan.exchange is None:
-            self._check_alone(bad)
-            each = (h for group, h in zip(self.param_groups, hypers, strict=True) for _ in group["params"])
-            passes.alone(plan.kernels or EAGER, gradients, each, self.param_groups[0][STEP])
-        else:
-            channel = plan.exchange.channel
-            if (not self.opened or self._checking_gradients) and not self._open(
-                channel, plan.parameters, gradients, plan.kernels is not None
-            ):
-                plan.kernels = None
-            passes.vote_and_apply(
-                plan.exchange,
-                plan.kernels or EAGER,
-                gradients,
-                hypers,
-                self.param_groups[0][STEP],
-                self._note(bad, plan.parameters),
-                lambda notes: self._voters(channel, Note.unpack(notes)),
-            )
-        for group in self.param_groups:
-            group[STEP] += 1
-        self.ledger.steps += 1
-        return loss
-
+    @override
     def vote_shares(self) -> VoteShares | None:
-        """How the votes went since the last call. A collective over the workers; None with one worker."""
         plan = self._plan
-        if plan is None or plan.exchange is None:
+        if not isinstance(plan, VotePlan) or plan.exchange is None:
             return None
         seen = plan.exchange.statistics
         mine = [int(seen.ties), int(seen.unanimous), seen.counted, round(seen.padding)]
         seen.reset()
-        rows = plan.exchange.channel.gather_integers(mine, plan.device)
+        rows = plan.exchange.channel.gather_integers(mine, plan.views.device)
         ties, unanimous, counted, padding = (sum(column) for column in zip(*rows, strict=True))
         votes = max(counted - padding, 1)
         # Votes on padding are zero votes: ties for N even, split for N odd, and never unanimous.
         return VoteShares((ties - padding) / votes if plan.workers % 2 == 0 else 0.0, unanimous / votes)
 
+    @override
     def check_group(self, group: dict[str, Any]) -> None:
-        """Raise ValueError where a hyperparameter is out of its range."""
         super().check_group(group)
         check_betas(group["betas"])
 
-    def state_changed(self) -> None:
-        """To be called when parameters or state have been changed, or replaced, from outside."""
-        super().state_changed()
-        self._plan = None
-
+    @override
     def options(self) -> dict[str, Any]:
-        """Options that must be the same on all ranks, besides hyperparameters."""
         return super().options() | {"aggregation": self.aggregation, "tie": self.tie, "exchange": self.exchange}
 
-    def settings(self) -> tuple[str, ...]:
-        """Names of the hyperparameters that must be the same on all ranks at every step."""
+    @override
+    def hyperparameters(self) -> tuple[str, ...]:
         return "lr", "betas", "weight_decay"
 
-    def _current_plan(self) -> _Plan:
-        if self._plan is None or self._plan.workers != self.workers:
-            self._plan = self._make_plan(self.workers)
-            self.opened = False
-        return self._plan
+    @override
+    def _conversations(self, plan: VotePlan, inputs: StepInputs) -> Iterator[Conversation[None]]:
+        hypers = [_hyper(group, plan.views.device) for group in self.param_groups]
+        if plan.exchange is None:  # nothing to say
+            each = [hyper for group, hyper in zip(self.param_groups, hypers, strict=True) for _ in group["params"]]
+            plan.views.step_alone(plan.kernels, inputs.gradients, each, inputs.step)
+            return
+        channel = plan.exchange.channel
+        lanes = torch.arange(LANES, device=plan.views.device)
+        zero_votes = ((lanes + channel.rank + inputs.step) & 1).bool()
+        voters = partial(self.agreement.voters, channel, inputs.replica)
+        ballots = Ballots(inputs, hypers, zero_votes, voters)
+        header = self.agreement.header(inputs.replica, inputs.bad_gradient)
+        for bucket in plan.buckets:
+            yield self._vote(plan, plan.exchange, bucket, ballots, header)
+            header = header[:0]  # it travels with the first
 
-    def _current_passes(self, plan: _Plan) -> Passes:
-        momenta = [self.state[parameter][MOMENTUM] for parameter in plan.parameters]
-        if plan.passes is None or not plan.passes.still_of(plan.parameters, momenta):
-            orders = [memory_order(parameter) for parameter in plan.parameters]
-            plan.passes = Passes(plan.parameters, momenta, orders, plan.buckets)
-        return plan.passes
+    def _vote(
+        self, plan: VotePlan, exchange: Exchange, bucket: Bucket, ballots: Ballots, header: Tensor
+    ) -> Conversation[None]:
+        """One bucket's way through a step."""
+        kernels = plan.kernels if plan.compiled else EAGER
+        step, hypers = ballots.inputs.step, ballots.hypers
+        words = plan.views.pack(bucket, kernels, ballots.inputs.gradients, hypers, ballots.zero_votes)
+        decision = yield from exchange.decide(Ballot(words, header, step, bucket.padding), ballots.voters)
+        if decision is not None:
+            # A decision of fewer voters can have other levels, for which nothing was compiled.
+            plan.views.apply(bucket, kernels if decision.highest == plan.highest else EAGER, decision, hypers, step)
 
-    def _make_plan(self, workers: int) -> _Plan:
-        parameters = self._all_parameters()
-        device = parameters[0].device
+    @override
+    def _make_plan(self, channel: Channel | None) -> VotePlan:
+        parameters = [local(parameter) for parameter in all_parameters(self)]
+        device, workers = parameters[0].device, channel.size if channel else 1
         elements = sum(parameter.numel() for parameter in parameters)
         exchange = None
-        if workers > 1:
-            channel = self._make_channel()
-            words = elements // 32
-            exchange = make_exchange(self.exchange, channel, words, self.aggregation, self.tie, device)
-        numbers = iter(range(len(parameters)))
-        groups = [[(next(numbers), parameter) for parameter in group["params"]] for group in self.param_groups]
+        if channel is not None:
+            exchange = make_exchange(self.exchange, channel, elements // 32, self.aggregation, self.tie, device)
+        numbered = iter(enumerate(parameters))
+        groups = [[next(numbered) for _ in group["params"]] for group in self.param_groups]
+        buckets = make_buckets(groups, exchange.buckets if exchange else 1)
+        highest = highest_level(self.aggregation, self.tie, workers)
         kernels = None
         if elements >= COMPILE_FROM:
-            top = top_level(self.aggregation, self.tie, workers)
-            kernels = compile_kernels(device, {parameter.dtype for parameter in parameters}, workers, top)
-        return _Plan(
+            kernels = compile_kernels(device, {parameter.dtype for parameter in parameters}, workers, highest)
+        return VotePlan(
             workers=workers,
-            device=device,
-            parameters=parameters,
-            buckets=make_buckets(groups, exchange.buckets if exchange else 1),
-            kernels=kernels,
+            channel=channel,
+            views=SegmentViews(buckets, (MOMENTUM,), device),
+            compiled=kernels is not None,
+            buckets=buckets,
+            kernels=kernels or EAGER,
             exchange=exchange,
+            highest=highest,
         )
 
 

@@ -25,6 +25,6 @@ class GlobalAdamW(DenseMean):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        **workers: Unpack[WorkersOptions],
+        **options: Unpack[WorkersOptions],
     ) -> None:
-        super().__init__(params, lr, weight_decay, rule="adamw", betas=betas, eps=eps, **workers)
+        super().__init__(params, lr, weight_decay, rule="adamw", betas=betas, eps=eps, **options)

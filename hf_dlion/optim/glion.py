@@ -18,12 +18,14 @@ class GlobalLion(DenseMean):
     Arguments as in :class:`DistributedLion`.
     """
 
+    bounded_by_decay = True
+
     def __init__(
         self,
         params: Iterable[Any],
         lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
-        **workers: Unpack[WorkersOptions],
+        **options: Unpack[WorkersOptions],
     ) -> None:
-        super().__init__(params, lr, weight_decay, rule="lion", betas=betas, **workers)
+        super().__init__(params, lr, weight_decay, rule="lion", betas=betas, **options)

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
 from ..wire.collectives import Channel
-from .mean_gradient import MeanGradient, RuleOptions
-from .sparse import RESIDUAL, largest, sum_chosen
+from ..wire.conversation import Conversation
+from .mean_gradient import MeanGradient, RuleOptions, Share
+from .sparse import RESIDUAL, sum_largest
 from .workers import check_range
 
 
@@ -30,8 +31,10 @@ class GradDrop(MeanGradient):
         params, lr, weight_decay: as in :class:`MeanGradient`.
         drop: share of the entries that are not sent, in [0, 1). At least one entry of a parameter is.
         momentum: of the default rule, SGD.
-        shared: as in :class:`MeanGradient`.
+        options: as in :class:`MeanGradient`.
     """
+
+    whole_parameters = True
 
     def __init__(
         self,
@@ -41,29 +44,20 @@ class GradDrop(MeanGradient):
         *,
         drop: float = 0.96,
         momentum: float = 0.9,
-        **shared: Unpack[RuleOptions],
+        **options: Unpack[RuleOptions],
     ) -> None:
         check_range("drop", drop, "it is a share, at least 0 and less than 1.", below=1)
         self.drop = drop
-        super().__init__(params, lr, weight_decay, momentum=momentum, local_state=(RESIDUAL,), **shared)
+        super().__init__(params, lr, weight_decay, momentum=momentum, local_state=(RESIDUAL,), **options)
 
-    def _sum(
-        self,
-        channel: Channel | None,
-        voters: Sequence[int],
-        gradients: Sequence[Tensor],
-        states: Sequence[dict[str, Tensor]],
-    ) -> Tensor:
-        indices, values, offset = [], [], 0
-        for gradient, state in zip(gradients, states, strict=True):
-            residual = state[RESIDUAL].add_(gradient.view(state[RESIDUAL].shape)).view(-1)
-            chosen = largest(residual, 1 - self.drop)
-            indices.append(chosen + offset)
-            values.append(residual[chosen])
-            residual[chosen] = 0
-            offset += len(gradient)
-        return sum_chosen(channel, voters, indices, values, offset)
+    @override
+    def _sum(self, channel: Channel | None, voters: Sequence[int], share: Share) -> Conversation[Tensor]:
+        residuals = [state[RESIDUAL] for state in share.states]
+        for residual, gradient in zip(residuals, share.gradients, strict=True):
+            residual.add_(gradient)
+        total, _ = yield from sum_largest(channel, voters, residuals, 1 - self.drop)
+        return total
 
+    @override
     def options(self) -> dict[str, Any]:
-        """Options that must be the same on all ranks, besides hyperparameters."""
         return super().options() | {"drop": self.drop}

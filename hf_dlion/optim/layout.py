@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..wire.packing import BLOCK, LANES
+from ..bits.packing import BLOCK
 
 MAX_BUCKET_BLOCKS = 1 << 14
 """Blocks a bucket, at most: 16.8 million parameters, 2 MiB of words. Bounds the memory of a step."""
@@ -30,7 +30,7 @@ DIRECT_BLOCKS = 16
 
 
 @dataclass(frozen=True)
-class Piece:
+class Span:
     """Elements ``start`` to ``start + length`` of a parameter, in memory order."""
 
     parameter: int
@@ -40,34 +40,34 @@ class Piece:
 
 @dataclass
 class Segment:
-    """Blocks that one kernel call works on: a piece worked on in place, or several, staged.
+    """Blocks that one kernel call works on: a span worked on in place, or several, staged.
 
     Attributes:
         group: index of the param group.
-        pieces: what is in it, in order.
+        spans: what is in it, in order.
         blocks: how many blocks.
-        first: its first block in the bucket.
-        dtype: of the pieces.
-        staged: whether the pieces are copied together first.
+        first_block: its first block in the bucket.
+        dtype: of the spans.
+        staged: whether the spans are copied together first.
     """
 
     group: int
-    pieces: tuple[Piece, ...]
+    spans: tuple[Span, ...]
     blocks: int
-    first: int
+    first_block: int
     dtype: torch.dtype
     staged: bool
 
     @functools.cached_property
     def rows(self) -> slice:
         """Its place among the bucket's blocks."""
-        return slice(self.first, self.first + self.blocks)
+        return slice(self.first_block, self.first_block + self.blocks)
 
     @functools.cached_property
-    def places(self) -> list[slice]:
-        """Where each piece lies among the segment's elements."""
-        ends = list(itertools.accumulate(piece.length for piece in self.pieces))
-        return [slice(end - piece.length, end) for piece, end in zip(self.pieces, ends, strict=True)]
+    def slices(self) -> list[slice]:
+        """Where each span lies among the segment's elements."""
+        ends = list(itertools.accumulate(span.length for span in self.spans))
+        return [slice(end - span.length, end) for span, end in zip(self.spans, ends, strict=True)]
 
 
 @dataclass
@@ -78,19 +78,14 @@ class Bucket:
     blocks: int = 0
 
     @property
-    def words(self) -> int:
-        """W, the int32 words that its signs take."""
-        return self.blocks * LANES
-
-    @property
-    def padding_share(self) -> float:
+    def padding(self) -> float:
         """Which part of its signs belongs to no parameter."""
-        elements = sum(piece.length for segment in self.segments for piece in segment.pieces)
+        elements = sum(span.length for segment in self.segments for span in segment.spans)
         return 1 - elements / (self.blocks * BLOCK)
 
-    def add(self, group: int, pieces: tuple[Piece, ...], blocks: int, dtype: torch.dtype, staged: bool) -> None:
+    def add(self, group: int, spans: tuple[Span, ...], blocks: int, dtype: torch.dtype, staged: bool) -> None:
         """Append a segment."""
-        self.segments.append(Segment(group, pieces, blocks, self.blocks, dtype, staged))
+        self.segments.append(Segment(group, spans, blocks, self.blocks, dtype, staged))
         self.blocks += blocks
 
 
@@ -105,56 +100,47 @@ def make_buckets(groups: Sequence[Sequence[tuple[int, Tensor]]], count: int) -> 
     blocks = sum(-(-parameter.numel() // BLOCK) for members in groups for _, parameter in members)
     limit = min(max(-(-blocks // count), MIN_BUCKET_BLOCKS), MAX_BUCKET_BLOCKS)
 
-    def append(group: int, pieces: tuple[Piece, ...], blocks: int, dtype: torch.dtype, staged: bool) -> None:
+    def append(group: int, spans: tuple[Span, ...], blocks: int, dtype: torch.dtype, staged: bool) -> None:
         if buckets[-1].blocks + blocks > limit:
             buckets.append(Bucket())
-        buckets[-1].add(group, pieces, blocks, dtype, staged)
+        buckets[-1].add(group, spans, blocks, dtype, staged)
 
     for group, members in enumerate(groups):
-        rests: dict[torch.dtype, list[Piece]] = {}
+        remainders: dict[torch.dtype, list[Span]] = {}
         for index, parameter in members:
             whole = parameter.numel() // BLOCK
             start = 0
             if whole >= DIRECT_BLOCKS:
                 while whole:
                     blocks = min(whole, SEGMENT_BLOCKS)
-                    append(group, (Piece(index, start, blocks * BLOCK),), blocks, parameter.dtype, staged=False)
+                    append(group, (Span(index, start, blocks * BLOCK),), blocks, parameter.dtype, staged=False)
                     start += blocks * BLOCK
                     whole -= blocks
             if start < parameter.numel():
-                rests.setdefault(parameter.dtype, []).append(Piece(index, start, parameter.numel() - start))
-        for dtype, pieces in rests.items():
-            for part in _batches(pieces, SEGMENT_BLOCKS * BLOCK):
-                length = sum(piece.length for piece in part)
+                remainders.setdefault(parameter.dtype, []).append(Span(index, start, parameter.numel() - start))
+        for dtype, spans in remainders.items():
+            for part in batches(spans, SEGMENT_BLOCKS * BLOCK):
+                length = sum(span.length for span in part)
                 append(group, tuple(part), -(-length // BLOCK), dtype, staged=True)
     return [bucket for bucket in buckets if bucket.blocks]
 
 
-def _batches(pieces: Sequence[Piece], limit: int) -> Iterator[list[Piece]]:
-    """Consecutive pieces of at most ``limit`` elements together."""
-    batch: list[Piece] = []
+def cut(sizes: Sequence[int], limit: int | None) -> Iterator[Span]:
+    """The spans of parameters of these sizes, in order: of at most ``limit`` elements, or whole ones with None."""
+    for index, size in enumerate(sizes):
+        for start in range(0, size, limit or max(size, 1)):
+            yield Span(index, start, min(limit or size, size - start))
+
+
+def batches(spans: Iterable[Span], limit: int) -> Iterator[list[Span]]:
+    """Consecutive spans of at most ``limit`` elements together."""
+    batch: list[Span] = []
     length = 0
-    for piece in pieces:
-        if batch and length + piece.length > limit:
+    for span in spans:
+        if batch and length + span.length > limit:
             yield batch
             batch, length = [], 0
-        batch.append(piece)
-        length += piece.length
+        batch.append(span)
+        length += span.length
     if batch:
         yield batch
-
-
-def memory_order(tensor: Tensor) -> tuple[int, ...]:
-    """The permutation of the dimensions that makes a dense tensor contiguous.
-
-    Raises:
-        ValueError: the tensor has holes or overlaps itself.
-    """
-    strides = tensor.stride()
-    order = tuple(sorted(range(tensor.dim()), key=lambda i: (-strides[i], -tensor.shape[i], i)))
-    if not tensor.permute(order).is_contiguous():
-        raise ValueError(
-            f"a parameter of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not dense in memory, and "
-            "cannot be updated in place. Replace it by `parameter.contiguous()` before making the optimizer."
-        )
-    return order

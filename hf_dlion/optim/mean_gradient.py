@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, overload
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
+from ..bits.rounding import round_at_random, rounding_seed
 from ..wire.collectives import Channel
+from ..wire.conversation import Conversation
 from ..wire.sums import sum_dense
-from .agreement import Note
-from .rounding import round_at_random, rounding_seed
+from .layout import Span, batches, cut
 from .rules import RULES
-from .workers import STEP, WorkersOptimizer, WorkersOptions, check_betas, check_range
+from .tensors import local
+from .views import Views
+from .workers import (
+    Plan,
+    StepInputs,
+    WorkersOptimizer,
+    WorkersOptions,
+    all_parameters,
+    check_betas,
+    check_known,
+    check_range,
+)
+
+BUCKET = 1 << 19
+"""Elements a bucket, at most, where parameters can be cut. Bounds the memory of a step."""
 
 
 class RuleOptions(WorkersOptions, total=False):
@@ -24,6 +41,38 @@ class RuleOptions(WorkersOptions, total=False):
     rule: str
     betas: tuple[float, float]
     eps: float
+
+
+@dataclass(kw_only=True)
+class MeanPlan(Plan):
+    """What stays the same from step to step.
+
+    Attributes:
+        buckets: the spans of each.
+        group_of: the index of each parameter's group.
+    """
+
+    buckets: Sequence[Sequence[Span]]
+    group_of: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What this worker has of a bucket, in one step.
+
+    Attributes:
+        spans: what is in it.
+        gradients: of each span, float32; zeros where there is none.
+        states: of each span, by name; copies where this worker abstains.
+        step: the number of the step.
+        shared: what :meth:`MeanGradient._prepare` gave.
+    """
+
+    spans: Sequence[Span]
+    gradients: list[Tensor]
+    states: list[dict[str, Tensor]]
+    step: int
+    shared: Any
 
 
 class MeanGradient(WorkersOptimizer):
@@ -41,11 +90,14 @@ class MeanGradient(WorkersOptimizer):
         betas: of ``"adamw"`` and ``"lion"``.
         eps: of ``"adamw"``.
         local_state: keys of what a worker keeps for itself.
-        process_group, on_bad_gradient, check_replicas_every: as in :class:`WorkersOptimizer`.
+        process_group, on_bad_gradient, check_replicas_steps: as in :class:`WorkersOptimizer`.
 
     Raises:
         ValueError: an argument out of its range.
     """
+
+    whole_parameters = False
+    """Whether a parameter's code needs all of it, so that a bucket is one parameter at least."""
 
     def __init__(
         self,
@@ -58,136 +110,133 @@ class MeanGradient(WorkersOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         local_state: tuple[str, ...] = (),
-        **workers: Unpack[WorkersOptions],
+        **options: Unpack[WorkersOptions],
     ) -> None:
-        if rule not in RULES:
-            raise ValueError(f"rule={rule!r} is not known; it is one of {', '.join(map(repr, RULES))}.")
+        check_known("rule", rule, tuple(RULES))
         self.rule = rule
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": eps}
-        super().__init__(params, defaults, RULES[rule].state_names, local_state, **workers)
+        super().__init__(params, defaults, RULES[rule].state_names, local_state, **options)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Average and update. A collective over the workers.
+    def _prepare(self, channel: Channel | None, voters: Sequence[int], inputs: StepInputs) -> Any:
+        """What the codes of all buckets need; may be a collective.
 
         Args:
-            closure: computes the loss again and returns it.
-
-        Raises:
-            FloatingPointError: all ranks have a NaN or Inf in a gradient, or one has with ``on_bad_gradient="raise"``;
-                raised on all ranks.
-            RuntimeError: the ranks do not fit together, or all have the same gradients at the first step; raised on
-                all ranks. Or a gradient is sparse.
-
-            Nothing has changed then.
+            channel: the workers; None for one alone.
+            voters: the ranks that count.
+            inputs: of the step.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        parameters = self._all_parameters()
-        gradients, bad = self._gradients(parameters)
-        channel = self._make_channel() if self.workers > 1 else None
-        voters = self._agree(channel, parameters, gradients, bad)
-        if voters:
-            flat = [_flat(p, g) for p, g in zip(parameters, gradients, strict=True)]
-            states = [self.state[parameter] for parameter in parameters]
-            if bad >= 0:  # it takes part in the rounds, uncounted, and keeps its state
-                states = [{name: tensor.clone() for name, tensor in state.items()} for state in states]
-            total = self._sum(channel, voters, flat, states)
-            means = (total / len(voters)).split([parameter.numel() for parameter in parameters])
-            place = 0
-            for group in self.param_groups:
-                count = len(group["params"])
-                self._apply(group, means[place : place + count], place)
-                place += count
-        for group in self.param_groups:
-            group[STEP] += 1
-        self.ledger.steps += 1
-        return loss
+        return None
 
     @abstractmethod
-    def _sum(
-        self,
-        channel: Channel | None,
-        voters: Sequence[int],
-        gradients: Sequence[Tensor],
-        states: Sequence[dict[str, Tensor]],
-    ) -> Tensor:
+    def _sum(self, channel: Channel | None, voters: Sequence[int], share: Share) -> Conversation[Tensor]:
         """What the workers' codes of their gradients sum to; changes what this worker keeps.
 
         Args:
             channel: the workers; None for one alone.
             voters: the ranks that count.
-            gradients: float32, flat, one a parameter.
-            states: of each parameter.
+            share: this worker's of a bucket.
 
         Returns:
-            float32, flat, all parameters one after the other.
+            float32, flat, the spans one after the other.
         """
 
-    def _agree(
-        self, channel: Channel | None, parameters: list[Tensor], gradients: list[Tensor | None], bad: int
-    ) -> list[int]:
-        """The ranks that count in this step."""
-        if channel is None:
-            self._check_alone(bad)
-            return [0] if bad < 0 else []
-        if not self.opened or self._checking_gradients:
-            self._open(channel, parameters, gradients, compiled=False)
-        notes, work = channel.all_gather(self._note(bad, parameters))
-        work.wait()
-        return self._voters(channel, Note.unpack(notes))
-
-    def _apply(self, group: dict[str, Any], means: Sequence[Tensor], first: int) -> None:
-        parameters = group["params"]
-        wide = [p if p.dtype == torch.float32 else p.float() for p in parameters]
-        gradients = [mean.view(p.shape) for mean, p in zip(means, parameters, strict=True)]
-        RULES[self.rule].apply(wide, gradients, [self.state[p] for p in parameters], group)
-        for index, (parameter, updated) in enumerate(zip(parameters, wide, strict=True), first):
-            if parameter.dtype == torch.bfloat16:
-                places = torch.arange(updated.numel(), dtype=torch.int32, device=updated.device).view(updated.shape)
-                updated = round_at_random(updated, places, rounding_seed(group[STEP], index, 0, updated.device))
-            if updated is not parameter:
-                parameter.copy_(updated)
-
+    @override
     def check_group(self, group: dict[str, Any]) -> None:
-        """Raise ValueError where a hyperparameter is out of its range."""
         super().check_group(group)
         check_betas(group["betas"])
         check_range("momentum", group["momentum"], "it is a decay, at least 0 and less than 1.", below=1)
         check_range("eps", group["eps"], "it cannot be negative.")
 
+    @override
     def options(self) -> dict[str, Any]:
-        """Options that must be the same on all ranks, besides hyperparameters."""
         return super().options() | {"rule": self.rule}
 
-    def settings(self) -> tuple[str, ...]:
-        """Names of the hyperparameters that must be the same on all ranks at every step."""
-        return ("lr", "weight_decay", *RULES[self.rule].settings)
+    @override
+    def hyperparameters(self) -> tuple[str, ...]:
+        return ("lr", "weight_decay", *RULES[self.rule].hyperparameters)
+
+    @override
+    def _make_plan(self, channel: Channel | None) -> MeanPlan:
+        sizes = [local(parameter).numel() for parameter in all_parameters(self)]
+        return MeanPlan(
+            workers=channel.size if channel else 1,
+            channel=channel,
+            views=Views(),
+            buckets=list(batches(cut(sizes, None if self.whole_parameters else BUCKET), BUCKET)),
+            group_of=[index for index, group in enumerate(self.param_groups) for _ in group["params"]],
+        )
+
+    @override
+    def _conversations(self, plan: MeanPlan, inputs: StepInputs) -> Iterator[Conversation[None]]:
+        voters = self._voters(plan.channel, inputs)
+        if not voters:
+            return
+        shared = self._prepare(plan.channel, voters, inputs)
+        for spans in plan.buckets:
+            yield self._average(plan, voters, spans, inputs, shared)
+
+    def _voters(self, channel: Channel | None, inputs: StepInputs) -> list[int]:
+        if channel is None:
+            return [0] if inputs.bad_gradient < 0 else []
+        headers, work = channel.all_gather(self.agreement.header(inputs.replica, inputs.bad_gradient))
+        work.wait()
+        return self.agreement.voters(channel, inputs.replica, headers)
+
+    def _average(
+        self, plan: MeanPlan, voters: Sequence[int], spans: Sequence[Span], inputs: StepInputs, shared: Any
+    ) -> Conversation[None]:
+        """One bucket's way through a step."""
+        states = [{n: _part(s, span) for n, s in plan.views.states[span.parameter].items()} for span in spans]
+        gradients = [_gradient(inputs.gradients[s.parameter], s, plan.views.parameters[s.parameter]) for s in spans]
+        abstains = inputs.bad_gradient >= 0  # it takes part in the rounds, uncounted, and keeps what is its own
+        kept = [{name: tensor.clone() for name, tensor in state.items()} for state in states] if abstains else states
+        total = yield from self._sum(plan.channel, voters, Share(spans, gradients, kept, inputs.step, shared))
+        del gradients, kept
+        means = total.div_(len(voters)).split([span.length for span in spans])
+        numbered = zip(spans, means, states, strict=True)
+        for group, members in itertools.groupby(numbered, lambda one: plan.group_of[one[0].parameter]):
+            self._apply(self.param_groups[group], plan.views.parameters, *zip(*members, strict=True))
+
+    def _apply(
+        self,
+        group: dict[str, Any],
+        parameters: Sequence[Tensor],
+        spans: Sequence[Span],
+        means: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+    ) -> None:
+        """Step by the rule: spans of one param group, their mean gradients and states."""
+        parts = [_part(parameters[span.parameter], span) for span in spans]
+        wide = [part if part.dtype == torch.float32 else part.float() for part in parts]
+        RULES[self.rule].apply(wide, means, states, group)
+        for span, part, updated in zip(spans, parts, wide, strict=True):
+            if part.dtype == torch.bfloat16:
+                end = span.start + span.length
+                elements = torch.arange(span.start, end, dtype=torch.int32, device=part.device)
+                updated = round_at_random(
+                    updated, elements, rounding_seed(group["step"], span.parameter, 0, part.device)
+                )
+            if updated is not part:
+                part.copy_(updated)
 
 
 class DenseMean(MeanGradient):
     """The gradients themselves are averaged: 32 bits a parameter up, and 32 down."""
 
-    def _sum(
-        self,
-        channel: Channel | None,
-        voters: Sequence[int],
-        gradients: Sequence[Tensor],
-        states: Sequence[dict[str, Tensor]],
-    ) -> Tensor:
-        flat = torch.cat(list(gradients))
-        return flat if channel is None else sum_dense(channel, flat, voters)
+    @override
+    def _sum(self, channel: Channel | None, voters: Sequence[int], share: Share) -> Conversation[Tensor]:
+        flat = torch.cat(share.gradients)
+        if channel is None:
+            return flat
+        return (yield from sum_dense(channel, flat, voters))
 
 
-def _flat(parameter: Tensor, gradient: Tensor | None) -> Tensor:
+def _part(flat: Tensor, span: Span) -> Tensor:
+    return flat[span.start : span.start + span.length]
+
+
+def _gradient(gradient: Tensor | None, span: Span, parameter: Tensor) -> Tensor:
+    """Float32; zeros where there is none."""
     if gradient is None:
-        return torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-    return gradient.float().reshape(-1)
+        return torch.zeros(span.length, dtype=torch.float32, device=parameter.device)
+    return _part(gradient, span).float()

@@ -24,12 +24,12 @@ class Rule:
 
     Attributes:
         state_names: keys of the state of a parameter.
-        settings: names of the hyperparameters it uses, besides lr and weight_decay.
+        hyperparameters: names of those that it uses, besides lr and weight_decay.
         apply: takes float32 parameters to change, their gradients and states, and the param group.
     """
 
     state_names: tuple[str, ...]
-    settings: tuple[str, ...]
+    hyperparameters: tuple[str, ...]
     apply: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[State], dict[str, Any]], None]
 
 

@@ -37,7 +37,7 @@ class DistributedSignum(DistributedLion):
         aggregation: str = "mavo",
         tie: str = "zero",
         exchange: str = "auto",
-        **workers: Unpack[WorkersOptions],
+        **options: Unpack[WorkersOptions],
     ) -> None:
         super().__init__(
             params,
@@ -47,5 +47,5 @@ class DistributedSignum(DistributedLion):
             aggregation=aggregation,
             tie=tie,
             exchange=exchange,
-            **workers,
+            **options,
         )

@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
+from ..bits.hashing import digest
 from ..wire.collectives import Channel
+from ..wire.conversation import Conversation
 from ..wire.sums import sum_ternary
-from .agreement import digest
-from .mean_gradient import MeanGradient, RuleOptions
-from .workers import STEP, check_range
+from .mean_gradient import MeanGradient, RuleOptions, Share
+from .workers import StepInputs, check_range
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """What a step draws with.
+
+    Attributes:
+        bounds: float32, a parameter, to which this worker clips.
+        scalers: float32, a parameter, the largest entry of all workers.
+        generator: of the random numbers.
+    """
+
+    bounds: Tensor
+    scalers: Tensor
+    generator: torch.Generator
+
+    def ternary(self, gradient: Tensor, parameter: int) -> Tensor:
+        """A part of a parameter's gradient as -1, 0 or 1, int8."""
+        clipped = gradient.clamp(-self.bounds[parameter], self.bounds[parameter])
+        drawn = torch.rand(clipped.shape, generator=self.generator, device=clipped.device)
+        # Strictly below: a gradient of zero is never drawn, and one of the scaler's size always is.
+        hits = drawn.mul_(self.scalers[parameter]) < clipped.abs()
+        return torch.where(hits, torch.sign(clipped), 0).to(torch.int8)
 
 
 class TernGrad(MeanGradient):
@@ -33,7 +58,7 @@ class TernGrad(MeanGradient):
         clip: in standard deviations; the paper's 2.5. 0 turns clipping off.
         seed: of the random numbers.
         momentum: of the default rule, SGD.
-        shared: as in :class:`MeanGradient`.
+        options: as in :class:`MeanGradient`.
     """
 
     def __init__(
@@ -45,46 +70,50 @@ class TernGrad(MeanGradient):
         clip: float = 2.5,
         seed: int = 0,
         momentum: float = 0.9,
-        **shared: Unpack[RuleOptions],
+        **options: Unpack[RuleOptions],
     ) -> None:
         check_range("clip", clip, "it is a number of standard deviations, or 0.")
         self.clip = clip
         self.seed = seed
-        super().__init__(params, lr, weight_decay, momentum=momentum, **shared)
+        super().__init__(params, lr, weight_decay, momentum=momentum, **options)
 
-    def _sum(
-        self,
-        channel: Channel | None,
-        voters: Sequence[int],
-        gradients: Sequence[Tensor],
-        states: Sequence[dict[str, Tensor]],
-    ) -> Tensor:
-        rank = 0 if channel is None else channel.rank
-        clipped = [self._clipped(gradient) for gradient in gradients]
-        scalers = torch.stack([g.abs().max() if g.numel() else g.new_zeros(()) for g in clipped])
+    @override
+    def _prepare(self, channel: Channel | None, voters: Sequence[int], inputs: StepInputs) -> _Draw:
+        device = inputs.replica.parameters[0].device
+        bounds = torch.stack([self._bound(gradient, device) for gradient in inputs.gradients])
+        scalers = torch.stack([_largest(gradient, device) for gradient in inputs.gradients]).minimum(bounds)
         if channel is not None:
             everyone, work = channel.all_gather(scalers)
             work.wait()
             scalers = everyone[list(voters)].amax(0)
-        generator = torch.Generator(scalers.device)
-        generator.manual_seed(digest((self.seed, rank, self.param_groups[0][STEP])))
-        ternary = torch.cat([self._ternary(g, s, generator) for g, s in zip(clipped, scalers, strict=True)])
-        counts = ternary if channel is None else sum_ternary(channel, ternary, voters)
-        each = scalers.repeat_interleave(torch.tensor([g.numel() for g in gradients], device=scalers.device))
-        return counts * each
+        generator = torch.Generator(device)
+        generator.manual_seed(digest((self.seed, channel.rank if channel else 0, inputs.step)))
+        return _Draw(bounds, scalers, generator)
 
-    def _clipped(self, gradient: Tensor) -> Tensor:
-        if not self.clip or gradient.numel() < 2:
-            return gradient
-        bound = self.clip * gradient.std(correction=0)
-        return gradient.clamp(-bound, bound)
+    @override
+    def _sum(self, channel: Channel | None, voters: Sequence[int], share: Share) -> Conversation[Tensor]:
+        draw: _Draw = share.shared
+        parameters = [span.parameter for span in share.spans]
+        scalers = draw.scalers[parameters]
+        pairs = zip(share.gradients, parameters, strict=True)
+        ternary = torch.cat([draw.ternary(gradient, parameter) for gradient, parameter in pairs])
+        counts: Tensor = ternary if channel is None else (yield from sum_ternary(channel, ternary, voters))
+        lengths = torch.tensor([span.length for span in share.spans], device=scalers.device)
+        return counts * scalers.repeat_interleave(lengths)
 
-    @staticmethod
-    def _ternary(gradient: Tensor, scaler: Tensor, generator: torch.Generator) -> Tensor:
-        drawn = torch.rand(gradient.shape, generator=generator, device=gradient.device)
-        # Strictly below: a gradient of zero is never drawn, and one of the scaler's size always is.
-        return torch.where(drawn * scaler < gradient.abs(), torch.sign(gradient), 0).to(torch.int8)
+    def _bound(self, gradient: Tensor | None, device: torch.device) -> Tensor:
+        if not self.clip or gradient is None or gradient.numel() < 2:
+            return torch.full((), torch.inf, device=device)
+        return self.clip * gradient.float().std(correction=0)
 
+    @override
     def options(self) -> dict[str, Any]:
-        """Options that must be the same on all ranks, besides hyperparameters."""
         return super().options() | {"clip": self.clip, "seed": self.seed}
+
+
+def _largest(gradient: Tensor | None, device: torch.device) -> Tensor:
+    """The largest magnitude; 0 where there is nothing."""
+    if gradient is None or not gradient.numel():
+        return torch.zeros((), device=device)
+    smallest, largest = gradient.aminmax()
+    return torch.maximum(-smallest, largest).float()

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..bits.hashing import digest
 from ..wire.ledger import Ledger
 from ..wire.local import LocalGroup, LocalWorker
-from .agreement import digest
-from .dlion import DistributedLion, VoteShares
-from .workers import STEP, WorkersOptimizer
+from .replica import STEP
+from .workers import VoteShares, WorkersOptimizer, all_parameters, check_known
 
 ADVERSARIES = ("flip", "random")
 
@@ -39,7 +39,7 @@ class VirtualWorkers(Optimizer):
     Args:
         params: parameters, named parameters or param groups of the model.
         workers: N.
-        method: makes the optimizer of one worker: a class of ``hf_dlion.optim.registry.METHODS``.
+        method: makes the optimizer of one worker: a class of ``hf_dlion.trainer.methods.METHODS``.
         adversaries: how many workers, the last ones, send what is not theirs.
         adversary: ``"flip"``: a gradient's negative; or ``"random"``: its magnitudes under random signs.
         options: keyword arguments of ``method``.
@@ -63,8 +63,7 @@ class VirtualWorkers(Optimizer):
             raise ValueError(f"workers={workers}: virtual workers are at least 2; one worker is the method itself.")
         if not 0 <= adversaries <= workers:
             raise ValueError(f"adversaries={adversaries} of {workers} workers: it is a number from 0 to {workers}.")
-        if adversary not in ADVERSARIES:
-            raise ValueError(f"adversary={adversary!r} is not known; it is one of {', '.join(map(repr, ADVERSARIES))}.")
+        check_known("adversary", adversary, ADVERSARIES)
         self.members: list[WorkersOptimizer] = []
         super().__init__(params, {})
         self.workers = workers
@@ -84,13 +83,15 @@ class VirtualWorkers(Optimizer):
         return self.members[0].ledger
 
     @property
-    def abstentions(self) -> int:
+    def bad_gradients(self) -> int:
         """Workers left out of a step for a bad gradient, over all steps."""
-        return self.members[0].abstentions
+        return self.members[0].bad_gradients
+
+    abstentions = bad_gradients  # its former name
 
     @property
     def gradients(self) -> list[list[Tensor | None]]:
-        """By worker that has had its turn, by parameter; until the step."""
+        """By worker that has had its turn, its gradients, by parameter; until the step."""
         return self._turns
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -113,7 +114,7 @@ class VirtualWorkers(Optimizer):
         rank = len(self._turns)
         if rank == self.workers:
             raise RuntimeError(f"all {rank} workers have had their turn. Call step() before the next one's.")
-        parameters = self._parameters()
+        parameters = all_parameters(self)
         gradients = [parameter.grad for parameter in parameters]
         if rank >= self._honest:
             generator = torch.Generator(parameters[0].device)
@@ -136,7 +137,7 @@ class VirtualWorkers(Optimizer):
         """
         if closure is not None:
             raise ValueError("a closure was given, but virtual workers have taken their gradients before the step.")
-        if any(parameter.grad is not None for parameter in self._parameters()):
+        if any(parameter.grad is not None for parameter in all_parameters(self)):
             raise RuntimeError(
                 "there are gradients that no virtual worker has taken. Call next_worker() after each worker's backward."
             )
@@ -144,16 +145,16 @@ class VirtualWorkers(Optimizer):
         for member in others:
             for group, shared in zip(member.param_groups, first.param_groups, strict=True):
                 group.update({name: value for name, value in shared.items() if name not in _NOT_SHARED})
-        if not first.opened:
+        if not first.agreement.handshake_done:
             # As DistributedDataParallel does: all start with the first one's.
             for member in others:
-                for own, theirs in zip(_parameters_of(member), _parameters_of(first), strict=True):
+                for own, theirs in zip(all_parameters(member), all_parameters(first), strict=True):
                     own.copy_(theirs)
-        nothing: list[Tensor | None] = [None] * len(self._parameters())
+        nothing: list[Tensor | None] = [None] * len(all_parameters(self))
         turns, self._turns = self._turns, []
         for rank, member in enumerate(self.members):
             gradients = turns[rank] if rank < len(turns) else nothing
-            for parameter, gradient in zip(_parameters_of(member), gradients, strict=True):
+            for parameter, gradient in zip(all_parameters(member), gradients, strict=True):
                 parameter.grad = gradient
         try:
             self._group.run(lambda rank: self.members[rank].step())
@@ -162,10 +163,8 @@ class VirtualWorkers(Optimizer):
                 member.zero_grad()
 
     def vote_shares(self) -> VoteShares | None:
-        """As :meth:`DistributedLion.vote_shares`; None for other methods."""
-        if not isinstance(self.members[0], DistributedLion):
-            return None
-        return self._group.run(lambda rank: self.members[rank].vote_shares())[0]  # type: ignore[attr-defined]
+        """As :meth:`WorkersOptimizer.vote_shares`."""
+        return self._group.run(lambda rank: self.members[rank].vote_shares())[0]
 
     def state_dict(self) -> dict[str, Any]:
         """The state of every worker, and the param groups."""
@@ -188,18 +187,11 @@ class VirtualWorkers(Optimizer):
             member.load_state_dict(own)
         self.param_groups = self.members[0].param_groups
 
-    def _parameters(self) -> list[Tensor]:
-        return _parameters_of(self.members[0])
-
     def _tampered(self, gradient: Tensor, generator: torch.Generator) -> Tensor:
         if self._adversary == "flip":
             return -gradient
         heads = torch.rand(gradient.shape, generator=generator, device=gradient.device) < 0.5
         return torch.where(heads, gradient, -gradient)
-
-
-def _parameters_of(member: WorkersOptimizer) -> list[Tensor]:
-    return [parameter for group in member.param_groups for parameter in group["params"]]
 
 
 def _copied(group: dict[str, Any], clone: bool) -> dict[str, Any]:

@@ -13,11 +13,12 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from ..optim.registry import METHODS
+from ..checkpoint.workers import WORLD_SIZE_POLICIES
+from ..optim.agreement import ON_BAD_GRADIENT
 from ..optim.virtual import ADVERSARIES
-from ..optim.workers import ON_BAD_GRADIENT
+from ..optim.workers import check_known
 from ..wire.exchange import EXCHANGES, TIES
-from .checkpoints import OTHER_WORKERS
+from .methods import METHODS
 
 _NAMES = "; ".join(f"`{name}`: {method.summary}" for name, method in METHODS.items())
 
@@ -97,7 +98,7 @@ class DLionArgumentsMixin:
         metadata={
             "help": "Resuming with another number of workers, what each one's momentum is: `mean`, that of all old "
             "ones; `reset`, zero; `error`: do not resume.",
-            "choices": list(OTHER_WORKERS),
+            "choices": list(WORLD_SIZE_POLICIES),
         },
     )
     virtual_workers: int = field(
@@ -128,7 +129,7 @@ class DLionArgumentsMixin:
         super().__post_init__()  # type: ignore[misc]
         self.optim = name
         self.average_tokens_across_devices = False
-        self._check_votes()
+        self._check_method()
 
     def _take_virtual_workers(self, name: str) -> None:
         if self.virtual_workers == 1:
@@ -147,17 +148,16 @@ class DLionArgumentsMixin:
             )
         self.gradient_accumulation_steps = self.virtual_workers
 
-    def _check_votes(self) -> None:
+    def _check_method(self) -> None:
         for given, value, known in (
             ("vote_tie", self.vote_tie, TIES),
             ("vote_exchange", self.vote_exchange, EXCHANGES),
             ("base_rule", self.base_rule, ("sgd", "adamw")),
             ("adversary", self.adversary, ADVERSARIES),
             ("on_bad_gradient", self.on_bad_gradient, ON_BAD_GRADIENT),
-            ("resume_world_size_policy", self.resume_world_size_policy, OTHER_WORKERS),
+            ("resume_world_size_policy", self.resume_world_size_policy, WORLD_SIZE_POLICIES),
         ):
-            if value not in known:
-                raise ValueError(f"{given}={value!r} is not known; it is one of {', '.join(map(repr, known))}.")
+            check_known(given, value, known)
         if self.adversaries and not 0 < self.adversaries <= self.virtual_workers > 1:
             raise ValueError(
                 f"adversaries={self.adversaries} with virtual_workers={self.virtual_workers}: adversaries are some of "
@@ -176,9 +176,11 @@ class DLionArgumentsMixin:
             )
 
     @property
-    def votes(self) -> bool:
+    def gradients_stay_local(self) -> bool:
         """Whether ``optim`` is a method of this package, whose gradients stay on their worker."""
         return self.optim in METHODS
+
+    votes = gradients_stay_local  # its former name
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import Trainer
 
-from ..optim.registry import METHODS
+from .methods import METHODS
 from .report import TEXT_GENERATION, run_report
 
 logger = logging.getLogger(__name__)

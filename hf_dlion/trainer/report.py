@@ -12,10 +12,9 @@ from typing import Any
 
 from transformers import Trainer
 
-from ..optim.registry import METHODS
-from ..optim.virtual import VirtualWorkers
-from ..optim.workers import WorkersOptimizer
+from ..optim.workers import members_of
 from ..wire.ledger import fp32_all_reduce_bytes
+from .methods import METHODS
 
 _PACKAGES = ("hf-dlion", "torch", "transformers", "accelerate", "datasets", "peft")
 TEXT_GENERATION = "text-generation"
@@ -38,14 +37,8 @@ def run_report(trainer: Trainer, loss_key: str = "eval_loss") -> dict[str, Any]:
         validation loss without validation, the perplexity of a classifier, an accuracy that no metric of the Trainer
         measured.
     """
-    args, history = trainer.args, trainer.state.log_history
-    accuracy_key = f"{loss_key.removesuffix('loss')}accuracy"
-    training = [entry["loss"] for entry in history if "loss" in entry]
-    validation = [entry[loss_key] for entry in history if loss_key in entry]
-    accuracy = [entry[accuracy_key] for entry in history if accuracy_key in entry]
+    args = trainer.args
     task = _CLASSIFICATION.get(str(getattr(trainer.model, "loss_type", None)), TEXT_GENERATION)
-    per_token = task == TEXT_GENERATION
-    seconds = [entry["train_runtime"] for entry in history if "train_runtime" in entry]
     return {
         "task": task,
         "method": method_name(args),
@@ -56,12 +49,7 @@ def run_report(trainer: Trainer, loss_key: str = "eval_loss") -> dict[str, Any]:
         "trainable_parameters": trainable_parameters(trainer),
         "steps": trainer.state.global_step,
         "rows_per_step": trainer.get_total_train_batch_size(args),
-        "train_loss": training[-1] if training else None,
-        "validation_loss_first": validation[0] if validation else None,
-        "validation_loss_last": validation[-1] if validation else None,
-        "validation_perplexity": math.exp(min(validation[-1], _MAX_EXPONENT)) if validation and per_token else None,
-        "validation_accuracy": accuracy[-1] if accuracy else None,
-        "seconds": seconds[-1] if seconds else None,
+        **_results(trainer.state.log_history, loss_key, per_token=task == TEXT_GENERATION),
         **_traffic(trainer),
         "learning_rate": args.learning_rate,
         "lr_scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
@@ -98,16 +86,33 @@ def trainable_parameters(trainer: Trainer) -> int:
     return sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
 
 
+def _results(history: list[dict[str, Any]], loss_key: str, per_token: bool) -> dict[str, float | None]:
+    def all_of(key: str) -> list[float]:
+        return [entry[key] for entry in history if key in entry]
+
+    def last(values: list[float]) -> float | None:
+        return values[-1] if values else None
+
+    validation = all_of(loss_key)
+    return {
+        "train_loss": last(all_of("loss")),
+        "validation_loss_first": validation[0] if validation else None,
+        "validation_loss_last": last(validation),
+        "validation_perplexity": math.exp(min(validation[-1], _MAX_EXPONENT)) if validation and per_token else None,
+        "validation_accuracy": last(all_of(f"{loss_key.removesuffix('loss')}accuracy")),
+        "seconds": last(all_of("train_runtime")),
+    }
+
+
 def _traffic(trainer: Trainer) -> dict[str, Any]:
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    counted = isinstance(optimizer, (WorkersOptimizer, VirtualWorkers))
-    sent = optimizer.ledger.sent_bytes if counted else None
-    steps = optimizer.ledger.steps if counted else trainer.state.global_step
+    ledger = next((member.ledger for member in members_of(trainer.optimizer)), None)
+    sent = ledger.sent_bytes if ledger else None
+    steps = ledger.steps if ledger else trainer.state.global_step
     dense = round(fp32_all_reduce_bytes(trainable_parameters(trainer), _workers(trainer.args)) * steps)
     return {
         "bytes_counted_steps": steps,
         "bytes_sent": sent,
-        "bytes_received": optimizer.ledger.received_bytes if counted else None,
+        "bytes_received": ledger.received_bytes if ledger else None,
         "bytes_fp32_allreduce": dense,
         "fp32_allreduce_over_sent": dense / sent if sent else None,
     }

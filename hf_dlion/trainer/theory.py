@@ -7,7 +7,6 @@ inside. Extension points of transformers 5: ``on_train_begin`` and ``on_pre_opti
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -15,16 +14,13 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..optim.dlion import DistributedLion
-from ..optim.glion import GlobalLion
-from ..optim.registry import METHODS
-from ..optim.virtual import VirtualWorkers
-from ..wire.collectives import ProcessChannel
+from ..optim.tensors import local
+from ..optim.workers import all_parameters, members_of
+from ..wire.conversation import run
+from ..wire.groups import make_channel
 from ..wire.ledger import Ledger
-from ..wire.local import LocalWorker
 from ..wire.sums import sum_dense
-
-Lion = DistributedLion | GlobalLion
+from .methods import METHODS
 
 
 class LionTheoryCallback(TrainerCallback):
@@ -75,12 +71,11 @@ class LionTheoryCallback(TrainerCallback):
         """Check that the optimizer is a Lion."""
         self._found = {}
         optimizer = _unwrapped(kwargs["optimizer"])
-        if isinstance(optimizer, VirtualWorkers):
-            optimizer = optimizer.members[0]
-        if not isinstance(optimizer, Lion):
-            names = [name for name, method in METHODS.items() if issubclass(method.optimizer, Lion)]
+        worker = next(iter(members_of(optimizer)), optimizer)
+        if not getattr(worker, "bounded_by_decay", False):
+            names = [name for name, method in METHODS.items() if method.optimizer.bounded_by_decay]
             raise ValueError(
-                f"LionTheoryCallback was given a run of {type(optimizer).__name__}, which does not solve Lion's "
+                f"LionTheoryCallback was given a run of {type(worker).__name__}, which does not solve Lion's "
                 f"constrained problem. Take it out, or train with optim= one of {', '.join(names)}."
             )
 
@@ -93,35 +88,33 @@ class LionTheoryCallback(TrainerCallback):
 
 
 @torch.no_grad()
-def _observe(optimizer: Lion | VirtualWorkers) -> dict[str, float]:
-    sums, numbers = [], itertools.count()
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            scaled = group["weight_decay"] * parameter.float()
-            gradient = _mean_gradient(optimizer, parameter, next(numbers))
-            # Not as two sums, whose difference would be rounding where the terms are small.
-            surrogate = gradient.sign().add_(scaled).mul_(gradient).sum()
-            square = scaled.abs_().sub_(1).relu_().square_().sum()
-            sums.append(torch.stack([square, surrogate]))
+def _observe(optimizer: Any) -> dict[str, float]:
+    """Of an optimizer of this package."""
+    weight_decays = [group["weight_decay"] for group in optimizer.param_groups for _ in group["params"]]
+    sums = []
+    for index, (parameter, decay) in enumerate(zip(all_parameters(optimizer), weight_decays, strict=True)):
+        scaled = decay * local(parameter).float()
+        gradient = _mean_gradient(optimizer, local(parameter), index)
+        # Not as two sums, whose difference would be rounding where the terms are small.
+        surrogate = gradient.sign().add_(scaled).mul_(gradient).sum()
+        square = scaled.abs_().sub_(1).relu_().square_().sum()
+        sums.append(torch.stack([square, surrogate]))
     squares, surrogates = torch.stack(sums).T.tolist()  # the only wait for the device
     return {"lion_box_distance": math.sqrt(sum(squares)), "lion_surrogate": sum(surrogates)}
 
 
-def _mean_gradient(optimizer: Lion | VirtualWorkers, parameter: Tensor, number: int) -> Tensor:
+def _mean_gradient(optimizer: Any, parameter: Tensor, index: int) -> Tensor:
     """The mean over the workers, float32 of the parameter's shape; a worker without a gradient counts as zero."""
-    if isinstance(optimizer, VirtualWorkers):
-        total = torch.zeros_like(parameter, dtype=torch.float32)
-        for gradients in optimizer.gradients:
-            if (theirs := gradients[number]) is not None:
-                total += theirs
-        return total / optimizer.workers
-    own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    if optimizer.workers == 1 or not parameter.numel():
-        return own.float()
-    assert not isinstance(optimizer.process_group, LocalWorker)
-    channel = ProcessChannel(optimizer.process_group, Ledger())
-    total = sum_dense(channel, own.float().reshape(-1), range(channel.size))
-    return (total / channel.size).view(parameter.shape)
+    total = torch.zeros(parameter.shape, device=parameter.device)
+    for gradients in optimizer.gradients:
+        if (own := gradients[index]) is not None:
+            total += local(own)
+    worker = optimizer.members[0]
+    if worker.workers > len(optimizer.members) and parameter.numel():
+        channel = make_channel(worker.process_group, Ledger())
+        assert channel is not None
+        total = run(sum_dense(channel, total.view(-1), range(channel.size))).view(parameter.shape)
+    return total / worker.workers
 
 
 def _unwrapped(optimizer: Any) -> Any:

@@ -21,23 +21,17 @@ from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
-from ..optim.dlion import DistributedLion
-from ..optim.registry import METHODS
+from ..checkpoint.complete import check_complete, last_complete_checkpoint
+from ..checkpoint.manifest import CheckpointError
+from ..checkpoint.workers import load_workers, remove_manifest, save_workers
+from ..local_gradients import keep_gradients_local
 from ..optim.virtual import VirtualWorkers
-from ..optim.workers import WorkersOptimizer
-from ..wire.collectives import settle
+from ..optim.workers import all_parameters, members_of
+from ..wire.collectives import drain_gloo
 from ..wire.ledger import Ledger, fp32_all_reduce_bytes
-from ..wire.liveness import naming_the_lost
+from ..wire.liveness import report_lost_workers
 from .card import write_card
-from .checkpoints import (
-    check_complete,
-    last_complete_checkpoint,
-    load_workers,
-    save_workers,
-    unseal,
-)
-from .local_gradients import keep_gradients_local
-from .manifest import CheckpointError
+from .methods import METHODS
 from .theory import LionTheoryCallback
 
 
@@ -76,7 +70,7 @@ class DLionTrainerMixin:
     def create_accelerator_and_postprocess(self) -> None:
         """As the parent, and gradients are kept local."""
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
-        if not self._votes:
+        if not self._gradients_stay_local:
             return
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -95,14 +89,14 @@ class DLionTrainerMixin:
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """As the parent, with the method that ``args.optim`` names."""
-        if self._votes:
+        if self._gradients_stay_local:
             method = METHODS[self.args.optim]
             keywords = {
                 **method.keywords(self.args),
                 "on_bad_gradient": self.args.on_bad_gradient,
-                "check_replicas_every": self.args.check_replicas_steps,
+                "check_replicas_steps": self.args.check_replicas_steps,
             }
-            self.optimizer_cls_and_kwargs = (method.optimizer, keywords)
+            self.optimizer_cls_and_kwargs: Any = (method.optimizer, keywords)
             if self.args.virtual_workers > 1:
                 virtual = {
                     "workers": self.args.virtual_workers,
@@ -112,33 +106,33 @@ class DLionTrainerMixin:
                 }
                 self.optimizer_cls_and_kwargs = (VirtualWorkers, virtual | keywords)
         optimizer: Optimizer = super().create_optimizer(model)  # type: ignore[misc]
-        if self._votes:
+        if self._gradients_stay_local:
             self._check_and_name(self.model if model is None else model)  # type: ignore[attr-defined]
-        self._logged, self._logged_abstentions = Ledger(), 0
+        self._logged, self._logged_bad_gradients = Ledger(), 0
         return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As the parent; only a checkpoint that is whole is resumed from (:mod:`hf_dlion.trainer.checkpoints`).
+        """As the parent; only a checkpoint that is whole is resumed from (:mod:`hf_dlion.checkpoint`).
 
         Raises:
             CheckpointError: the checkpoint given is not whole; with True, none in the output folder is.
             WorkerLostError: a collective failed; with the ranks that did not answer.
         """
-        if not self._votes:
+        if not self._gradients_stay_local:
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         if resume_from_checkpoint:
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
-        with naming_the_lost("training"):
+        with report_lost_workers("training"):
             output: TrainOutput = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
-        settle()  # so that accelerator.end_training() may follow at once
+        drain_gloo()  # so that accelerator.end_training() may follow at once
         return output
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """As the parent; with virtual workers, a turn of the next one."""
-        virtual = self._own_optimizer()
-        if not isinstance(virtual, VirtualWorkers):
+        optimizer: Any = self._own_optimizer()
+        if len(members_of(optimizer)) < 2:
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         # What a worker sends comes from the mean over its own batch, not over those of all.
         batches, self.current_gradient_accumulation_steps = self.current_gradient_accumulation_steps, 1
@@ -146,26 +140,26 @@ class DLionTrainerMixin:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)  # type: ignore[attr-defined]
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         self.current_gradient_accumulation_steps = batches
-        if not virtual.gradients:
+        if not optimizer.gradients:
             self._turn_norms = []
         self._turn_norms.append(self._clip(model, self.args.max_grad_norm or math.inf))
-        virtual.next_worker()
+        optimizer.next_worker()
         return loss / batches
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the parent, with the traffic and the votes in the logs of training."""
         # Only the training log has both; the Trainer writes it on all ranks at once, so collectives are safe.
-        if self._votes and "loss" in logs and "learning_rate" in logs:
+        if self._gradients_stay_local and "loss" in logs and "learning_rate" in logs:
             logs = {**logs, **self._observations(logs)}
         super().log(logs, start_time)  # type: ignore[misc]
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
-        if not self._votes:
+        if not self._gradients_stay_local:
             return super()._clip_grad_norm(model)  # type: ignore[misc]
         return self._clip(model, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        if grad_norm is None and self._votes:
+        if grad_norm is None and self._gradients_stay_local:
             grad_norm = self._clip(model, math.inf)
         return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
 
@@ -178,12 +172,12 @@ class DLionTrainerMixin:
         return norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if not self._votes or self.args.save_only_model:
+        if not self._gradients_stay_local or self.args.save_only_model:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
             return
         run = self._get_output_dir(trial=trial)  # type: ignore[attr-defined]
         folder = os.path.join(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        unseal(folder, self.args.should_save)
+        remove_manifest(folder, self.args.should_save)
         # An older checkpoint is deleted, and this one pushed, when this one counts.
         limit, push = self.args.save_total_limit, self.args.push_to_hub
         self.args.save_total_limit, self.args.push_to_hub = None, False
@@ -193,7 +187,7 @@ class DLionTrainerMixin:
             self.args.save_total_limit, self.args.push_to_hub = limit, push
         if self.args.should_save:
             torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))  # which were written without the two
-        save_workers(folder, self.optimizer, seals=self.args.should_save)
+        save_workers(folder, self.optimizer, write_manifest=self.args.should_save)
         if push:
             self._push_from_checkpoint(folder)  # type: ignore[attr-defined]
         if self.args.should_save:
@@ -201,7 +195,9 @@ class DLionTrainerMixin:
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
-        if not (self._votes and self.args.save_on_each_node and hasattr(model, "should_save_on_this_rank")):
+        if not (
+            self._gradients_stay_local and self.args.save_on_each_node and hasattr(model, "should_save_on_this_rank")
+        ):
             super()._save(output_dir, state_dict)  # type: ignore[misc]
             return
         # Models of transformers 5.23 save themselves on rank 0 only, whatever is_main_process says.
@@ -212,29 +208,29 @@ class DLionTrainerMixin:
             del model.should_save_on_this_rank
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self._votes:
+        if not self._gradients_stay_local:
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
         elif self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self._votes:
+        if checkpoint is None or not self._gradients_stay_local:
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             return
-        load_workers(checkpoint, self.optimizer, other_workers=self.args.resume_world_size_policy)
+        load_workers(checkpoint, self.optimizer, resume_world_size_policy=self.args.resume_world_size_policy)
         scheduler = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), map_location="cpu", weights_only=True)
         self.lr_scheduler.load_state_dict(scheduler)
 
     def _save_scaler(self, output_dir: str) -> None:
-        if not self._votes:  # each worker's is in its own part
+        if not self._gradients_stay_local:  # each worker's is in its own part
             super()._save_scaler(output_dir)  # type: ignore[misc]
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        if not self._votes:
+        if not self._gradients_stay_local:
             super()._load_scaler(checkpoint)  # type: ignore[misc]
 
     @property
-    def _votes(self) -> bool:
+    def _gradients_stay_local(self) -> bool:
         return self.args.optim in METHODS
 
     def _whole_checkpoint(self, wanted: str | bool) -> str:
@@ -252,51 +248,53 @@ class DLionTrainerMixin:
     def _check_and_name(self, model: nn.Module) -> None:
         """While gradients stay on their worker, only our optimizers may step. Their errors get the model's names."""
         optimizer = self._own_optimizer()
-        if not isinstance(optimizer, (WorkersOptimizer, VirtualWorkers)):
+        if not members_of(optimizer):
             raise ValueError(
                 f"optim={self.args.optim!r}, and an optimizer of class {type(optimizer).__name__} was given: no worker "
                 "would learn from the others. Leave it out, or take the optim of transformers that it is."
             )
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        found = [names.get(parameter, "") for group in optimizer.param_groups for parameter in group["params"]]
-        for member in optimizer.members if isinstance(optimizer, VirtualWorkers) else [optimizer]:
+        names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
+        found = [names.get(parameter, "") for parameter in all_parameters(optimizer)]
+        for member in members_of(optimizer):
             member.parameter_names = found
 
     def _own_optimizer(self) -> Optimizer:
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _observations(self, logs: dict[str, float]) -> dict[str, float]:
-        optimizer = self._own_optimizer()
-        if not isinstance(optimizer, (WorkersOptimizer, VirtualWorkers)):
+        optimizer: Any = self._own_optimizer()
+        if not members_of(optimizer):
             return {}
-        parameters = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
-        total = optimizer.ledger
-        new = total.since(self._logged)
-        self._logged = total.copy()
-        found: dict[str, float] = {
-            "bytes_sent_total": total.sent_bytes,
-            "bad_gradients": optimizer.abstentions - self._logged_abstentions,
-        }
-        self._logged_abstentions = optimizer.abstentions
-        if new.steps:
-            found["bits_sent_per_param"] = 8 * new.sent_bytes / (parameters * new.steps)
-            found["bits_received_per_param"] = 8 * new.received_bytes / (parameters * new.steps)
-            if optimizer.workers > 1:
-                dense = fp32_all_reduce_bytes(parameters, optimizer.workers) * new.steps
-                found["fp32_allreduce_ratio"] = new.sent_bytes / dense
-        shares = optimizer.vote_shares() if isinstance(optimizer, (DistributedLion, VirtualWorkers)) else None
+        found = self._traffic(optimizer)
+        found["bad_gradients"] = optimizer.bad_gradients - self._logged_bad_gradients
+        self._logged_bad_gradients = optimizer.bad_gradients
+        shares = optimizer.vote_shares()
         if shares is not None:
             found |= {"vote_ties": shares.ties, "vote_unanimous": shares.unanimous}
         if "grad_norm" in logs:
-            if isinstance(optimizer, VirtualWorkers):
+            norm = torch.tensor(logs["grad_norm"], device=self.accelerator.device)
+            if len(members_of(optimizer)) > 1:
                 norm = torch.stack(self._turn_norms).mean()
-            else:
-                norm = torch.tensor(logs["grad_norm"], device=self.accelerator.device)
             found["grad_norm"] = self.accelerator.reduce(norm, reduction="mean").item()
         found = {name: round(value, 6) if isinstance(value, float) else value for name, value in found.items()}
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, LionTheoryCallback):
                 found |= callback.observations()
+        return found
+
+    def _traffic(self, optimizer: Any) -> dict[str, float]:
+        parameters = sum(parameter.numel() for parameter in all_parameters(optimizer))
+        total = optimizer.ledger
+        new = total.since(self._logged)
+        self._logged = total.copy()
+        found: dict[str, float] = {"bytes_sent_total": total.sent_bytes}
+        if new.steps:
+            found["bits_sent_per_param"] = 8 * new.sent_bytes / (parameters * new.steps)
+            found["bits_received_per_param"] = 8 * new.received_bytes / (parameters * new.steps)
+            workers = optimizer.members[0].workers
+            if workers > 1:
+                dense = fp32_all_reduce_bytes(parameters, workers) * new.steps
+                found["fp32_allreduce_ratio"] = new.sent_bytes / dense
         return found
 
 

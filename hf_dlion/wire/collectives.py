@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from .ledger import Ledger
-from .liveness import naming_the_lost
+from .liveness import report_lost_workers
 
 ALL_GATHER, ALL_TO_ALL = "an all-gather", "an all-to-all"
 
@@ -99,25 +99,25 @@ class ProcessChannel(Channel):
     def __init__(self, group: dist.ProcessGroup | None, ledger: Ledger) -> None:
         super().__init__(dist.get_rank(group), dist.get_world_size(group), ledger)
         self.group = group
-        atexit.unregister(settle)
-        atexit.register(settle)
+        atexit.unregister(drain_gloo)
+        atexit.register(drain_gloo)
 
     @override
     def gather_objects(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
-        with naming_the_lost("an all-gather of objects", self.group):
+        with report_lost_workers("an all-gather of objects", self.group):
             dist.all_gather_object(values, value, group=self.group)
         return values
 
     @override
     def _all_gather(self, parts: Tensor, part: Tensor) -> Pending:
-        with naming_the_lost(ALL_GATHER, self.group):
+        with report_lost_workers(ALL_GATHER, self.group):
             work = dist.all_gather_single(parts.view(-1), part.view(-1), group=self.group, async_op=True)
         return _Work(work, ALL_GATHER, self.group)
 
     @override
     def _all_to_all(self, received: Tensor, parts: Tensor) -> Pending:
-        with naming_the_lost(ALL_TO_ALL, self.group):
+        with report_lost_workers(ALL_TO_ALL, self.group):
             work = dist.all_to_all_single(received, parts, group=self.group, async_op=True)
         return _Work(work, ALL_TO_ALL, self.group)
 
@@ -128,11 +128,11 @@ class _Work:
         self._work, self._what, self._group = work, what, group
 
     def wait(self) -> None:
-        with naming_the_lost(self._what, self._group):
+        with report_lost_workers(self._what, self._group):
             self._work.wait()
 
 
-def settle() -> None:
+def drain_gloo() -> None:
     """Let gloo's threads put down the tensors of the last collective; done before a process group ends.
 
     They take the GIL for it, and may get to it after the collective has returned. A process that meanwhile exits is

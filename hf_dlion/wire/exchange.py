@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .collectives import Channel, Pending
-from .counting import count_planes, equals, majority, parity_words, popcount
+from ..bits.counting import count_planes, equals, majority, parity_words, popcount
+from .collectives import Channel
+from .conversation import Conversation
 
 AGGREGATIONS = ("mavo", "avg")
 TIES = ("zero", "alternate")
 EXCHANGES = ("auto", "gather", "sharded")
-
-Sent = tuple[Tensor, Pending]
 
 _SAMPLE_WORDS = 1 << 13
 
@@ -32,12 +31,12 @@ class Decision:
 
     Attributes:
         planes: P int32 tensors ``[W]``; plane p holds bit p of the level c.
-        top: the highest level n; the decision is D = (2c - n) / n. n = 1 for a majority without ties, 2 for one
+        highest: the highest level n; the decision is D = (2c - n) / n. n = 1 for a majority without ties, 2 for one
             where a tie is zero (level 1), N for an average.
     """
 
     planes: tuple[Tensor, ...]
-    top: int
+    highest: int
 
 
 @dataclass
@@ -82,8 +81,29 @@ class VoteStatistics:
         self.padding += votes * padding_share
 
 
+@dataclass(frozen=True)
+class Ballot:
+    """What a worker hands in for one bucket.
+
+    Attributes:
+        words: int32 ``[W]``, W even, its votes.
+        header: int32 ``[H]``, a few numbers that reach every rank with the votes; H may be 0.
+        step: its parity is that of alternating ties.
+        padding: share of the votes that belong to no parameter, for the statistics.
+    """
+
+    words: Tensor
+    header: Tensor
+    step: int
+    padding: float
+
+
+Voters = Callable[[Tensor], Sequence[int]]
+"""Given everyone's header, int32 ``[N, H]``, the ranks whose votes count: the same on every rank."""
+
+
 class Exchange(ABC):
-    """Sends words and returns the decision; several buckets can be on their way.
+    """Takes the workers' ballots to one decision; several buckets can be on their way.
 
     Args:
         channel: the workers.
@@ -102,47 +122,35 @@ class Exchange(ABC):
         self.statistics = VoteStatistics(device)
 
     @abstractmethod
-    def send(self, words: Tensor, note: Tensor) -> Sent:
-        """Start sending this worker's votes; pass what comes back to :meth:`receive`.
+    def decide(self, ballot: Ballot, voters: Voters) -> Conversation[Decision | None]:
+        """Send this worker's ballot, and learn the decision.
 
         Args:
-            words: int32 ``[W]``, W even.
-            note: int32 ``[H]``, a few words that reach every rank with the votes.
+            ballot: this worker's.
+            voters: called once, with the headers, before anything is counted; what it raises ends the conversation.
+
+        Returns:
+            The decision of those that count; None where nobody does.
         """
 
-    @abstractmethod
-    def receive(self, sent: Sent, words: int) -> tuple[Tensor, Tensor]:
-        """Wait for the votes that this rank counts, int32 ``[N, C]``, and everyone's note, ``[N, H]``."""
-
-    @abstractmethod
-    def decide(self, votes: Tensor, words: int, step: int, padding_share: float) -> Callable[[], Decision]:
-        """Count the votes and start to tell the others; call what comes back for the whole decision.
-
-        Args:
-            votes: from :meth:`receive`, those that count: the same rows on every rank.
-            words: W.
-            step: its parity is that of alternating ties.
-            padding_share: how much of the bucket is padding, for the statistics.
-        """
-
-    def _decide(self, votes: Sequence[Tensor], valid: int, step: int, padding_share: float) -> list[Tensor]:
+    def _decided(self, votes: Sequence[Tensor], valid: int, ballot: Ballot) -> list[Tensor]:
         """The planes decided from the votes on one part, whose first ``valid`` words are the bucket's."""
         count = count_planes(votes)
         ahead, tied = majority(count, len(votes))
         if valid > 0 and len(votes) == self.channel.size:
             self.statistics.observe(
-                [plane[:valid] for plane in count], None if tied is None else tied[:valid], len(votes), padding_share
+                [plane[:valid] for plane in count], None if tied is None else tied[:valid], len(votes), ballot.padding
             )
         if self.aggregation == "avg":
             return count
         if tied is None:
             return [ahead]
         if self.tie == "alternate":
-            return [ahead | (tied & parity_words(len(tied), step, tied.device))]
+            return [ahead | (tied & parity_words(len(tied), ballot.step, tied.device))]
         return [tied, ahead]  # levels: 0 for -1, 1 for a tie, 2 for +1
 
-    def _top(self, votes: Tensor) -> int:
-        return top_level(self.aggregation, self.tie, len(votes))
+    def _decision(self, planes: Sequence[Tensor], voters: int) -> Decision:
+        return Decision(tuple(planes), highest_level(self.aggregation, self.tie, voters))
 
 
 class GatherExchange(Exchange):
@@ -154,24 +162,21 @@ class GatherExchange(Exchange):
     buckets = 1
 
     @staticmethod
-    def sent_words(words: int, workers: int, planes: int) -> int:
-        """Words that a rank sends for a bucket of ``words``."""
-        return (workers - 1) * words
+    def words_sent(word_count: int, workers: int, planes: int) -> int:
+        """How many words a rank sends for a bucket of ``word_count``."""
+        return (workers - 1) * word_count
 
     @override
-    def send(self, words: Tensor, note: Tensor) -> Sent:
-        return self.channel.all_gather(torch.cat([words, note]))
-
-    @override
-    def receive(self, sent: Sent, words: int) -> tuple[Tensor, Tensor]:
-        parts, work = sent
+    def decide(self, ballot: Ballot, voters: Voters) -> Conversation[Decision | None]:
+        width = len(ballot.words)
+        everyone, work = self.channel.all_gather(torch.cat([ballot.words, ballot.header]))
+        yield
         work.wait()
-        return parts[:, :words], parts[:, words:]
-
-    @override
-    def decide(self, votes: Tensor, words: int, step: int, padding_share: float) -> Callable[[], Decision]:
-        decision = Decision(tuple(self._decide(votes.unbind(), words, step, padding_share)), self._top(votes))
-        return lambda: decision
+        counted = voters(everyone[:, width:])
+        if not counted:
+            return None
+        votes = [everyone[rank, :width] for rank in counted]
+        return self._decision(self._decided(votes, width, ballot), len(votes))
 
 
 class ShardedExchange(Exchange):
@@ -185,67 +190,59 @@ class ShardedExchange(Exchange):
     buckets = 4
 
     @staticmethod
-    def part_words(words: int, workers: int) -> int:
+    def part_size(word_count: int, workers: int) -> int:
         """C; even, so that a lane's parity is the same in every part."""
-        return 2 * -(-words // (2 * workers))
+        return 2 * -(-word_count // (2 * workers))
 
     @classmethod
-    def sent_words(cls, words: int, workers: int, planes: int) -> int:
-        """Words that a rank sends for a bucket of ``words``."""
-        return (workers - 1) * cls.part_words(words, workers) * (1 + planes)
+    def words_sent(cls, word_count: int, workers: int, planes: int) -> int:
+        """How many words a rank sends for a bucket of ``word_count``."""
+        return (workers - 1) * cls.part_size(word_count, workers) * (1 + planes)
 
     @override
-    def send(self, words: Tensor, note: Tensor) -> Sent:
-        workers = self.channel.size
-        part = self.part_words(len(words), workers)
-        padded = torch.nn.functional.pad(words, (0, workers * part - len(words)))
-        return self.channel.all_to_all(torch.cat([padded.view(workers, part), note.expand(workers, -1)], dim=1))
-
-    @override
-    def receive(self, sent: Sent, words: int) -> tuple[Tensor, Tensor]:
-        parts, work = sent
+    def decide(self, ballot: Ballot, voters: Voters) -> Conversation[Decision | None]:
+        workers, width = self.channel.size, len(ballot.words)
+        part = self.part_size(width, workers)
+        padded = torch.nn.functional.pad(ballot.words, (0, workers * part - width)).view(workers, part)
+        theirs, work = self.channel.all_to_all(torch.cat([padded, ballot.header.expand(workers, -1)], dim=1))
+        yield
         work.wait()
-        part = self.part_words(words, self.channel.size)
-        return parts[:, :part], parts[:, part:]
-
-    @override
-    def decide(self, votes: Tensor, words: int, step: int, padding_share: float) -> Callable[[], Decision]:
-        part = votes.shape[1]
-        valid = min(part, words - self.channel.rank * part)
-        decided = torch.stack(self._decide(votes.unbind(), valid, step, padding_share))
+        counted = voters(theirs[:, part:])
+        if not counted:
+            return None
+        votes = [theirs[rank, :part] for rank in counted]
+        valid = min(part, width - self.channel.rank * part)
+        decided = torch.stack(self._decided(votes, valid, ballot))
         parts, work = self.channel.all_gather(decided)
-
-        def whole() -> Decision:
-            work.wait()
-            planes = parts.transpose(0, 1).reshape(len(decided), -1)
-            return Decision(tuple(plane[:words] for plane in planes), self._top(votes))
-
-        return whole
+        yield
+        work.wait()
+        planes = parts.transpose(0, 1).reshape(len(decided), -1)
+        return self._decision([plane[:width] for plane in planes], len(votes))
 
 
-def top_level(aggregation: str, tie: str, workers: int) -> int:
-    """N of :class:`Decision`."""
+def highest_level(aggregation: str, tie: str, workers: int) -> int:
+    """N of :class:`Decision`, if so many workers vote."""
     if aggregation == "avg":
         return workers
     return 2 if workers % 2 == 0 and tie == "zero" else 1
 
 
 def make_exchange(
-    exchange: str, channel: Channel, words: int, aggregation: str, tie: str, device: torch.device
+    exchange: str, channel: Channel, word_count: int, aggregation: str, tie: str, device: torch.device
 ) -> Exchange:
     """The exchange of that name; ``"auto"`` is the one that sends fewer bytes, then the one with fewer rounds.
 
     Args:
         exchange: one of ``EXCHANGES``.
         channel: the workers.
-        words: W of a whole step.
+        word_count: W of a whole step.
         aggregation: ``"mavo"`` or ``"avg"``.
         tie: ``"zero"`` or ``"alternate"``.
         device: of the words.
     """
     if exchange == "auto":
-        planes = top_level(aggregation, tie, channel.size).bit_length()
-        gathered = GatherExchange.sent_words(words, channel.size, planes)
-        exchange = "gather" if gathered <= ShardedExchange.sent_words(words, channel.size, planes) else "sharded"
+        planes = highest_level(aggregation, tie, channel.size).bit_length()
+        gathered = GatherExchange.words_sent(word_count, channel.size, planes)
+        exchange = "gather" if gathered <= ShardedExchange.words_sent(word_count, channel.size, planes) else "sharded"
     kind = GatherExchange if exchange == "gather" else ShardedExchange
     return kind(channel, aggregation, tie, device)

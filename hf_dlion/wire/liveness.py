@@ -19,12 +19,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-BEAT_SECONDS = 1.0
+HEARTBEAT_SECONDS = 1.0
 LISTEN_SECONDS = 3.5
 STORE_SECONDS = 5.0
 
 
-def keys() -> str:
+def store_prefix() -> str:
     """Where in the store the ranks of this attempt show that they live."""
     # Otherwise the store is new with each attempt, and the agents of several machines count restarts differently.
     kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -35,7 +35,7 @@ class WorkerLostError(RuntimeError):
     """A collective failed; the message has the ranks that did not answer, and what the backend said."""
 
 
-class _Heart:
+class _Heartbeat:
     """Counts up this rank's key while its default process group exists.
 
     Args:
@@ -55,7 +55,7 @@ class _Heart:
 
     def count(self, rank: int, more: int = 0) -> int:
         """The beats of a rank so far, 0 if it has not begun; ``more`` are added."""
-        return self.store.add(f"{keys()}/beat/{rank}", more)
+        return self.store.add(f"{store_prefix()}/beat/{rank}", more)
 
     def stop(self) -> None:
         self._stopped.set()
@@ -65,36 +65,36 @@ class _Heart:
         try:
             while self.belongs_to(dist.group.WORLD):
                 self.count(rank, 1)
-                if self._stopped.wait(BEAT_SECONDS):
+                if self._stopped.wait(HEARTBEAT_SECONDS):
                     return
         except RuntimeError:
             return  # the store is gone; who misses a rank says so
 
 
-_heart: _Heart | None = None
+_heartbeat: _Heartbeat | None = None
 
 
-def start_beating() -> _Heart | None:
+def start_heartbeat() -> _Heartbeat | None:
     """Show the other ranks from now on that this process lives, if it has a process group; once is enough."""
-    global _heart
+    global _heartbeat
     group = dist.group.WORLD if dist.is_available() else None
     if group is None:
         return None
-    if _heart is None or not _heart.belongs_to(group):
-        _stop_beating()
-        atexit.unregister(_stop_beating)
-        atexit.register(_stop_beating)
-        _heart = _Heart(group)
-    return _heart
+    if _heartbeat is None or not _heartbeat.belongs_to(group):
+        _stop_heartbeat()
+        atexit.unregister(_stop_heartbeat)
+        atexit.register(_stop_heartbeat)
+        _heartbeat = _Heartbeat(group)
+    return _heartbeat
 
 
-def _stop_beating() -> None:
-    if _heart is not None:
-        _heart.stop()
+def _stop_heartbeat() -> None:
+    if _heartbeat is not None:
+        _heartbeat.stop()
 
 
 @contextmanager
-def naming_the_lost(what: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
+def report_lost_workers(what: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Inside, this process beats, and an error of the backend becomes one that names who did not answer.
 
     Args:
@@ -104,23 +104,23 @@ def naming_the_lost(what: str, group: dist.ProcessGroup | None = None) -> Iterat
     Raises:
         WorkerLostError: from the backend's error, some seconds after it.
     """
-    start_beating()
+    start_heartbeat()
     try:
         yield
     except RuntimeError as error:
-        heart = start_beating()
-        if heart is None or isinstance(error, WorkerLostError) or not _of_backend(error):
+        heartbeat = start_heartbeat()
+        if heartbeat is None or isinstance(error, WorkerLostError) or not _of_backend(error):
             raise
-        raise WorkerLostError(_explain(what, error, heart, dist.get_process_group_ranks(group))) from error
+        raise WorkerLostError(_explain(what, error, heartbeat, dist.get_process_group_ranks(group))) from error
 
 
 def _of_backend(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-def _explain(what: str, error: RuntimeError, heart: _Heart, ranks: Sequence[int]) -> str:
+def _explain(what: str, error: RuntimeError, heartbeat: _Heartbeat, ranks: Sequence[int]) -> str:
     said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    lost = _lost(heart, ranks)
+    lost = _lost(heartbeat, ranks)
     if lost is None:
         return (
             f"{what} failed, and the store of the process group does not answer either: rank 0 or what started it is "
@@ -146,19 +146,19 @@ _ADVICE = (
 )
 
 
-def _lost(heart: _Heart, ranks: Sequence[int]) -> list[int] | None:
+def _lost(heartbeat: _Heartbeat, ranks: Sequence[int]) -> list[int] | None:
     """The ranks that show no sign of life, the same on all that ask; None if the store does not answer in time."""
     found: list[list[int]] = []
 
     def listen() -> None:
         try:
-            finding = f"{keys()}/lost"
-            if not heart.store.check([finding]):
-                before = [heart.count(rank) for rank in ranks]
+            finding = f"{store_prefix()}/lost"
+            if not heartbeat.store.check([finding]):
+                before = [heartbeat.count(rank) for rank in ranks]
                 time.sleep(LISTEN_SECONDS)
-                silent = [rank for rank, count in zip(ranks, before, strict=True) if heart.count(rank) == count]
-                heart.store.compare_set(finding, "", " ".join(map(str, silent)) or "none")
-            first = heart.store.get(finding).decode()
+                silent = [rank for rank, count in zip(ranks, before, strict=True) if heartbeat.count(rank) == count]
+                heartbeat.store.compare_set(finding, "", " ".join(map(str, silent)) or "none")
+            first = heartbeat.store.get(finding).decode()
             found.append([] if first == "none" else [int(rank) for rank in first.split()])
         except RuntimeError:
             return

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..bits.counting import count_planes
+from ..bits.packing import BLOCK, LANES, pack_bits, unpack_bits
 from .collectives import Channel
-from .counting import count_planes
-from .packing import BLOCK, LANES, pack_bits, unpack_bits
+from .conversation import Conversation
 
 
-def sum_dense(channel: Channel, values: Tensor, voters: Sequence[int]) -> Tensor:
+def sum_dense(channel: Channel, values: Tensor, voters: Sequence[int]) -> Conversation[Tensor]:
     """The sum over the voters: an all-reduce.
 
     Round 1, all-to-all: rank r gets the r-th of N equal parts, of C values, from everyone, and adds them up. Round 2,
@@ -33,17 +34,19 @@ def sum_dense(channel: Channel, values: Tensor, voters: Sequence[int]) -> Tensor
     workers = channel.size
     part = -(-len(values) // workers)
     parts, work = channel.all_to_all(pad(values, (0, workers * part - len(values))).view(workers, part))
+    yield
     work.wait()
     first, *others = voters
     total = parts[first].clone()
     for rank in others:
         total += parts[rank]
     sums, work = channel.all_gather(total)
+    yield
     work.wait()
     return sums.view(-1)[: len(values)]
 
 
-def sum_ternary(channel: Channel, values: Tensor, voters: Sequence[int]) -> Tensor:
+def sum_ternary(channel: Channel, values: Tensor, voters: Sequence[int]) -> Conversation[Tensor]:
     """The sum over the voters of values in {-1, 0, 1}.
 
     A value is two bits, "above 0" and "not below 0": the sum is the number of bits set, less that of voters. Round 1,
@@ -67,9 +70,11 @@ def sum_ternary(channel: Channel, values: Tensor, voters: Sequence[int]) -> Tens
     part = -(-words[0].numel() // workers)
     sent = pad(words.view(2, -1), (0, workers * part - words[0].numel())).view(2, workers, part)
     received, work = channel.all_to_all(sent.transpose(0, 1).contiguous())
+    yield
     work.wait()
     planes = torch.stack(count_planes(received[list(voters)].reshape(-1, part).unbind()))
     everyone, work = channel.all_gather(planes)
+    yield
     work.wait()
     whole = everyone.transpose(0, 1).reshape(len(planes), -1)[:, : blocks * LANES]
     total = torch.full((blocks * BLOCK,), -len(voters), dtype=torch.int32, device=values.device)
@@ -78,7 +83,9 @@ def sum_ternary(channel: Channel, values: Tensor, voters: Sequence[int]) -> Tens
     return total[: len(values)]
 
 
-def sum_sparse(channel: Channel, indices: Tensor, values: Tensor, size: int, voters: Sequence[int]) -> Tensor:
+def sum_sparse(
+    channel: Channel, indices: Tensor, values: Tensor, size: int, voters: Sequence[int]
+) -> Conversation[Tensor]:
     """The sum over the voters of vectors that are zero but for k entries.
 
     One round, all-gather of 32-bit indices and values: (N-1) * 8k bytes sent and received by each rank.
@@ -94,6 +101,7 @@ def sum_sparse(channel: Channel, indices: Tensor, values: Tensor, size: int, vot
         float32 ``[d]``.
     """
     everyone, work = channel.all_gather(torch.stack([indices, values.view(torch.int32)]))
+    yield
     work.wait()
     total = torch.zeros(size, dtype=torch.float32, device=values.device)
     for rank in voters:

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from hf_dlion.optim.registry import METHODS
+from hf_dlion.trainer.methods import METHODS
 from tests.harness import run_workers
 
 ROOT = Path(__file__).parents[2]

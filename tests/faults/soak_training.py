@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from hf_dlion import DLionTrainer
-from hf_dlion.optim.agreement import checksum
-from hf_dlion.trainer import checkpoints
-from hf_dlion.trainer.manifest import write_whole
+from hf_dlion.bits.hashing import checksum
+from hf_dlion.checkpoint import complete, workers
+from hf_dlion.checkpoint.manifest import write_whole
+from hf_dlion.wire import groups
 from hf_dlion.wire.collectives import Pending, ProcessChannel
 from tests.faults.test_soak import LAST_STEP, PROGRESS, RECORDS
 
@@ -60,7 +61,7 @@ class ShowProgress(TrainerCallback):
 class RecordingTrainer(DLionTrainer):
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         self.add_callback(ShowProgress())
-        why = checkpoints.why_incomplete(resume_from_checkpoint) if resume_from_checkpoint else None
+        why = complete.why_incomplete(resume_from_checkpoint) if resume_from_checkpoint else None
         self._record(began=time.time(), resumed_from=resume_from_checkpoint, incomplete=why)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         parameters = [parameter.detach() for parameter in self.model.parameters()]
@@ -75,9 +76,7 @@ class RecordingTrainer(DLionTrainer):
 if __name__ == "__main__":
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda number, frame: told.add(number))
-    import hf_dlion.optim.workers
-
-    hf_dlion.optim.workers.ProcessChannel = Channel  # type: ignore[misc]
-    checkpoints.write_whole = write_or_die  # type: ignore[assignment]
+    groups.ProcessChannel = Channel  # type: ignore[misc]
+    workers.write_whole = write_or_die  # type: ignore[assignment]
     pretrain_gpt2.DLionTrainer = RecordingTrainer  # type: ignore[misc]
     pretrain_gpt2.main()

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from hf_dlion import DistributedLion
 from hf_dlion.wire import liveness
 from hf_dlion.wire.exchange import ShardedExchange
-from hf_dlion.wire.liveness import naming_the_lost
+from hf_dlion.wire.liveness import report_lost_workers
 from tests.faults.victims import LOST, check_survivors, die
 from tests.harness import run_to_their_ends, run_workers
 from tests.links import NEEDS_ROOT, links, namespaces_work
@@ -122,14 +122,14 @@ def test_the_store_dies_with_its_rank() -> None:
 
 
 def other_errors(rank: int) -> str:
-    with pytest.raises(RuntimeError, match="^out of memory$") as caught, naming_the_lost("training"):
+    with pytest.raises(RuntimeError, match="^out of memory$") as caught, report_lost_workers("training"):
         raise RuntimeError("out of memory")
     return type(caught.value).__name__
 
 
 def test_errors_that_are_not_of_the_backend_stay_as_they_are() -> None:
     assert run_workers(other_errors, 2) == ["RuntimeError"] * 2
-    with pytest.raises(dist.DistStoreError), naming_the_lost("no process group"):
+    with pytest.raises(dist.DistStoreError), report_lost_workers("no process group"):
         raise dist.DistStoreError
 
 
@@ -139,7 +139,7 @@ def test_an_attempt_has_keys_of_its_own(kept: str, attempts: list[str], monkeypa
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", kept)
     for count, attempt in enumerate(attempts):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
-        assert liveness.keys() == f"hf_dlion/{attempt}"
+        assert liveness.store_prefix() == f"hf_dlion/{attempt}"
 
 
 LINKED = """

@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_dlion.trainer.manifest import write_whole
+from hf_dlion.checkpoint.manifest import write_whole
 from tests.links import Links, links, namespaces_work
 
 WORKERS = 3

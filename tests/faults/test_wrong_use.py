@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_dlion import DistributedLion
-from hf_dlion.optim.registry import METHODS
+from hf_dlion.trainer.methods import METHODS
 from tests.harness import run_to_their_ends
 
 
@@ -130,8 +130,8 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], list[str]]] = {
     "on_bad_gradient": (step, differ({}, {"on_bad_gradient": "raise"}), [ANOTHER, "on_bad_gradient is abstain on"]),
     "check_replicas": (
         step,
-        differ({}, {"check_replicas_every": 5}),
-        [ANOTHER, "check_replicas_every is 100 on rank 0"],
+        differ({}, {"check_replicas_steps": 5}),
+        [ANOTHER, "check_replicas_steps is 100 on rank 0"],
     ),
     "method": (other_method, (), [ANOTHER, "method is DistributedLion on rank 0 and GlobalLion on rank 1"]),
     "foreign optimizer": (foreign_optimizer, (), ["optim='dlion_mavo', and an optimizer of class SGD was given"]),

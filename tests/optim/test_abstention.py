@@ -13,8 +13,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 from hf_dlion import DistributedLion
 from hf_dlion.optim import dlion
-from hf_dlion.optim.registry import METHODS
 from hf_dlion.optim.virtual import VirtualWorkers
+from hf_dlion.trainer.methods import METHODS
 from tests.harness import run_workers
 from tests.optim import test_dlion as dense
 from tests.optim.test_methods import DECAY, LR, OPTIONS, STEPS, gradients, parameters
@@ -72,6 +72,7 @@ def test_a_worker_that_always_abstains_is_as_if_it_were_not(name: str) -> None:
     fewer, all_three = parameters(), parameters()
     two = VirtualWorkers(fewer, 2, METHODS[name].optimizer, **options)
     three = VirtualWorkers(all_three, 3, METHODS[name].optimizer, **options)
+    three.members[2].make_state()
     kept = [{key: tensor.clone() for key, tensor in state.items()} for state in three.members[2].state.values()]
     local = {"momentum"} if isinstance(three.members[0], DistributedLion) else {"residual", "velocity"}
     for step in range(STEPS):

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from hf_dlion import DistributedLion
+from hf_dlion.bits.hashing import digest
+from hf_dlion.bits.packing import LANES
 from hf_dlion.optim import dlion, layout
-from hf_dlion.optim.agreement import digest
-from hf_dlion.wire.packing import LANES
 from tests.harness import run_workers
 from tests.reference import ReferenceLion
 
@@ -40,18 +40,18 @@ def gradients(rank: int, step: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def places() -> tuple[torch.Tensor, list[tuple[int, int]]]:
-    """Each element's place in its segment, and the piece that begins the segment, in the order of the parameters."""
+    """Each element's place in its segment, and the span that begins the segment, in the order of the parameters."""
     found = [torch.zeros(torch.Size(shape).numel(), dtype=torch.int64) for shape in SHAPES]
     begins = [[(0, 0)] * len(one) for one in found]
     members = [[(index, parameter) for index, parameter in enumerate(parameters(torch.float32))]]
     for bucket in layout.make_buckets(members, 1):
         for segment in bucket.segments:
             place = 0
-            for piece in segment.pieces:
-                part = slice(piece.start, piece.start + piece.length)
-                found[piece.parameter][part] = torch.arange(place, place + piece.length)
-                begins[piece.parameter][part] = [(segment.pieces[0].parameter, segment.pieces[0].start)] * piece.length
-                place += piece.length
+            for span in segment.spans:
+                part = slice(span.start, span.start + span.length)
+                found[span.parameter][part] = torch.arange(place, place + span.length)
+                begins[span.parameter][part] = [(segment.spans[0].parameter, segment.spans[0].start)] * span.length
+                place += span.length
     return torch.cat(found), [begin for one in begins for begin in one]
 
 

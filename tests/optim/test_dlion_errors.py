@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from hf_dlion import DistributedLion
-from hf_dlion.optim.registry import METHODS
+from hf_dlion.trainer.methods import METHODS
 from tests.harness import run_workers
 
 
@@ -75,7 +78,7 @@ def test_bad_gradient_of_a_single_worker() -> None:
 def outcome(step: Callable[[], Any]) -> str:
     try:
         step()
-    except (RuntimeError, FloatingPointError) as error:
+    except (RuntimeError, FloatingPointError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
 
@@ -139,7 +142,7 @@ def test_a_schedule_that_drifts_apart_is_found_at_its_step() -> None:
 def replicas_apart(rank: int, name: str) -> list[str]:
     first, second = torch.nn.Parameter(torch.ones(8)), torch.nn.Parameter(torch.ones(5))
     method = METHODS[name]
-    optimizer = method.optimizer([("first", first), ("second", second)], check_replicas_every=3, **method.fixed)
+    optimizer = method.optimizer([("first", first), ("second", second)], check_replicas_steps=3, **method.fixed)
     messages = []
     for step in range(5):
         if step == 1 and rank == 1:
@@ -184,3 +187,22 @@ def test_a_rank_outside_the_process_group_is_told() -> None:
     inside, _, outside = run_workers(votes_elsewhere, 3, timeout=60)
     assert inside == "no error"
     assert "rank 2 is not in the process_group" in outside
+
+
+def sharded(rank: int) -> list[str]:
+    mesh = init_device_mesh("cpu", (2,))
+    whole = torch.nn.Linear(8, 4)
+    parts = [torch.nn.Parameter(distribute_tensor(torch.ones(8), mesh, [Shard(0)]))]
+    fully_shard(whole, mesh=mesh)
+    return [
+        outcome(lambda params=params, name=name: METHODS[name].optimizer(params, **METHODS[name].fixed))  # type: ignore[misc]
+        for params in (parts, list(whole.parameters()))
+        for name in METHODS
+    ]
+
+
+def test_sharded_parameters_are_refused_as_the_optimizer_is_made() -> None:
+    for messages in run_workers(sharded, 2, timeout=60):
+        for message in messages:
+            assert "is a DTensor, sharded over DeviceMesh" in message
+            assert "not supported yet" in message

@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hf_dlion.bits.hashing import digest
 from hf_dlion.optim import sparse
-from hf_dlion.optim.agreement import digest
 from hf_dlion.optim.dgc import DeepGradientCompression
-from hf_dlion.optim.registry import METHODS
 from hf_dlion.optim.terngrad import TernGrad
+from hf_dlion.trainer.methods import METHODS
+from hf_dlion.wire.conversation import run
 from hf_dlion.wire.sums import sum_ternary
 from tests.harness import run_workers
 
@@ -268,7 +269,7 @@ def ternary_sums(rank: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     values = torch.randint(-1, 2, (size,), generator=torch.Generator().manual_seed(rank), dtype=torch.int8)
     everyone = [torch.empty_like(values) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, values)
-    total = sum_ternary(ProcessChannel(None, Ledger()), values, range(dist.get_world_size()))
+    total = run(sum_ternary(ProcessChannel(None, Ledger()), values, range(dist.get_world_size())))
     return total, torch.stack(everyone).int().sum(0)
 
 

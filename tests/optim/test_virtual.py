@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from hf_dlion import DistributedLion
 from hf_dlion.optim.gadamw import GlobalAdamW
-from hf_dlion.optim.registry import METHODS
 from hf_dlion.optim.virtual import VirtualWorkers
+from hf_dlion.trainer.methods import METHODS
 from hf_dlion.wire.ledger import Ledger
 from tests.harness import run_workers
 from tests.optim.test_methods import DECAY, LR, OPTIONS, STEPS, gradients, parameters

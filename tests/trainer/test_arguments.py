@@ -11,7 +11,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_dlion import DLionArgumentsMixin, DLionTrainingArguments
-from hf_dlion.optim.registry import METHODS
+from hf_dlion.trainer.methods import METHODS
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer
 
 from hf_dlion import DistributedLion, DLionTrainer, DLionTrainerMixin
-from hf_dlion.optim.registry import METHODS
+from hf_dlion.trainer.methods import METHODS
 from tests.harness import run_workers
 from tests.trainer import tiny
 

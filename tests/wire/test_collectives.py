@@ -1,4 +1,4 @@
-"""What only whole processes show: their exit. Without ``settle``, one run in three fails."""
+"""What only whole processes show: their exit. Without ``drain_gloo``, one run in three fails."""
 
 from __future__ import annotations
 

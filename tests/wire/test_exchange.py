@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from hf_dlion.wire.collectives import ProcessChannel
-from hf_dlion.wire.exchange import make_exchange
+from hf_dlion.wire.conversation import run
+from hf_dlion.wire.exchange import Ballot, Decision, Exchange, make_exchange
 from hf_dlion.wire.ledger import Ledger
 from tests.harness import run_workers
 
@@ -35,19 +36,35 @@ def expected(workers: int, words: int, aggregation: str, tie: str, step: int) ->
     return decision
 
 
+def decided(exchange: Exchange, ballot: Ballot) -> tuple[Decision, torch.Tensor]:
+    """The decision of all, and the headers that came with it."""
+    seen = []
+
+    def everyone(headers: torch.Tensor) -> range:
+        seen.append(headers)
+        return range(len(headers))
+
+    decision = run(exchange.decide(ballot, everyone))
+    assert decision is not None
+    return decision, seen[0]
+
+
+def ballot_of(rank: int, words: int, padding: float = 0.0) -> Ballot:
+    return Ballot(votes_of(rank, words), torch.empty(0, dtype=torch.int32), 0, padding)
+
+
 def decide_everything(rank: int, workers: int) -> None:
-    note = torch.tensor([rank, 7 * rank, -1], dtype=torch.int32)
+    header = torch.tensor([rank, 7 * rank, -1], dtype=torch.int32)
     for kind, aggregation, tie, words, step in itertools.product(
         ("gather", "sharded"), ("mavo", "avg"), ("zero", "alternate"), (32, 96, 160), (0, 1)
     ):
         case = f"{kind} {aggregation} {tie} {words} {step}"
         exchange = make_exchange(kind, ProcessChannel(None, Ledger()), words, aggregation, tie, CPU)
-        votes, notes = exchange.receive(exchange.send(votes_of(rank, words), note), words)
-        decision = exchange.decide(votes, words, step, padding_share=0.0)()
+        decision, headers = decided(exchange, Ballot(votes_of(rank, words), header, step, 0.0))
         level = sum(unpack(plane) << p for p, plane in enumerate(decision.planes)).float()
-        found = (2 * level - decision.top) / decision.top
+        found = (2 * level - decision.highest) / decision.highest
         assert torch.equal(found, expected(workers, words, aggregation, tie, step)), case
-        assert notes.tolist() == [[other, 7 * other, -1] for other in range(workers)]
+        assert headers.tolist() == [[other, 7 * other, -1] for other in range(workers)]
 
 
 @pytest.mark.parametrize("workers", [2, 3, 4, 5])
@@ -58,8 +75,7 @@ def test_decisions_equal_an_unpacked_count(workers: int) -> None:
 def sent_words(rank: int, kind: str, aggregation: str, tie: str, words: int) -> tuple[str, float, float]:
     ledger = Ledger()
     exchange = make_exchange(kind, ProcessChannel(None, ledger), words, aggregation, tie, CPU)
-    sent = exchange.send(votes_of(rank, words), torch.empty(0, dtype=torch.int32))
-    exchange.decide(exchange.receive(sent, words)[0], words, 0, 0.0)()
+    decided(exchange, ballot_of(rank, words))
     return type(exchange).__name__, ledger.sent_bytes / 4 / words, ledger.received_bytes / 4 / words
 
 
@@ -92,8 +108,7 @@ def test_auto_gathers_a_buffer_too_small_to_share_out() -> None:
 def statistics(rank: int, kind: str) -> tuple[int, int, int, float]:
     words = 160
     exchange = make_exchange(kind, ProcessChannel(None, Ledger()), words, "mavo", "zero", CPU)
-    votes, _ = exchange.receive(exchange.send(votes_of(rank, words), torch.empty(0, dtype=torch.int32)), words)
-    exchange.decide(votes, words, 0, padding_share=0.25)()
+    decided(exchange, ballot_of(rank, words, padding=0.25))
     seen = exchange.statistics
     return int(seen.ties), int(seen.unanimous), seen.counted, seen.padding
 

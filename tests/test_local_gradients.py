@@ -12,7 +12,7 @@ from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKw
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_dlion import DistributedLion, keep_gradients_local
-from hf_dlion.trainer.local_gradients import check_supported
+from hf_dlion.local_gradients import check_supported
 from tests.harness import run_workers
 from tests.trainer.tiny import act_as_launched
 

@@ -25,7 +25,7 @@ from hf_dlion import (
     load_workers,
     save_workers,
 )
-from hf_dlion.trainer.manifest import MANIFEST, CheckpointError, Manifest
+from hf_dlion.checkpoint.manifest import MANIFEST, CheckpointError, Manifest
 from tests.harness import run_workers, what_is_logged
 from tests.trainer import tiny
 from tests.trainer.test_trainer import weights
@@ -137,7 +137,7 @@ def test_another_number_of_workers(optim: str, tmp_path: Path) -> None:
     def loaded(**options: Any) -> list[State]:
         run = trainer(0, tmp_path, optim=optim, **options)
         run.create_optimizer()
-        load_workers(checkpoint, run.optimizer, other_workers=run.args.resume_world_size_policy)
+        load_workers(checkpoint, run.optimizer, resume_world_size_policy=run.args.resume_world_size_policy)
         optimizer = run.optimizer
         return [
             {f"{i}.{k}": t for i, s in enumerate(m.state.values()) for k, t in s.items()}
@@ -261,7 +261,7 @@ def test_another_method_or_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="SGD has no workers"):
         save_workers(tmp_path, torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))]))
     with pytest.raises(ValueError, match="'sum' is not known.*mean, reset, error"):
-        load_workers(checkpoint, DistributedLion([torch.nn.Parameter(torch.zeros(3))]), other_workers="sum")
+        load_workers(checkpoint, DistributedLion([torch.nn.Parameter(torch.zeros(3))]), resume_world_size_policy="sum")
 
 
 def test_reset_needs_none_of_the_others_state(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_reset_needs_none_of_the_others_state(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint-2"
     (checkpoint / "worker_00000_of_00003.safetensors").unlink()
     optimizer = trainer(0, tmp_path, virtual_workers=2).create_optimizer()
-    load_workers(checkpoint, optimizer, other_workers="reset")
+    load_workers(checkpoint, optimizer, resume_world_size_policy="reset")
     assert optimizer.param_groups[0]["step"] == 2
 
 
@@ -388,7 +388,7 @@ def test_the_manifest_names_everything(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-2"
     manifest = Manifest.read(folder)
     assert (manifest.method, manifest.workers, manifest.step) == ("DistributedLion", 2, 2)
-    assert manifest.settings["aggregation"] == "mavo"
+    assert manifest.options["aggregation"] == "mavo"
     assert set(manifest.files) == {path.name for path in folder.iterdir()} - {MANIFEST}
     assert not list(folder.glob("*.pt.*")) + list(folder.glob(".*"))
     assert (

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_dlion.wire.packing import LANES, pack_bits, unpack_bits
+from hf_dlion.bits.packing import LANES, pack_bits, unpack_bits
 
 
 @pytest.mark.parametrize("blocks", [1, 3])

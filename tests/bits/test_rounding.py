@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from hf_dlion import DistributedLion
-from hf_dlion.optim.registry import METHODS
-from hf_dlion.optim.rounding import round_at_random, rounding_seed
+from hf_dlion.bits.rounding import round_at_random, rounding_seed
 from hf_dlion.optim.virtual import VirtualWorkers
+from hf_dlion.trainer.methods import METHODS
 
 COUNT = 1 << 16
 
@@ -58,7 +58,7 @@ def test_updates_below_half_a_unit_are_made(name: str, workers: int) -> None:
 
 def test_replicas_stay_equal() -> None:
     parameter = torch.nn.Parameter(torch.randn(40, 1000).to(torch.bfloat16))
-    optimizer = VirtualWorkers([parameter], 3, DistributedLion, lr=1e-3, check_replicas_every=1)
+    optimizer = VirtualWorkers([parameter], 3, DistributedLion, lr=1e-3, check_replicas_steps=1)
     for step in range(5):
         for rank in range(3):
             parameter.grad = torch.randn(40, 1000, generator=torch.Generator().manual_seed(10 * step + rank)).bfloat16()

@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..optim.workers import STEP
+from ..optim.replica import STEP
 
 MANIFEST = "hf_dlion_manifest.json"
 TEMPORARY = ".hf_dlion_part"
 ANY_PART = "worker_*_of_*.safetensors"
 ELSEWHERE = "Resume from another checkpoint."
 
-_FORMAT = 1
+_FORMAT = 2
 _MAX_MANIFEST_BYTES = 1 << 26
 _CHUNK = 1 << 22
 
@@ -45,7 +45,7 @@ class Manifest:
 
     Attributes:
         method: class of the optimizer.
-        settings: its options.
+        options: of the optimizer.
         workers: how many it has.
         step: how many it has made.
         groups: its param groups, with the number of their parameters as ``params``.
@@ -54,7 +54,7 @@ class Manifest:
     """
 
     method: str
-    settings: dict[str, Any]
+    options: dict[str, Any]
     workers: int
     step: int
     groups: list[dict[str, Any]]
@@ -92,10 +92,12 @@ class Manifest:
 
     @classmethod
     def _checked(cls, found: Any) -> Manifest:
-        if found["format"] != _FORMAT:
+        if found["format"] not in (1, _FORMAT):
             raise ValueError(f"format {found['format']!r}, and not {_FORMAT}")
         if found.pop("sha256") != _hash(found):
             raise ValueError("its own hash differs")
+        if found["format"] == 1:
+            found = _from_format_1(found)
         files = {name: Entry(**entry) for name, entry in found["files"].items()}
         for name, entry in files.items():
             path = PurePosixPath(name)
@@ -110,12 +112,21 @@ class Manifest:
             raise ValueError("the names of the parts are others")
         if len(manifest.parts) != manifest.workers or not manifest.workers or not files.keys() >= set(manifest.parts):
             raise ValueError("there is not one part for each worker")
-        if not isinstance(manifest.method, str) or not isinstance(manifest.settings, dict):
-            raise ValueError("method and settings are not there")
+        if not isinstance(manifest.method, str) or not isinstance(manifest.options, dict):
+            raise ValueError("method and options are not there")
         for group in manifest.groups:
             if type(group["params"]) is not int or type(group[STEP]) is not int or group[STEP] < 0:
                 raise ValueError("a param group without parameters or step")
         return manifest
+
+
+def _from_format_1(found: dict[str, Any]) -> dict[str, Any]:
+    """With the names of today."""
+    options = dict(found["settings"])
+    if "check_replicas_every" in options:
+        options["check_replicas_steps"] = options.pop("check_replicas_every")
+    kept = {name: value for name, value in found.items() if name != "settings"}
+    return kept | {"options": options, "format": _FORMAT}
 
 
 def _hash(content: Any) -> str:

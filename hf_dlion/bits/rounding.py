@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .agreement import digest
+from .hashing import digest
 
 
 def rounding_seed(step: int, parameter: int, start: int, device: torch.device) -> Tensor:

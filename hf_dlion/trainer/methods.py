@@ -1,4 +1,4 @@
-"""The methods by the names that ``optim=`` takes. A new method is one file beside this one, and an entry here."""
+"""The methods by the names that ``optim=`` takes. A new method is a file in ``optim/``, and an entry here."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch.optim import Optimizer
-
-from .dgc import DeepGradientCompression
-from .dlion import DistributedLion
-from .gadamw import GlobalAdamW
-from .glion import GlobalLion
-from .graddrop import GradDrop
-from .signum import DistributedSignum
-from .terngrad import TernGrad
+from ..optim.dgc import DeepGradientCompression
+from ..optim.dlion import DistributedLion
+from ..optim.gadamw import GlobalAdamW
+from ..optim.glion import GlobalLion
+from ..optim.graddrop import GradDrop
+from ..optim.signum import DistributedSignum
+from ..optim.terngrad import TernGrad
+from ..optim.workers import WorkersOptimizer
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Method:
         options: the keyword arguments that come from the training arguments (``DLionArgumentsMixin``).
     """
 
-    optimizer: type[Optimizer]
+    optimizer: type[WorkersOptimizer]
     summary: str
     fixed: Mapping[str, Any] = field(default_factory=dict)
     options: Callable[[Any], dict[str, Any]] = lambda arguments: {}

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_dlion.wire.counting import count_planes, equals, majority, parity_words, popcount, reaches
+from hf_dlion.bits.counting import count_planes, equals, majority, parity_words, popcount, reaches
 
 WORDS = 40
 

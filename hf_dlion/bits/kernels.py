@@ -18,14 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..wire.packing import BLOCK, LANES, pack_bits, unpack_bits
+from .packing import BLOCK, LANES, pack_bits, unpack_bits
 from .rounding import round_at_random
 
 logger = logging.getLogger(__name__)
 
-Vote = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+Vote = Callable[..., None]  # how many states it has is its own affair
 Apply = Callable[[Tensor, Tensor, Tensor, int, tuple[Tensor, ...]], None]
-Lone = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+Step = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Kernels:
     Attributes:
         vote: ``(gradient, momentum, hyper, zero_votes, words)``: writes the packed signs of the direction into
             ``words``, and updates the momentum. ``zero_votes``, bool ``[32]``, is what an exact zero votes, by lane.
-        apply: ``(parameter, hyper, seed, top, planes)``: the update by the decision (see ``wire.exchange.Decision``).
-        lone: ``(parameter, gradient, momentum, hyper, seed)``: a whole step of Lion, for one worker; flat tensors.
+        apply: ``(parameter, hyper, seed, highest, planes)``: the update by the decision (``wire.exchange.Decision``).
+        step: ``(parameter, gradient, momentum, hyper, seed)``: a whole step of Lion, for one worker; flat tensors.
     """
 
     vote: Vote
     apply: Apply
-    lone: Lone
+    step: Step
 
 
 def _vote(gradient: Tensor, momentum: Tensor, hyper: Tensor, zero_votes: Tensor, words: Tensor) -> None:
@@ -53,17 +53,17 @@ def _vote(gradient: Tensor, momentum: Tensor, hyper: Tensor, zero_votes: Tensor,
     words.copy_((bits.to(torch.int32) << rows).sum(1, dtype=torch.int32))
 
 
-def _apply(parameter: Tensor, hyper: Tensor, seed: Tensor, top: int, planes: tuple[Tensor, ...]) -> None:
+def _apply(parameter: Tensor, hyper: Tensor, seed: Tensor, highest: int, planes: tuple[Tensor, ...]) -> None:
     rows = torch.arange(LANES, dtype=torch.int32, device=parameter.device).view(1, LANES, 1)
     level = (planes[0].unsqueeze(1) >> rows) & 1
     for p, plane in enumerate(planes[1:], 1):
         level = level + (((plane.unsqueeze(1) >> rows) & 1) << p)
-    d = (2 * level - top).float() / top
+    d = (2 * level - highest).float() / highest
     x = parameter.float()
     _store(parameter, x - hyper[4] * (d + hyper[5] * x), seed, 0)
 
 
-def _lone(parameter: Tensor, gradient: Tensor, momentum: Tensor, hyper: Tensor, seed: Tensor, first: int = 0) -> None:
+def _step(parameter: Tensor, gradient: Tensor, momentum: Tensor, hyper: Tensor, seed: Tensor, first: int = 0) -> None:
     g = gradient.float()
     d = torch.sign(hyper[0] * momentum + hyper[1] * g)
     momentum.copy_(hyper[2] * momentum + hyper[3] * g)
@@ -95,42 +95,42 @@ def _eager_vote(gradient: Tensor, momentum: Tensor, hyper: Tensor, zero_votes: T
         pack_bits(bits, out)
 
 
-def _eager_apply(parameter: Tensor, hyper: Tensor, seed: Tensor, top: int, planes: tuple[Tensor, ...]) -> None:
+def _eager_apply(parameter: Tensor, hyper: Tensor, seed: Tensor, highest: int, planes: tuple[Tensor, ...]) -> None:
     size = _chunk(parameter)
     chunks = zip(parameter.split(size), *(plane.split(size) for plane in planes), strict=True)
     for index, (x, *parts) in enumerate(chunks):
         d = unpack_bits(parts[0]).float()
         for p, part in enumerate(parts[1:], 1):
             d.add_(unpack_bits(part), alpha=1 << p)
-        d.mul_(2).sub_(top).div_(top)
+        d.mul_(2).sub_(highest).div_(highest)
         wide = x.float()
         _store(x, wide - d.add_(wide * hyper[5]).mul_(hyper[4]), seed, index * size * BLOCK)
 
 
-def _eager_lone(parameter: Tensor, gradient: Tensor, momentum: Tensor, hyper: Tensor, seed: Tensor) -> None:
+def _eager_step(parameter: Tensor, gradient: Tensor, momentum: Tensor, hyper: Tensor, seed: Tensor) -> None:
     size = _chunk(gradient) * BLOCK
     chunks = zip(parameter.split(size), gradient.split(size), momentum.split(size), strict=True)
     for index, (x, g, m) in enumerate(chunks):
-        _lone(x, g, m, hyper, seed, index * size)
+        _step(x, g, m, hyper, seed, index * size)
 
 
-EAGER = Kernels(_eager_vote, _eager_apply, _eager_lone)
+EAGER = Kernels(_eager_vote, _eager_apply, _eager_step)
 
 
 @functools.cache
 def _compiled() -> Kernels:
-    return Kernels(*(torch.compile(formula, fullgraph=True) for formula in (_vote, _apply, _lone)))
+    return Kernels(*(torch.compile(formula, fullgraph=True) for formula in (_vote, _apply, _step)))
 
 
 @torch.no_grad()
-def compile_kernels(device: torch.device, dtypes: set[torch.dtype], workers: int, top: int) -> Kernels | None:
+def compile_kernels(device: torch.device, dtypes: set[torch.dtype], workers: int, highest: int) -> Kernels | None:
     """Compile the passes that a step needs, once for any number of blocks.
 
     Args:
         device: of the parameters.
         dtypes: of the parameters.
         workers: N.
-        top: of the decisions.
+        highest: level of the decisions.
 
     Returns:
         The compiled passes; None, with a warning, where they cannot be compiled.
@@ -147,13 +147,13 @@ def compile_kernels(device: torch.device, dtypes: set[torch.dtype], workers: int
         kernels = _compiled()
         for dtype in sorted(dtypes, key=str):
             if workers == 1:
-                kernels.lone(example(dtype), example(dtype), example(torch.float32), hyper, seed)
+                kernels.step(example(dtype), example(dtype), example(torch.float32), hyper, seed)
                 continue
             gradient, momentum = example(dtype, LANES, LANES), example(torch.float32, LANES, LANES)
             words = example(torch.int32, LANES)
             kernels.vote(gradient, momentum, hyper, torch.zeros(LANES, dtype=torch.bool, device=device), words)
-            planes = tuple(example(torch.int32, LANES) for _ in range(top.bit_length()))
-            kernels.apply(example(dtype, LANES, LANES), hyper, seed, top, planes)
+            planes = tuple(example(torch.int32, LANES) for _ in range(highest.bit_length()))
+            kernels.apply(example(dtype, LANES, LANES), hyper, seed, highest, planes)
     except Exception as error:  # whatever the compiler stack raises: no C++ compiler, no Triton, an unsupported device
         logger.warning(
             "torch.compile failed, so DistributedLion steps in eager mode, which is slower. "

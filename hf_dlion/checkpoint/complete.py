@@ -1,0 +1,86 @@
+"""Which folder counts as a checkpoint: one whose manifest fits its files, on all ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from .manifest import ANY_PART, ELSEWHERE, CheckpointError, Manifest, check_file
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def last_complete_checkpoint(folder: str | Path) -> str | None:
+    """The newest ``checkpoint-...`` in the folder that is whole, the same on all ranks; None if there is none.
+
+    Those that are not are passed over with a warning. A collective, if torch.distributed is initialized.
+    """
+    folder = Path(folder)
+    found = {int(match[1]): path for path in _subfolders(folder) if (match := _CHECKPOINT.fullmatch(path.name))}
+    everyone = _gather(sorted(found))
+    # Of folders of its own, a node may lack the newest.
+    for step in sorted(set.intersection(*map(set, everyone)), reverse=True):
+        why = _why_incomplete_anywhere(found[step])
+        if why is None:
+            return str(found[step])
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            logger.warning("passed over: %s", why)
+    return None
+
+
+def check_complete(folder: str | Path) -> None:
+    """Raise CheckpointError, on all ranks, unless the checkpoint is whole. A collective as the one above.
+
+    A part that is lost may not be needed: :func:`load_workers` says whose it was, and what can be done.
+    """
+    why = next((why for why in _gather(why_incomplete(folder)) if why is not None), None)
+    if why is not None:
+        raise CheckpointError(why)
+
+
+def _why_incomplete_anywhere(folder: Path) -> str | None:
+    """What is wrong with the checkpoint, the same on all ranks; None if nothing."""
+    everyone = _gather((why_incomplete(folder), sorted(path.name for path in folder.glob(ANY_PART))))
+    if wrong := [why for why, _ in everyone if why is not None]:
+        return wrong[0]
+    lost = set(Manifest.read(folder).parts) - {name for _, names in everyone for name in names}
+    return f"{folder / min(lost)} is missing on all ranks. {ELSEWHERE}" if lost else None
+
+
+def why_incomplete(folder: str | Path) -> str | None:
+    """What is wrong with the checkpoint, as far as this process looks at it; None if nothing.
+
+    With a process group, the processes of a node share the files out among themselves; parts of workers on other nodes
+    may be absent.
+    """
+    folder = Path(folder)
+    rank, size = 0, 1
+    if dist.is_initialized():
+        rank, size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    try:
+        manifest = Manifest.read(folder)
+        for index, (name, entry) in enumerate(sorted(manifest.files.items())):
+            if index % size == rank and (name not in manifest.parts or (folder / name).exists()):
+                check_file(folder, name, entry)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+
+
+def _gather(value: Any) -> list[Any]:
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,75 @@
+"""How a worker describes its replica to the others, and to the user: by names, values and checksums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..bits.hashing import checksum
+
+STEP = "step"
+
+
+@dataclass(frozen=True)
+class Replica:
+    """What an optimizer holds at one step.
+
+    Attributes:
+        method: class of the optimizer.
+        options: what must be the same on all ranks, besides hyperparameters.
+        groups: the param groups.
+        hyperparameters: names of those that must be the same on all ranks at every step.
+        parameters: of all groups, in order, as far as this process holds them.
+        names: of the parameters, empty where one has none; if there are none at all, those of the param groups.
+    """
+
+    method: str
+    options: dict[str, Any]
+    groups: list[dict[str, Any]]
+    hyperparameters: tuple[str, ...]
+    parameters: list[Tensor]
+    names: list[str]
+
+    @property
+    def step(self) -> int:
+        """How many steps were made."""
+        return int(self.groups[0][STEP])
+
+    def describe_layout(self) -> dict[str, Any]:
+        """Method, options, and the shapes of the parameters."""
+        described: dict[str, Any] = {"method": self.method, **self.options}
+        described["the number of param groups"] = len(self.groups)
+        for index, parameter in enumerate(self.parameters):
+            described[f"parameter {index}"] = (
+                f"{str(parameter.dtype).removeprefix('torch.')} {tuple(parameter.shape)}, strides {parameter.stride()}"
+            )
+        return described | {f"the size of param group {i}": len(g["params"]) for i, g in enumerate(self.groups)}
+
+    def describe_parameters(self) -> dict[str, Any]:
+        """Their checksums."""
+        return {f"the checksum of {self.name(i)}": checksum([p]) for i, p in enumerate(self.parameters)}
+
+    def describe_hyperparameters(self) -> dict[str, Any]:
+        """The step number, and those of every group."""
+        described: dict[str, Any] = {}
+        for index, group in enumerate(self.groups):
+            for name in (STEP, *self.hyperparameters):
+                value = group[name]
+                described[f"{name} of param group {index}"] = float(value) if isinstance(value, Tensor) else value
+        return described
+
+    def describe_bad_gradient(self, index: int) -> str:
+        """What is wrong with the gradient of a parameter, and where to look."""
+        return (
+            f"the gradient of {self.name(index)}, shape {tuple(self.parameters[index].shape)}, has a NaN or Inf at "
+            f"step {self.step}. Look for a too large learning rate, a division by zero in the loss, or a batch without "
+            "targets."
+        )
+
+    def name(self, index: int) -> str:
+        """A parameter by its number, and its name if it has one."""
+        names = self.names or [name for group in self.groups for name in group.get("param_names", ())]
+        name = next(iter(names[index : index + 1]), "")
+        return f"parameter {index} ({name})" if name else f"parameter {index}"

@@ -1,0 +1,221 @@
+"""Flat views of parameters and of their states, in memory order; and as the layout cuts them into segments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..bits.kernels import EAGER, Kernels
+from ..bits.packing import BLOCK, LANES
+from ..bits.rounding import rounding_seed
+from ..wire.exchange import Decision
+from .layout import Bucket, Segment, Span
+from .tensors import Order, flatten, memory_order
+
+State = Mapping[str, Tensor]
+
+
+class Views:
+    """Parameters and their states, flat, for as long as their memory is the same.
+
+    Attributes:
+        parameters: one flat view a parameter.
+        states: for each parameter a flat view of each of its states, by name.
+    """
+
+    def __init__(self) -> None:
+        self.parameters: list[Tensor] = []
+        self.states: list[dict[str, Tensor]] = []
+        self._orders: list[Order] = []
+        self._pointers: list[int] = []
+
+    def follow(self, parameters: Sequence[Tensor], states: Sequence[State]) -> None:
+        """Be views of these; made anew where ``parameter.data`` or a state was replaced."""
+        pointers = [tensor.data_ptr() for tensor in parameters]
+        pointers += [tensor.data_ptr() for state in states for tensor in state.values()]
+        if pointers == self._pointers:
+            return
+        self._orders = [memory_order(parameter) for parameter in parameters]
+        self.parameters = self.flatten(parameters)  # type: ignore[assignment]
+        self.states = [
+            {name: flatten(tensor, order) for name, tensor in state.items()}
+            for state, order in zip(states, self._orders, strict=True)
+        ]
+        self._pointers = pointers
+
+    def flatten(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """A tensor for each parameter, or None, in the memory order of its parameter."""
+        return [None if t is None else flatten(t, order) for t, order in zip(tensors, self._orders, strict=True)]
+
+
+class SegmentViews(Views):
+    """Views that are cut into segments, and what kernels do to them.
+
+    Args:
+        buckets: the layout.
+        state_names: of the states that a vote reads and changes, in the order in which its kernel takes them.
+        device: of the parameters.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], state_names: Sequence[str], device: torch.device) -> None:
+        super().__init__()
+        self.buckets = buckets
+        self.device = device
+        self._state_names = state_names
+        self._no_seed = torch.zeros(1, dtype=torch.int32, device=device)
+        self._parameter_cuts: dict[int, list[Tensor]] = {}
+        self._state_cuts: dict[int, list[list[Tensor]]] = {}
+
+    def follow(self, parameters: Sequence[Tensor], states: Sequence[State]) -> None:
+        """As the parent."""
+        before = self.parameters
+        super().follow(parameters, states)
+        if self.parameters is before:
+            return
+        for segment in (segment for bucket in self.buckets for segment in bucket.segments):
+            self._parameter_cuts[id(segment)] = _cut(self.parameters, segment)
+            self._state_cuts[id(segment)] = [
+                _cut([state[name] for state in self.states], segment) for name in self._state_names
+            ]
+
+    def pack(
+        self,
+        bucket: Bucket,
+        kernels: Kernels,
+        gradients: Sequence[Tensor | None],
+        hypers: Sequence[Tensor],
+        zero_votes: Tensor,
+    ) -> Tensor:
+        """Own votes on a bucket, int32 ``[W]``; updates the states that the vote has.
+
+        Args:
+            bucket: of the layout.
+            kernels: which implementation.
+            gradients: of all parameters, flat; None votes zero and leaves the states.
+            hypers: for each param group, as the kernels take it.
+            zero_votes: bool ``[32]``, what an exact zero votes, by lane.
+        """
+        words = torch.empty((bucket.blocks, LANES), dtype=torch.int32, device=self.device)
+        for segment in bucket.segments:
+            kernel = _for_size(kernels, segment).vote
+            vote = self._vote_staged if segment.staged else self._vote_in_place
+            vote(segment, kernel, gradients, hypers[segment.group], zero_votes, words[segment.rows])
+        return words.view(-1)
+
+    def apply(self, bucket: Bucket, kernels: Kernels, decision: Decision, hypers: Sequence[Tensor], step: int) -> None:
+        """Update the parameters of a bucket.
+
+        Args:
+            bucket: of the layout.
+            kernels: which implementation.
+            decision: on its words.
+            hypers: for each param group, as the kernels take it.
+            step: rounding depends on it.
+        """
+        planes = [plane.view(-1, LANES) for plane in decision.planes]
+        for segment in bucket.segments:
+            apply = _for_size(kernels, segment).apply
+            parameters = self._parameter_cuts[id(segment)]
+            seed = self._seed(segment.dtype, step, segment.spans[0])
+            arguments = (hypers[segment.group], seed, decision.highest, tuple(plane[segment.rows] for plane in planes))
+            if not segment.staged:
+                apply(parameters[0], *arguments)
+                continue
+            staged = torch.zeros(segment.blocks * BLOCK, dtype=segment.dtype, device=self.device)
+            slices = [staged[part] for part in segment.slices]
+            _copy(parameters, slices)
+            apply(staged.view(-1, LANES, LANES), *arguments)
+            _copy(slices, parameters)
+
+    def step_alone(
+        self, kernels: Kernels, gradients: Sequence[Tensor | None], hypers: Sequence[Tensor], step: int
+    ) -> None:
+        """The whole update without a vote; a parameter without a gradient is left alone.
+
+        Args:
+            kernels: which implementation.
+            gradients: of all parameters, flat.
+            hypers: for each parameter.
+            step: rounding depends on it.
+        """
+        for index, (x, g, hyper) in enumerate(zip(self.parameters, gradients, hypers, strict=True)):
+            if g is not None:
+                states = [self.states[index][name] for name in self._state_names]
+                seed = self._seed(x.dtype, step, Span(index, 0, len(x)))
+                (kernels if len(g) >= BLOCK else EAGER).step(x, g, *states, hyper, seed)
+
+    def _vote_in_place(
+        self,
+        segment: Segment,
+        kernel: Callable[..., None],
+        gradients: Sequence[Tensor | None],
+        hyper: Tensor,
+        zero_votes: Tensor,
+        out: Tensor,
+    ) -> None:
+        [span] = segment.spans
+        gradient = gradients[span.parameter]
+        if gradient is None:
+            out.copy_(-zero_votes.to(torch.int32))
+        else:
+            states = [cuts[0] for cuts in self._state_cuts[id(segment)]]
+            kernel(_blocks(gradient, span), *states, hyper, zero_votes, out)
+
+    def _vote_staged(
+        self,
+        segment: Segment,
+        kernel: Callable[..., None],
+        gradients: Sequence[Tensor | None],
+        hyper: Tensor,
+        zero_votes: Tensor,
+        out: Tensor,
+    ) -> None:
+        # Zeros where there is no gradient: they vote zero, and the states there are not written back.
+        size = segment.blocks * BLOCK
+        present = [i for i, span in enumerate(segment.spans) if gradients[span.parameter] is not None]
+        slices = [segment.slices[i] for i in present]
+        staged_gradient = torch.zeros(size, dtype=segment.dtype, device=self.device)
+        found = [_part(gradients[segment.spans[i].parameter], segment.spans[i]) for i in present]
+        _copy(found, [staged_gradient[part] for part in slices])
+        staged_states, kept, kept_staged = [], [], []
+        for cuts in self._state_cuts[id(segment)]:
+            staged = torch.zeros(size, device=self.device)
+            staged_states.append(staged.view(-1, LANES, LANES))
+            kept += [cuts[i] for i in present]
+            kept_staged += [staged[part] for part in slices]
+        _copy(kept, kept_staged)
+        kernel(staged_gradient.view(-1, LANES, LANES), *staged_states, hyper, zero_votes, out)
+        _copy(kept_staged, kept)
+
+    def _seed(self, dtype: torch.dtype, step: int, first: Span) -> Tensor:
+        if dtype != torch.bfloat16:
+            return self._no_seed
+        return rounding_seed(step, first.parameter, first.start, self.device)
+
+
+def _for_size(kernels: Kernels, segment: Segment) -> Kernels:
+    # One block would be compiled anew: torch.compile takes a size of one for a constant.
+    return kernels if segment.blocks > 1 else EAGER
+
+
+def _cut(flat: Sequence[Tensor], segment: Segment) -> list[Tensor]:
+    cut = _part if segment.staged else _blocks
+    return [cut(flat[span.parameter], span) for span in segment.spans]
+
+
+def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
+    if sources:
+        torch._foreach_copy_(targets, sources)
+
+
+def _part(flat: Any, span: Span) -> Tensor:
+    part: Tensor = flat[span.start : span.start + span.length]
+    return part
+
+
+def _blocks(flat: Tensor, span: Span) -> Tensor:
+    shape = (span.length // BLOCK, LANES, LANES)
+    return flat.as_strided(shape, (BLOCK, LANES, 1), flat.storage_offset() + span.start)

@@ -1,0 +1,48 @@
+"""What had another name is still taken by it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_dlion import DistributedLion, load_workers, save_workers
+from hf_dlion.optim.virtual import VirtualWorkers
+from hf_dlion.trainer.methods import METHODS
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_check_replicas_every(name: str) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    with pytest.warns(FutureWarning, match="check_replicas_every is now check_replicas_steps"):
+        optimizer = METHODS[name].optimizer([parameter], check_replicas_every=7, **METHODS[name].fixed)  # type: ignore[call-arg]
+    assert optimizer.options()["check_replicas_steps"] == 7
+
+
+def test_arguments_of_checkpoints(tmp_path: Path) -> None:
+    optimizer = VirtualWorkers([torch.nn.Parameter(torch.ones(3))], 2, DistributedLion)
+    with pytest.warns(FutureWarning, match="seals is now write_manifest"):
+        save_workers(tmp_path, optimizer, seals=True)  # type: ignore[call-arg]
+    with pytest.warns(FutureWarning, match="other_workers is now resume_world_size_policy"):
+        load_workers(tmp_path, optimizer, other_workers="reset")  # type: ignore[call-arg]
+
+
+def test_attributes() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    for optimizer in (DistributedLion([parameter]), VirtualWorkers([parameter], 2, DistributedLion)):
+        assert optimizer.abstentions == optimizer.bad_gradients == 0
+
+
+def test_state_is_made_at_the_first_step_or_when_it_is_loaded() -> None:
+    parameter, other = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer, loaded = DistributedLion([parameter]), DistributedLion([other])
+    assert not optimizer.state
+    loaded.load_state_dict(optimizer.state_dict())
+    assert not loaded.state
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    loaded.load_state_dict(optimizer.state_dict())
+    assert torch.equal(loaded.state[other]["momentum"], optimizer.state[parameter]["momentum"])
+    with pytest.raises(ValueError, match="there is none"):
+        loaded.load_state_dict(optimizer.state_dict() | {"state": {}})
