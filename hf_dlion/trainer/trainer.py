@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..optim.dlion import DistributedLion
 from ..optim.registry import METHODS
@@ -39,9 +39,10 @@ from .checkpoints import (
 from .local_gradients import keep_gradients_local
 from .manifest import CheckpointError
 from .theory import LionTheoryCallback
+from .transformers_versions import TrainerVersionsMixin
 
 
-class DLionTrainerMixin:
+class DLionTrainerMixin(TrainerVersionsMixin):
     """Makes a Trainer run the methods of this package by name; put it first among the bases.
 
     With ``args.optim`` one of ours, gradients stay on their worker, the optimizer exchanges votes, and the training
@@ -75,7 +76,7 @@ class DLionTrainerMixin:
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the parent, and gradients are kept local."""
-        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        super().create_accelerator_and_postprocess()
         if not self._votes:
             return
         if self.args.n_gpu > 1:
@@ -111,9 +112,9 @@ class DLionTrainerMixin:
                     "adversary": self.args.adversary,
                 }
                 self.optimizer_cls_and_kwargs = (VirtualWorkers, virtual | keywords)
-        optimizer: Optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        optimizer: Optimizer = super().create_optimizer(model)
         if self._votes:
-            self._check_and_name(self.model if model is None else model)  # type: ignore[attr-defined]
+            self._check_and_name(self.model if model is None else model)
         self._logged, self._logged_abstentions = Ledger(), 0
         return optimizer
 
@@ -167,7 +168,7 @@ class DLionTrainerMixin:
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         if grad_norm is None and self._votes:
             grad_norm = self._clip(model, math.inf)
-        return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def _clip(self, model: nn.Module, limit: float) -> torch.Tensor:
         """Returns the norm; where it is not finite, gradients stay as they are, and the bad one can be found."""
@@ -197,10 +198,10 @@ class DLionTrainerMixin:
         if push:
             self._push_from_checkpoint(folder)  # type: ignore[attr-defined]
         if self.args.should_save:
-            rotate_checkpoints(run, limit, best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True)
+            self._delete_older_checkpoints(run)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        model = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        model = self.accelerator.unwrap_model(self.model)
         if not (self._votes and self.args.save_on_each_node and hasattr(model, "should_save_on_this_rank")):
             super()._save(output_dir, state_dict)  # type: ignore[misc]
             return
