@@ -1,11 +1,13 @@
 # make demo: pretrain a small GPT-2 with two workers on this machine. make test: lint, types and tests.
-# Both set up their environment in .venv at the first call.
+# Both set up their environment in .venv at the first call. make test-oldest: the tests with the lowest versions that
+# pyproject.toml admits, in .venv-oldest.
 
 VENV := .venv
+OLDEST := .venv-oldest
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types smoke soak benchmark clean
+.PHONY: demo test test-oldest lint types smoke soak benchmark clean
 
 demo: $(VENV)/.installed
 	$(BIN)/accelerate launch --config_file examples/configs/cpu_2.yaml examples/pretrain_gpt2.py \
@@ -14,6 +16,10 @@ demo: $(VENV)/.installed
 
 test: lint types
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+# Not in CI. PYTHON is 3.10 to 3.13, as torch 2.6 needs it.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -44,5 +50,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
 	touch $@
 
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(OLDEST) out

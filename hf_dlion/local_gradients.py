@@ -10,9 +10,17 @@ from __future__ import annotations
 from dataclasses import fields
 
 from accelerate import Accelerator
-from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    compare_versions,
+)
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.nn.parallel import DistributedDataParallel
+
+if not (compare_versions("accelerate", ">=", "1.10") and compare_versions("accelerate", "<", "2")):
+    raise ImportError("accelerate>=1.10,<2 is required: how it wraps a model in DDP is known of these versions.")
 
 _SUPPORTED = {
     DistributedType.NO,

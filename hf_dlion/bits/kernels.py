@@ -50,7 +50,8 @@ def _vote(gradient: Tensor, momentum: Tensor, hyper: Tensor, zero_votes: Tensor,
     momentum.copy_(hyper[2] * momentum + hyper[3] * g)
     bits = (u > 0) | ((u == 0) & zero_votes)
     rows = torch.arange(LANES, dtype=torch.int32, device=g.device).view(1, LANES, 1)
-    words.copy_((bits.to(torch.int32) << rows).sum(1, dtype=torch.int32))
+    # Summed as int64, whose low 32 bits are the word: with dtype=int32, torch 2.6 and 2.8 generate C++ that fails.
+    words.copy_((bits.to(torch.int32) << rows).sum(1))
 
 
 def _apply(parameter: Tensor, hyper: Tensor, seed: Tensor, highest: int, planes: tuple[Tensor, ...]) -> None:

@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..checkpoint.complete import check_complete, last_complete_checkpoint
 from ..checkpoint.manifest import CheckpointError
@@ -33,9 +33,10 @@ from ..wire.liveness import report_lost_workers
 from .card import write_card
 from .methods import METHODS
 from .theory import LionTheoryCallback
+from .transformers_versions import TrainerVersionsMixin
 
 
-class DLionTrainerMixin:
+class DLionTrainerMixin(TrainerVersionsMixin):
     """Makes a Trainer run the methods of this package by name; put it first among the bases.
 
     With ``args.optim`` one of ours, gradients stay on their worker, the optimizer exchanges votes, and the training
@@ -69,7 +70,7 @@ class DLionTrainerMixin:
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the parent, and gradients are kept local."""
-        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        super().create_accelerator_and_postprocess()
         if not self._gradients_stay_local:
             return
         if self.args.n_gpu > 1:
@@ -105,9 +106,9 @@ class DLionTrainerMixin:
                     "adversary": self.args.adversary,
                 }
                 self.optimizer_cls_and_kwargs = (VirtualWorkers, virtual | keywords)
-        optimizer: Optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        optimizer: Optimizer = super().create_optimizer(model)
         if self._gradients_stay_local:
-            self._check_and_name(self.model if model is None else model)  # type: ignore[attr-defined]
+            self._check_and_name(self.model if model is None else model)
         self._logged, self._logged_bad_gradients = Ledger(), 0
         return optimizer
 
@@ -161,7 +162,7 @@ class DLionTrainerMixin:
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         if grad_norm is None and self._gradients_stay_local:
             grad_norm = self._clip(model, math.inf)
-        return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def _clip(self, model: nn.Module, limit: float) -> torch.Tensor:
         """Returns the norm; where it is not finite, gradients stay as they are, and the bad one can be found."""
@@ -191,10 +192,10 @@ class DLionTrainerMixin:
         if push:
             self._push_from_checkpoint(folder)  # type: ignore[attr-defined]
         if self.args.should_save:
-            rotate_checkpoints(run, limit, best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True)
+            self._delete_older_checkpoints(run)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        model = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        model = self.accelerator.unwrap_model(self.model)
         if not (
             self._gradients_stay_local and self.args.save_on_each_node and hasattr(model, "should_save_on_this_rank")
         ):

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from .ledger import Ledger
 from .liveness import report_lost_workers
+from .torch_versions import all_gather_single
 
 ALL_GATHER, ALL_TO_ALL = "an all-gather", "an all-to-all"
 
@@ -112,7 +113,7 @@ class ProcessChannel(Channel):
     @override
     def _all_gather(self, parts: Tensor, part: Tensor) -> Pending:
         with report_lost_workers(ALL_GATHER, self.group):
-            work = dist.all_gather_single(parts.view(-1), part.view(-1), group=self.group, async_op=True)
+            work = all_gather_single(parts.view(-1), part.view(-1), group=self.group, async_op=True)
         return _Work(work, ALL_GATHER, self.group)
 
     @override

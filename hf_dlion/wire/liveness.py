@@ -3,7 +3,8 @@
 The error of a backend names no rank: a connection was closed, or a time limit passed; and a rank may wait for one that
 itself waits for the lost one. So every process counts up a key of its own in the process group's store, once a second.
 After an error, those whose count stands still are the ones that did not answer. What the first rank finds is what all
-say, as by then that one may have ended too. Uses ``ProcessGroup.get_group_store`` and ``Store.clone`` of torch.
+say, as by then that one may have ended too. Uses ``ProcessGroup.get_group_store`` and ``Store.clone`` of torch; without
+the latter, an error names no rank.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
+
+from .torch_versions import group_store
 
 HEARTBEAT_SECONDS = 1.0
 LISTEN_SECONDS = 3.5
@@ -40,11 +44,11 @@ class _Heartbeat:
 
     Args:
         group: the default group.
+        store: its store, over a connection of its own: waiting for a key blocks everything else on a connection.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        # With a connection of its own, since waiting for a key blocks everything else on a connection.
-        self.store: Any = group.get_group_store().clone()  # type: ignore[attr-defined]
+    def __init__(self, group: dist.ProcessGroup, store: Any) -> None:
+        self.store = store
         self._group = weakref.ref(group)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._beat, args=(dist.get_rank(),), daemon=True)
@@ -84,7 +88,8 @@ def start_heartbeat() -> _Heartbeat | None:
         _stop_heartbeat()
         atexit.unregister(_stop_heartbeat)
         atexit.register(_stop_heartbeat)
-        _heartbeat = _Heartbeat(group)
+        store = group_store(group)
+        _heartbeat = _Heartbeat(group, store) if store is not None else None
     return _heartbeat
 
 
@@ -109,17 +114,24 @@ def report_lost_workers(what: str, group: dist.ProcessGroup | None = None) -> It
         yield
     except RuntimeError as error:
         heartbeat = start_heartbeat()
-        if heartbeat is None or isinstance(error, WorkerLostError) or not _of_backend(error):
+        if dist.group.WORLD is None or isinstance(error, WorkerLostError) or not _of_backend(error):
             raise
-        raise WorkerLostError(_explain(what, error, heartbeat, dist.get_process_group_ranks(group))) from error
+        # None is not taken for the default group before torch 2.8.
+        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        raise WorkerLostError(_explain(what, error, heartbeat, ranks)) from error
 
 
 def _of_backend(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-def _explain(what: str, error: RuntimeError, heartbeat: _Heartbeat, ranks: Sequence[int]) -> str:
+def _explain(what: str, error: RuntimeError, heartbeat: _Heartbeat | None, ranks: Sequence[int]) -> str:
     said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if heartbeat is None:
+        return (
+            f"{what} of {len(ranks)} ranks failed. torch {torch.__version__} cannot name the rank that did not answer, "
+            f"as newer ones do: see the logs of all. {_ADVICE} The backend said: {said}"
+        )
     lost = _lost(heartbeat, ranks)
     if lost is None:
         return (

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import SequentialSampler
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_dlion import DistributedLion, DLionTrainer, LionTheoryCallback
@@ -48,6 +49,13 @@ def rows(workers: int) -> list[dict[str, Tensor]]:
     return [{"target": OPTIMUM + offsets[place]} for place in places]
 
 
+class InOrder(DLionTrainer):
+    """Takes the rows as they come; transformers has an option for it only from 5.2 on."""
+
+    def _get_train_sampler(self, *_: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+
 def train(rank: int, folder: str | Path, every: int = 1, **options: Any) -> tuple[Log, Quadratic]:
     if dist.is_initialized():
         tiny.act_as_launched(rank)
@@ -59,10 +67,9 @@ def train(rank: int, folder: str | Path, every: int = 1, **options: Any) -> tupl
         "max_steps": STEPS,
         "max_grad_norm": 0.0,
         "per_device_train_batch_size": 1,
-        "train_sampling_strategy": "sequential",
         "logging_steps": 1,
     }
-    trainer = DLionTrainer(
+    trainer = InOrder(
         model=Quadratic(),
         args=tiny.arguments(folder, **(settings | options)),
         train_dataset=rows(dist.get_world_size() if dist.is_initialized() else options.get("virtual_workers", 1)),

@@ -1,0 +1,30 @@
+"""What torch names otherwise, or lacks, in versions before 2.13."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+def all_gather_single(
+    parts: Tensor, part: Tensor, group: dist.ProcessGroup | None = None, async_op: bool = False
+) -> dist.Work | None:
+    """As torch.distributed's, which is ``all_gather_into_tensor`` before 2.13."""
+    gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(parts, part, group=group, async_op=async_op)
+
+
+def group_store(group: dist.ProcessGroup) -> Any:
+    """The store of a process group, over a connection of its own.
+
+    Args:
+        group: the default group; older torch cannot say what another's store is.
+
+    Returns:
+        A ``Store``; None where torch cannot make a second connection, as in 2.6.
+    """
+    own: Any = getattr(group, "get_group_store", dist.distributed_c10d._get_default_store)
+    store = own()
+    return store.clone() if hasattr(store, "clone") else None
