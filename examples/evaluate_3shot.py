@@ -15,11 +15,12 @@ one table, the best bold and the second underlined:
 Several GPUs, each with the whole model and a share of the questions; the result is that of one. With `cpu_2.yaml` and
 `--use_cpu`, two processes on the CPU:
 
-    accelerate launch --config_file examples/configs/one_node_gpus.yaml examples/evaluate_3shot.py --model out
+    accelerate launch --config_file examples/launch/one_node_gpus.yaml examples/evaluate_3shot.py --model out
 
 Without a network: `--data_dir folder`, with a folder a task (arc_easy, arc_challenge, boolq, piqa, social_i_qa,
 hellaswag, openbookqa), `train.jsonl` and `validation.jsonl` in each, in the fields of the hub's datasets. Prompts,
-shots and metrics are those of lm-eval's own definitions either way; `examples/tasks_3shot` says them task by task.
+shots and metrics are those of lm-eval's own definitions either way; `examples/evaluation/tasks_3shot` says them task by
+task.
 """
 
 import contextlib
@@ -41,14 +42,14 @@ import datasets
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from arguments import ArgumentsError
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
-from score_table import ResultsError, average, comparison_table, read_results, run_table, update_model_card
-from tasks_3shot.definitions import NAMES, LoadedTask, TaskError, check_tasks, digest, load_task
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
+from common.arguments import ArgumentsError
+from evaluation.score_table import ResultsError, average, comparison_table, read_results, run_table, update_model_card
+from evaluation.tasks_3shot.definitions import NAMES, LoadedTask, TaskError, check_tasks, digest, load_task
 from hf_dlion.wire.collectives import settle
 
 ADAPTER, CARD = "adapter_config.json", "README.md"

@@ -3,15 +3,15 @@
 Two processes on the CPU; the model is a path or a hub id, the data a JSON or JSONL file or a hub id, in rows of
 `instruction`, `input` and `output`:
 
-    accelerate launch --config_file examples/configs/cpu_2.yaml examples/finetune_llama.py --use_cpu \\
+    accelerate launch --config_file examples/launch/cpu_2.yaml examples/finetune_llama.py --use_cpu \\
         --model path/to/model --dataset alpaca.json --optim dlion_mavo --learning_rate 1e-4 --weight_decay 0.01 \\
         --per_device_train_batch_size 4 --max_steps 500
 
 With `--optim adamw_torch`, and a learning rate for it, gradients are averaged as ever: the baseline. On GPUs,
 leave `--use_cpu` away and take `one_node_gpus.yaml` or `several_nodes.yaml`:
 
-    accelerate launch --config_file examples/configs/one_node_gpus.yaml examples/finetune_llama.py \\
-        --config examples/configs/recipes/llama_7b_alpaca.yaml --model meta-llama/Llama-2-7b-hf
+    accelerate launch --config_file examples/launch/one_node_gpus.yaml examples/finetune_llama.py \\
+        --config examples/recipes/llama_7b_alpaca.yaml --model meta-llama/Llama-2-7b-hf
 
 `--config` reads arguments from a YAML file; what stands on the command line wins over it. `--lora_r 16` trains a
 LoRA adapter of that rank in place of the whole model: only the adapter is voted on, travels and is saved. With
@@ -33,12 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import ArgumentsError, checkpoint_to_resume, parse_arguments
-from gpt2_models import ModelError
-from instruction_data import IGNORED, PROMPTS, InstructionData, PadToLongest, load_instruction_data, looks_local
 from peft import LoraConfig, get_peft_model
-from run_results import ReportLastStep, train_and_report
-from text_corpora import DataError, reason
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
@@ -53,6 +48,11 @@ from transformers import (
     set_seed,
 )
 
+from common.arguments import ArgumentsError, checkpoint_to_resume, parse_arguments
+from common.gpt2_models import ModelError
+from common.instruction_data import IGNORED, PROMPTS, InstructionData, PadToLongest, load_instruction_data, looks_local
+from common.run_results import ReportLastStep, train_and_report
+from common.text_corpora import DataError, reason
 from hf_dlion import DLionTrainer, DLionTrainingArguments
 
 # Where this script differs from the Trainer: it shows progress and a validation curve without being asked.

@@ -35,13 +35,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
+import evaluate_3shot as script
+from evaluation.tasks_3shot.definitions import NAMES, TaskError, digest, load_task, local_files
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "examples" / "evaluate_3shot.py")
 SHARED = ROOT.parent / "shared" / "data"
-sys.path.insert(0, str(ROOT / "examples"))
-
-import evaluate_3shot as script  # noqa: E402
-from tasks_3shot.definitions import NAMES, TaskError, digest, load_task, local_files  # noqa: E402
 
 WORDS = [*(ROOT / "LICENSE").read_text().split()[20:60], "[step]", "Big"]
 ROWS = {"train": 9, "validation": 7}
@@ -262,14 +261,14 @@ def _original(row: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_definitions_say_what_lm_eval_does(installed: dict[str, Path], data: Path) -> None:
     for name in NAMES:
-        own = load_yaml(ROOT / "examples" / "tasks_3shot" / f"{name}.yaml", recursive=False)
+        own = load_yaml(ROOT / "examples" / "evaluation" / "tasks_3shot" / f"{name}.yaml", recursive=False)
         theirs = load_yaml(installed[name])
         assert installed[name].match(f"tasks/{own['include']}")
         assert own["task"] == theirs["task"] == name
         assert own["metadata"]["prompt"] == theirs["doc_to_text"]
         assert own["metadata"]["reported_metric"] in [metric["metric"] for metric in theirs["metric_list"]]
         assert set(own) - {"include", "task", "metadata"} == ({"process_docs"} if name == "hellaswag" else set())
-        text = (ROOT / "examples" / "tasks_3shot" / f"{name}.yaml").read_text()
+        text = (ROOT / "examples" / "evaluation" / "tasks_3shot" / f"{name}.yaml").read_text()
         assert ("test.jsonl where" in text) == ("test_split" in theirs and theirs["test_split"] is not None)
 
 
@@ -326,7 +325,7 @@ def test_two_processes_score_as_one(
     data: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--model", str(models / "gpt2"), "--data_dir", str(data / "local")]
-    launch = ["accelerate.commands.launch", "--config_file", "examples/configs/cpu_2.yaml", SCRIPT]
+    launch = ["accelerate.commands.launch", "--config_file", "examples/launch/cpu_2.yaml", SCRIPT]
     run = [sys.executable, "-m", *launch, *command(*arguments, "--output_dir", str(tmp_path / "two"))]
     done = subprocess.run(run, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
