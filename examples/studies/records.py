@@ -14,7 +14,7 @@ from .runs import Run
 from .study import Study
 
 Groups = Mapping[tuple[Any, ...], Sequence[Mapping[str, Any]]]
-KEPT = ("trainable_parameters", "bytes_sent", "steps", "seconds", "versions", "machine")
+KEPT = ("trainable_parameters", "bytes_sent", "steps", "seconds", "versions", "machine", "command")
 
 
 def record(study: Study, run: Run, root: Path) -> dict[str, Any] | None:

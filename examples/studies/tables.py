@@ -71,7 +71,7 @@ def bits_table(runs: Sequence[Mapping[str, Any]]) -> str | None:
     rows = []
     for (label, workers), (run, *_) in grouped(runs, "method", "workers").items():
         settings, sent, received = run["settings"], run["bits_sent"], run["bits_received"]
-        if settings["optim"] not in PREDICTED or sent is None:
+        if settings["optim"] not in PREDICTED or sent is None or workers == 1:
             continue
         drop = float(settings.get("drop_share", DROP_SHARE))
         paper = paper_bits(settings["optim"], workers, drop)
