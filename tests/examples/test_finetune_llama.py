@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import finetune_llama
 from common.arguments import ArgumentsError, parse_arguments
 from common.gpt2_models import ModelError
+from common.pretrained import pad_id
 from common.text_corpora import DataError
 from finetune_llama import DEFAULTS, ScriptArguments, build_trainer
 from hf_dlion import DLionTrainer, DLionTrainingArguments
@@ -219,8 +220,8 @@ def test_a_lora_adapter_loads_merges_and_generates(tmp_path: Path) -> None:
 
 def test_padding_takes_an_id_that_has_an_embedding() -> None:
     for special, expected in (({}, 1), ({"unk_token": "<|im_start|>"}, 2), ({"pad_token": "<|im_end|>"}, 3)):
-        assert finetune_llama.pad_id(tiny_tokenizer(**special), 1, vocabulary=300) == expected
-    assert finetune_llama.pad_id(tiny_tokenizer(pad_token="<pad>", unk_token="<s>"), 1, vocabulary=10) == 0
+        assert pad_id(tiny_tokenizer(**special), 1, vocabulary=300) == expected
+    assert pad_id(tiny_tokenizer(pad_token="<pad>", unk_token="<s>"), 1, vocabulary=10) == 0
 
 
 def test_a_generation_config_that_could_not_be_saved_is_mended_or_an_error(tmp_path: Path) -> None:

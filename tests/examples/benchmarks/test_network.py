@@ -17,17 +17,8 @@ SIZE = ["--hidden", "128", "--layers", "6", "--steps", "6", "--seconds", "20"]
 
 
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "examples.benchmarks.network",
-        *SIZE,
-        "--output",
-        str(folder),
-        "--timeout",
-        "60",
-        *options,
-    ]
+    own = ["--output", str(folder), "--timeout", "60", *options]
+    command = [sys.executable, "-m", "examples.benchmarks.network", *SIZE, *own]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
 
 
