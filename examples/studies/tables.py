@@ -32,9 +32,10 @@ def loss_table(summary: Mapping[str, Any]) -> str:
     for label in study["methods"]:
         for workers in _workers(study, label):
             runs = groups.get((label, workers), [])
-            losses = [run["final_loss"] for run in runs if run["final_loss"] is not None]
+            losses = [math.nan if run["final_loss"] is None else run["final_loss"] for run in runs]
             mean = statistics.fmean(losses) if losses else math.nan
             reference = mean if reference is None else reference
+            against = _perplexity(mean - reference)
             rate, sent = summary["learning_rates"].get(label), runs[0]["bytes_sent"] if runs else None
             rows.append(
                 [
@@ -43,8 +44,8 @@ def loss_table(summary: Mapping[str, Any]) -> str:
                     "none found" if rate is None else f"{rate:g}",
                     f"{summary['weight_decays'][label]:g}",
                     _spread(runs, len(_seeds(study, label)), measure),
-                    f"{math.exp(mean):.2f}" if losses else "-",
-                    f"{math.exp(mean - reference) - 1:+.1%}" if losses and math.isfinite(reference) else "-",
+                    "-" if math.isnan(mean) else f"{_perplexity(mean):.2f}",
+                    "-" if math.isnan(against) else f"{against - 1:+.1%}",
                     "not counted" if sent is None else f"{sent:,}",
                 ]
             )
@@ -124,6 +125,13 @@ def _spread(runs: Sequence[Mapping[str, Any]], wanted: int, measure: Measure) ->
     digits = measure.digits
     spread = f" ({min(found):.{digits}f} to {max(found):.{digits}f})" if len(found) > 1 else ""
     return f"{statistics.fmean(found):.{digits}f}{spread}; {count}"
+
+
+def _perplexity(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def _workers(study: Mapping[str, Any], label: str) -> list[int]:

@@ -187,6 +187,25 @@ def test_the_best_runs_are_scored(bench: Bench) -> None:
     assert lines == ["base/workers_1/lr_0.2/seed_1", "scores/3shot/base", "scores/0shot/base"]
 
 
+def test_a_run_that_diverged_is_no_mean(bench: Bench) -> None:
+    bench.script.write_text(SCRIPT.replace("loss = 1 +", "loss = float('nan') if given.seed == 2 else 1000 +"))
+    done = bench.compare("--tune")
+    assert done.returncode == 0, done.stderr
+    assert "| base | 1 | 0.2 | 0.005 | 1 not finite; 2 | - | - | 10 |" in bench.page
+    bench.study["seeds"] = [1]
+    assert bench.compare("--tune").returncode == 0
+    assert "| base | 1 | 0.2 | 0.005 | 1000.0010; 1 | inf | +0.0% | 10 |" in bench.page
+
+
+def test_the_study_in_the_readme_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "examples/README.md").read_text()
+    path = tmp_path / "study.yaml"
+    path.write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    study = Study.read(path)
+    assert len(runs.ordinary(study, {label: study.grid(label)[0] for label in study.methods})) == 2 * 2 * 2
+
+
 @pytest.mark.parametrize("name", ["gpt2_text", "alpaca_stories260k"])
 def test_our_studies_are_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
