@@ -42,7 +42,7 @@ import datasets
 from accelerate import PartialState
 from transformers import HfArgumentParser
 
-from common.arguments import ArgumentsError
+from common.errors import ArgumentsError
 from evaluation.models import ADAPTER, load_model
 from evaluation.score_table import ResultsError, average, comparison_table, read_results, run_table, update_model_card
 from evaluation.scoring import score

@@ -33,13 +33,13 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from common.arguments import ArgumentsError, checkpoint_to_resume, parse_arguments
-from common.gpt2_models import ModelError
-from common.instruction_data import PROMPTS, InstructionData, PadToLongest, load_instruction_data
+from common.arguments import checkpoint_to_resume, parse_arguments
+from common.errors import ArgumentsError, DataError, ModelError
+from common.instruction_data import InstructionData, PadToLongest, load_instruction_data
+from common.instruction_prompts import PROMPTS
 from common.pretrained import ALL_LINEAR, DTYPES, add_lora, load_model, load_tokenizer, pad_id
 from common.response_loss import RESPONSE_LOSS, response_loss, response_sums
 from common.run_results import ReportLastStep, train_and_report
-from common.text_corpora import DataError
 from hf_dlion import DLionTrainer, DLionTrainingArguments
 
 # Where this script differs from the Trainer: it shows progress and a validation curve without being asked.

@@ -27,11 +27,14 @@ from typing import Any
 
 from transformers import default_data_collator, set_seed
 
-from common.arguments import ArgumentsError, checkpoint_to_resume, parse_arguments
-from common.gpt2_models import NAMES, TINY, ModelError, build_model
+from common.arguments import checkpoint_to_resume, parse_arguments
+from common.cache import DEFAULT_CACHE
+from common.errors import ArgumentsError, DataError, ModelError
+from common.gpt2_models import NAMES, TINY, build_model
 from common.run_results import ReportLastStep, train_and_report
-from common.text_corpora import EMBEDDED, DataError
-from common.text_data import DEFAULT_CACHE, TextData, TextOptions, load_text_data, stream_text_data
+from common.text_corpora import EMBEDDED
+from common.text_data import TextData, TextOptions, load_text_data
+from common.text_stream import stream_text_data
 from hf_dlion import DLionTrainer, DLionTrainingArguments
 
 # Where this script differs from the Trainer: it shows progress and a validation curve without being asked.

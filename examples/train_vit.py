@@ -33,13 +33,13 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, set_seed
 
-from common.arguments import ArgumentsError, checkpoint_to_resume, parse_arguments
+from common.arguments import checkpoint_to_resume, parse_arguments
+from common.errors import ArgumentsError, DataError, ModelError
 from common.image_data import EMBEDDED, load_image_data
 from common.image_partition import PartitionError, WorkerBatchSampler, partition
 from common.image_views import TestImages, TrainImages, collate, image_processor, image_size
 from common.run_results import ReportLastStep, train_and_report
-from common.text_corpora import DataError
-from common.vit_models import MINI, NAMES, ModelError, build_model
+from common.vit_models import MINI, NAMES, build_model
 from hf_dlion import DLionTrainer, DLionTrainingArguments
 
 # Where this script differs from the Trainer: it shows progress and the accuracy without being asked.

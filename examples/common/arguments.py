@@ -12,11 +12,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_dlion import DLionTrainingArguments
 from hf_dlion.trainer.checkpoints import last_complete_checkpoint
 
+from .errors import ArgumentsError
+
 TRAINER_STATE = "trainer_state.json"
-
-
-class ArgumentsError(ValueError):
-    """The arguments do not go together; the message says what was given, why not, and what to do instead."""
 
 
 def parse_arguments(dataclasses: Sequence[type], doc: str | None, defaults: dict[str, Any]) -> tuple[Any, ...]:

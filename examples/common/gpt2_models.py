@@ -10,6 +10,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .errors import ModelError
+
 TINY = "gpt2-tiny"
 MINI = "gpt2-mini"
 # name: layers, heads, width
@@ -30,10 +32,6 @@ GPT2PP_SIZES = {
 NAMES = (*GPT2_SIZES, *GPT2PP_SIZES)
 
 GPT2_CONTEXT = 1024
-
-
-class ModelError(ValueError):
-    """The model asked for cannot be built; the message says what was given, why not, what instead."""
 
 
 def build_model(name: str, tokenizer: PreTrainedTokenizerBase, block_size: int) -> PreTrainedModel:

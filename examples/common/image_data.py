@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from .text_corpora import DataError, reason
+from .errors import DataError, reason
 
 EMBEDDED = "digits"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")

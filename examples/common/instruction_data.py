@@ -9,45 +9,26 @@ and its labels are the response and the end token; everything else is -100. In a
 special token is text.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .text_corpora import DataError, reason, share
+from .errors import DataError
+from .instruction_prompts import PromptFormat, prompt_format
+from .instruction_rows import Row, read_rows
+from .text_corpora import share
 
-FIELDS = ("instruction", "input", "output")
-PROMPTS = ("auto", "alpaca", "chat")
 IGNORED = -100  # label of what is not learned
 
-# The prompt of Stanford Alpaca, letter for letter: models finetuned elsewhere on such data expect this one.
-_ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-)
-_ALPACA_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
-)
-_LOCAL_SUFFIXES = (".json", ".jsonl", ".ndjson")
+
 _ENCODE_BATCH = 1000  # rows
-_PROBE_QUESTION, _PROBE_ANSWER = "Which letters come first?", "First come A, B and C."
-
-
-class Row(NamedTuple):
-    instruction: str
-    input: str
-    output: str
 
 
 class Example(NamedTuple):
@@ -75,16 +56,6 @@ class Counts:
             f"{self.empty_output} with an empty output, {self.prompt_too_long} whose prompt leaves no room in "
             f"{max_length} tokens. Cut at {max_length} tokens: {self.response_cut} responses."
         )
-
-
-@dataclass(frozen=True)
-class PromptFormat:
-    name: str
-    text: Callable[[Row], str]
-    end_id: int
-    """The token after a response."""
-    adds_special_tokens: bool
-    """Whether the tokenizer adds its BOS, or the text has it."""
 
 
 class InstructionRows(Dataset[dict[str, torch.Tensor]]):
@@ -175,147 +146,6 @@ def load_instruction_data(
             f"{validation_fraction})."
         )
     return InstructionData(InstructionRows(train), InstructionRows(validation), chosen, counts)
-
-
-# --- Reading --------------------------------------------------------------------------------------
-
-
-def read_rows(
-    dataset: str, dataset_config: str | None, main_process_first: Callable[[], AbstractContextManager[Any]]
-) -> list[Row]:
-    """The rows of a JSON or JSONL file, or of the train split of a hub dataset."""
-    path = Path(dataset).expanduser()
-    if path.is_file():
-        return [_row(found, where) for where, found in _json_rows(path)]
-    if path.is_dir() or looks_local(dataset) or path.suffix in _LOCAL_SUFFIXES:
-        what = "is a folder" if path.is_dir() else f"no such file, seen from {Path.cwd()}"
-        raise DataError(
-            f"--dataset {dataset}: {what}. Give a JSON file (a list of rows), a JSONL file (a row a line), or a hub "
-            "id such as tatsu-lab/alpaca."
-        )
-    with main_process_first():
-        loaded = _from_hub(dataset, dataset_config)
-    return [_row(found, f"{dataset}, row {number}") for number, found in enumerate(loaded, start=1)]
-
-
-def looks_local(name: str) -> bool:
-    """Whether this can only be a path: hub ids have one slash at most, between two names."""
-    return name.startswith((".", "~", "/")) or name.count("/") > 1
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--dataset {path}: cannot be read as UTF-8 text ({error}).") from error
-    if text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"--dataset {path}: begins like a JSON list and is none ({error}).") from error
-        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            yield where, json.loads(line)
-        except ValueError as error:
-            raise DataError(
-                f"--dataset: {where} is not JSON ({error}). Give a JSON list of rows, or one row a line."
-            ) from error
-
-
-def _from_hub(dataset: str, dataset_config: str | None) -> Any:
-    try:
-        return datasets.load_dataset(dataset, dataset_config, split="train")
-    except Exception as error:  # the hub's client has a different class for each of the many ways to fail
-        raise DataError(
-            f"--dataset {dataset}: no file of that name here, and loading it from the hub failed: {reason(error)}. "
-            "Give a JSON or JSONL file, or a hub id whose 'train' split can be loaded from here."
-        ) from error
-
-
-def _row(found: Any, where: str) -> Row:
-    if not isinstance(found, dict):
-        raise DataError(f"--dataset: {where} is a {type(found).__name__}, not an object with {', '.join(FIELDS)}.")
-    if missing := [name for name in FIELDS if name not in found]:
-        raise DataError(
-            f"--dataset: {where} has no field {', '.join(map(repr, missing))}. The fields are: "
-            f"{', '.join(map(str, found)) or 'none'}; needed are {', '.join(FIELDS)} (an input may be empty)."
-        )
-    values = ["" if found[name] is None and name != "instruction" else found[name] for name in FIELDS]
-    for name, value in zip(FIELDS, values, strict=True):
-        if not isinstance(value, str):
-            raise DataError(f"--dataset: in {where} {name!r} is of type {type(value).__name__}, not text.")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:  # JSON can write half a surrogate pair
-            raise DataError(f"--dataset: in {where} {name!r} is not valid Unicode ({error}).") from error
-    return Row(*values)
-
-
-# --- Prompts --------------------------------------------------------------------------------------
-
-
-def prompt_format(kind: str, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
-    """`auto` is the tokenizer's chat template where it has one, and Alpaca's prompt otherwise."""
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    if kind == "chat" and not has_template:
-        raise DataError(
-            f"--prompt chat: the tokenizer of {tokenizer.name_or_path} has no chat template. Use --prompt alpaca."
-        )
-    if kind == "chat" or (kind == "auto" and has_template):
-        return _chat_format(tokenizer)
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            f"--prompt {kind}: the tokenizer of {tokenizer.name_or_path} has no EOS token, without which a model "
-            "never learns to stop. Set one and save it, or take another tokenizer."
-        )
-    return PromptFormat("alpaca", _alpaca_text, tokenizer.eos_token_id, adds_special_tokens=True)
-
-
-def _alpaca_text(row: Row) -> str:
-    # Replaced, not formatted: an instruction may have braces.
-    if not row.input.strip():
-        return _ALPACA_WITHOUT_INPUT.replace("{instruction}", row.instruction)
-    before, after = _ALPACA_WITH_INPUT.split("{input}")
-    return before.replace("{instruction}", row.instruction) + row.input + after
-
-
-def _chat_format(tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
-    def render(question: str, answer: str | None = None) -> str:
-        messages = [{"role": "user", "content": question}]
-        messages += [{"role": "assistant", "content": answer}] if answer is not None else []
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=answer is None, tokenize=False)
-
-    def text(row: Row) -> str:
-        return render(f"{row.instruction}\n\n{row.input}" if row.input.strip() else row.instruction)
-
-    where = f"--prompt chat: the chat template of {tokenizer.name_or_path}"
-    try:
-        prompt, whole = render(_PROBE_QUESTION), render(_PROBE_QUESTION, _PROBE_ANSWER)
-    except Exception as error:  # templates are programs
-        raise DataError(f"{where} fails: {reason(error)}. Use --prompt alpaca.") from error
-    if not whole.startswith(prompt) or _PROBE_ANSWER not in whole[len(prompt) :]:
-        raise DataError(
-            f"{where} does not put the assistant's text behind the prompt that it makes for generation, so there is "
-            "no prompt to train with. Use --prompt alpaca."
-        )
-    after = whole[len(prompt) :].partition(_PROBE_ANSWER)[2]
-    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-    end = next((token for token in ids if token in special), tokenizer.eos_token_id)
-    if end is None:
-        raise DataError(
-            f"{where} ends the assistant's text with no special token, and there is no EOS token either: a model "
-            "would never learn to stop. Set an EOS token and save it, or take another tokenizer."
-        )
-    return PromptFormat("chat", text, end, adds_special_tokens=False)
-
-
-# --- Encoding -------------------------------------------------------------------------------------
 
 
 def encoded(

@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .gpt2_models import ModelError
-from .instruction_data import InstructionData, looks_local
-from .text_corpora import reason
+from .errors import ModelError, reason
+from .instruction_data import InstructionData
+from .instruction_rows import looks_local
 
 ALL_LINEAR = "all-linear"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

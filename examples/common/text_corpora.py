@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import datasets
 
+from .errors import DataError, reason
+
 EMBEDDED = "stdlib"
 
 CACHE_FORMAT = "1"  # part of every key: raise it when the cached files, or the way to them, change
@@ -28,10 +30,6 @@ _STDLIB_EXCLUDED = {
     *("__pycache__", "encodings", "pydoc_data", "lib-dynload"),
 }
 _STDLIB_MIN_FILES = 100
-
-
-class DataError(ValueError):
-    """The data asked for cannot be used; the message says what was given, why not, and what to do instead."""
 
 
 class Document(NamedTuple):
@@ -69,12 +67,6 @@ def share(key: str) -> float:
 
 def digest(*parts: str) -> str:
     return hashlib.sha256("\0".join((CACHE_FORMAT, *parts)).encode()).hexdigest()
-
-
-def reason(error: Exception) -> str:
-    """The first line of what went wrong, as part of a sentence."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
 
 
 def standard_library(validation_fraction: float) -> Corpus:

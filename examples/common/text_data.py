@@ -6,8 +6,6 @@ keyed by the content of the corpus and by the tokenizer, and appears under its n
 """
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,34 +16,25 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from huggingface_hub.constants import HF_HOME
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
+from .cache import DEFAULT_CACHE, build_once
+from .errors import DataError
 from .text_corpora import (
     EMBEDDED,
     Corpus,
-    DataError,
     Document,
     digest,
     hub_dataset,
     is_local,
     local_files,
-    open_stream,
-    reason,
-    share,
     standard_library,
 )
+from .text_tokenizer import END_OF_TEXT, MIN_VOCAB, load_tokenizer, tokenizer_key, trained_tokenizer
 
-DEFAULT_CACHE = Path(HF_HOME) / "hf_dlion"
-HUB_TOKENIZER = "gpt2"
-END_OF_TEXT = "<|endoftext|>"
-
-_MIN_VOCAB = 256 + 1  # all bytes, and END_OF_TEXT
-_ENCODE_BATCH = 256  # documents
-_SHUFFLE_BUFFER = 10_000  # documents
+ENCODE_BATCH = 256  # documents
 
 
 class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
@@ -104,9 +93,9 @@ class TextOptions:
             raise DataError(f"--validation_fraction {self.validation_fraction}: give a share such as 0.05.")
         if self.max_eval_blocks < 0:
             raise DataError(f"--max_eval_blocks {self.max_eval_blocks}: give 0 for all, or how many to use.")
-        if self.vocab_size < _MIN_VOCAB:
+        if self.vocab_size < MIN_VOCAB:
             raise DataError(
-                f"--vocab_size {self.vocab_size}: a byte-level BPE needs at least {_MIN_VOCAB} entries, all "
+                f"--vocab_size {self.vocab_size}: a byte-level BPE needs at least {MIN_VOCAB} entries, all "
                 f"bytes and {END_OF_TEXT}."
             )
 
@@ -122,9 +111,9 @@ def load_text_data(
     with main_process_first():
         corpus = _open_corpus(options)
         if options.tokenizer is None and (options.dataset == EMBEDDED or is_local(options.dataset)):
-            tokenizer = _trained_tokenizer(corpus, options.vocab_size, cache, show_progress)
+            tokenizer = trained_tokenizer(corpus, options.vocab_size, cache, show_progress)
         else:
-            tokenizer = _load_tokenizer(options.tokenizer)
+            tokenizer = load_tokenizer(options.tokenizer)
         folder = _encoded(corpus, tokenizer, cache, show_progress)
     train, validation = (_open_blocks(folder, split, options) for split in ("train", "validation"))
     return TextData(corpus.name, corpus.key, tokenizer, train, validation.evenly_spaced(options.max_eval_blocks))
@@ -138,80 +127,7 @@ def _open_corpus(options: TextOptions) -> Corpus:
     return hub_dataset(options.dataset, options.dataset_config, options.text_column, options.validation_fraction)
 
 
-# --- Tokenizers -----------------------------------------------------------------------------------
-
-
-def _load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
-    asked = f"--tokenizer {name}" if name else f"the tokenizer taken without --tokenizer, {HUB_TOKENIZER}"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name or HUB_TOKENIZER)
-    except Exception as error:  # a different class for each of the many ways to fail
-        raise DataError(
-            f"{asked}: could not be loaded: {reason(error)}. Give --tokenizer a folder with a saved "
-            "tokenizer, or a hub id that can be reached from here."
-        ) from error
-    if tokenizer.eos_token_id is None and END_OF_TEXT in tokenizer.get_vocab():
-        tokenizer.eos_token = END_OF_TEXT
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            f"{asked}: it has no EOS token, which is what stands between documents. Set one and save it, or "
-            "take another tokenizer."
-        )
-    return tokenizer
-
-
-def _trained_tokenizer(corpus: Corpus, vocab_size: int, cache: Path, show_progress: bool) -> PreTrainedTokenizerBase:
-    """A byte-level BPE of `vocab_size` entries, trained on the training split only."""
-    folder = cache / f"tokenizer-{digest(corpus.key, str(vocab_size))[:16]}"
-
-    def build(target: Path) -> None:
-        bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        bpe.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=show_progress,
-        )
-        bpe.train_from_iterator((d.text for d in corpus.documents() if not d.held_out), trainer)
-        wrapped = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
-        wrapped.save_pretrained(target)
-
-    _build_once(folder, build)
-    return _load_tokenizer(str(folder))
-
-
-def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    return digest(backend.to_str() if backend is not None else json.dumps(vocabulary), str(tokenizer.eos_token_id))
-
-
-# --- From documents to blocks ---------------------------------------------------------------------
-
-
-def _build_once(folder: Path, build: Callable[[Path], None]) -> None:
-    """Fills `folder` unless it exists. Other processes see it complete or not at all."""
-    if folder.exists():
-        return
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        working = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise DataError(f"--cache_dir {folder.parent}: cannot be written to ({error}). Give another.") from error
-    try:
-        build(working)
-        working.chmod(0o755)  # mkdtemp leaves it to the owner alone
-        working.rename(folder)
-    except OSError:
-        if not folder.exists():  # otherwise another process was first, with the same content
-            raise
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     # verbose=False: documents longer than the model's context are what blocks are for, not worth a warning.
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]
@@ -219,13 +135,13 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     iterator = iter(documents)
-    while batch := list(islice(iterator, _ENCODE_BATCH)):
+    while batch := list(islice(iterator, ENCODE_BATCH)):
         yield batch
 
 
 def _encoded(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, cache: Path, show_progress: bool) -> Path:
     """The folder with the token ids of both splits, made if it is not there yet."""
-    folder = cache / f"tokens-{digest(corpus.key, _tokenizer_key(tokenizer))[:16]}"
+    folder = cache / f"tokens-{digest(corpus.key, tokenizer_key(tokenizer))[:16]}"
     dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
 
     def build(target: Path) -> None:
@@ -235,14 +151,14 @@ def _encoded(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, cache: Path, sh
             tqdm(desc=f"Tokenising {corpus.name}", unit=" documents", disable=not show_progress) as bar,
         ):
             for batch in _batches(corpus.documents()):
-                ids = _encode(tokenizer, [document.text for document in batch])
+                ids = encode(tokenizer, [document.text for document in batch])
                 for document, tokens in zip(batch, ids, strict=True):
                     (validation if document.held_out else train).write(np.asarray(tokens, dtype).tobytes())
                 bar.update(len(batch))
         about = {"corpus": corpus.name, "key": corpus.key, "dtype": dtype.str}
         (target / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
-    _build_once(folder, build)
+    build_once(folder, build)
     return folder
 
 
@@ -257,38 +173,3 @@ def _open_blocks(folder: Path, split: str, options: TextOptions) -> TokenBlocks:
             f"(now {options.validation_fraction})."
         )
     return blocks
-
-
-# --- Streaming ------------------------------------------------------------------------------------
-
-
-def stream_text_data(options: TextOptions, seed: int) -> TextData:
-    """Blocks made while training, nothing cached; `seed` is that of the shuffling buffer.
-
-    What is left of a batch of documents after its last whole block is dropped.
-    """
-    if not options.max_eval_blocks:
-        raise DataError("--max_eval_blocks 0 with --streaming: say how many, a stream has no known end.")
-    stream = open_stream(options.dataset, options.dataset_config, options.text_column)
-    tokenizer = _load_tokenizer(options.tokenizer)
-    column, size = options.text_column, options.block_size
-
-    def held_out(row: dict[str, str]) -> bool:
-        return share(row[column]) < options.validation_fraction
-
-    def pack(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        ids = [token for document in _encode(tokenizer, rows[column]) for token in document]
-        blocks = [ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
-        return {"input_ids": blocks, "labels": blocks}
-
-    def blocks_of(documents: datasets.IterableDataset) -> datasets.IterableDataset:
-        return documents.map(pack, batched=True, batch_size=_ENCODE_BATCH, remove_columns=[column])
-
-    shuffled = stream.filter(lambda row: not held_out(row)).shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
-    validation = list(islice(blocks_of(stream.filter(held_out)), options.max_eval_blocks))
-    if not validation:
-        raise DataError(
-            f"--dataset {options.dataset}: the documents kept for validation do not fill one block of "
-            f"{size}. Raise --validation_fraction (now {options.validation_fraction})."
-        )
-    return TextData(options.dataset, "streamed", tokenizer, blocks_of(shuffled), datasets.Dataset.from_list(validation))

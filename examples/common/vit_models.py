@@ -2,6 +2,8 @@
 
 from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel, ViTConfig
 
+from .errors import ModelError
+
 MINI = "vit-mini"
 # name: layers, heads, width, inner width
 SIZES = {
@@ -14,10 +16,6 @@ SIZES = {
 # 0.02 for initial weights suits a width of 768; these narrow ones hardly move for many epochs with it.
 PATCHES = {MINI: 4, "vit-cifar": 8}
 NAMES = tuple(SIZES)
-
-
-class ModelError(ValueError):
-    """The model asked for cannot be built; the message says what was given, why not, what instead."""
 
 
 def build_model(name: str, image_size: int, classes: list[str]) -> PreTrainedModel:

@@ -15,10 +15,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import finetune_llama
-from common.arguments import ArgumentsError, parse_arguments
-from common.gpt2_models import ModelError
+from common.arguments import parse_arguments
+from common.errors import ArgumentsError, DataError, ModelError
 from common.pretrained import pad_id
-from common.text_corpora import DataError
 from finetune_llama import DEFAULTS, ScriptArguments, build_trainer
 from hf_dlion import DLionTrainer, DLionTrainingArguments
 from tests.examples.common.test_instruction_data import CHATML, many, tiny_tokenizer, write

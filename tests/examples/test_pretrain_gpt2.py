@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from common.text_corpora import DataError, standard_library
+from common.errors import DataError
+from common.text_corpora import standard_library
 from common.text_data import TextOptions, load_text_data
 
 ROOT = Path(__file__).parents[2]

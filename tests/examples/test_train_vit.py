@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
-from common.arguments import ArgumentsError, parse_arguments
-from common.vit_models import ModelError, build_model
+from common.arguments import parse_arguments
+from common.errors import ArgumentsError, ModelError
+from common.vit_models import build_model
 from hf_dlion import DLionTrainer, DLionTrainingArguments
 from tests.examples.images import write_images
 from tests.harness import run_workers

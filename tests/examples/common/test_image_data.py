@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
+from common.errors import DataError
 from common.image_data import from_splits, load_image_data
 from common.image_partition import Draw, WorkerBatchSampler
 from common.image_views import TestImages, TrainImages, collate, image_processor, image_size
-from common.text_corpora import DataError
 from tests.examples.images import CLASSES, write_images, zip_splits
 
 ROOT = Path(__file__).parents[3]

@@ -12,18 +12,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from common.errors import DataError
 from common.instruction_data import (
     Counts,
     InstructionData,
     InstructionRows,
     PadToLongest,
-    Row,
     encoded,
     load_instruction_data,
-    prompt_format,
-    read_rows,
 )
-from common.text_corpora import DataError
+from common.instruction_prompts import prompt_format
+from common.instruction_rows import Row, read_rows
 
 ROOT = Path(__file__).parents[3]
 
