@@ -9,8 +9,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_dlion import DLionTrainingArguments
-from hf_dlion.trainer.checkpoints import last_complete_checkpoint
+from hf_dlion import DLionTrainingArguments, last_complete_checkpoint
 
 from .errors import ArgumentsError
 

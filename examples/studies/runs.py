@@ -4,8 +4,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_dlion.optim.registry import METHODS
-
 from .cells import Cell, StudyError
 from .study import Study, slug
 
@@ -50,7 +48,7 @@ def cell(study: Study, run: Run) -> Cell:
         run.folder,
         study.script,
         study.settings(run.method) | chosen,
-        needs=(*NEEDS, "bytes_sent") if study.optim(run.method) in METHODS else NEEDS,
+        needs=(*NEEDS, "bytes_sent") if study.counts_bytes(run.method) else NEEDS,
         launcher=launch if processes > 1 else (),
         processes=processes,
     )

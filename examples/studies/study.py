@@ -217,6 +217,10 @@ class Study:
     def optim(self, label: str) -> str:
         return str(self.methods[label].get("optim", label))
 
+    def counts_bytes(self, label: str) -> bool:
+        """Whether a run of it says what a worker sent, as those of this package's optimizers do."""
+        return self.optim(label) in METHODS
+
     def seeds_of(self, label: str) -> list[int]:
         seeds: list[int] = self.methods[label].get("seeds", self.seeds)
         return seeds
