@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-oldest lint types smoke soak benchmark clean
 
 demo: $(VENV)/.installed
-	$(BIN)/accelerate launch --config_file examples/configs/cpu_2.yaml examples/pretrain_gpt2.py \
+	$(BIN)/accelerate launch --config_file examples/launch/cpu_2.yaml examples/pretrain_gpt2.py \
 		--use_cpu --optim dlion_mavo --learning_rate 7e-4 --weight_decay 0.1 \
 		--per_device_train_batch_size 4 --max_steps 1200 --save_strategy no --model_card true --output_dir out/demo
 
@@ -30,7 +30,7 @@ types: $(VENV)/.installed
 
 # A few steps of the examples, with two processes where processes matter.
 smoke: $(VENV)/.installed
-	$(BIN)/accelerate launch --config_file examples/configs/cpu_2.yaml examples/pretrain_gpt2.py --use_cpu \
+	$(BIN)/accelerate launch --config_file examples/launch/cpu_2.yaml examples/pretrain_gpt2.py --use_cpu \
 		--optim dlion_avg --max_steps 6 --eval_steps 3 --logging_steps 2 --max_eval_blocks 32 --output_dir out/smoke
 
 # What takes too long for each change: above all, half an hour of training in which every 20 to 60 seconds a worker is
@@ -40,10 +40,10 @@ soak: $(VENV)/.installed
 
 # The measurements in the README; as root on Linux for limited links.
 benchmark: $(VENV)/.installed
-	$(BIN)/python examples/benchmark_network.py --workers 4 --output model_cards/network/4_workers
-	$(BIN)/python examples/benchmark_network.py --workers 2 --output model_cards/network/2_workers
-	$(BIN)/python examples/benchmark_step.py --output model_cards/step
-	$(BIN)/python examples/benchmark_checks.py --output model_cards/checks
+	$(BIN)/python -m examples.benchmarks.network --workers 4 --output model_cards/network/4_workers
+	$(BIN)/python -m examples.benchmarks.network --workers 2 --output model_cards/network/2_workers
+	$(BIN)/python -m examples.benchmarks.step --output model_cards/step
+	$(BIN)/python -m examples.benchmarks.checks --output model_cards/checks
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

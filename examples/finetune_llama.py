@@ -3,15 +3,15 @@
 Two processes on the CPU; the model is a path or a hub id, the data a JSON or JSONL file or a hub id, in rows of
 `instruction`, `input` and `output`:
 
-    accelerate launch --config_file examples/configs/cpu_2.yaml examples/finetune_llama.py --use_cpu \\
+    accelerate launch --config_file examples/launch/cpu_2.yaml examples/finetune_llama.py --use_cpu \\
         --model path/to/model --dataset alpaca.json --optim dlion_mavo --learning_rate 1e-4 --weight_decay 0.01 \\
         --per_device_train_batch_size 4 --max_steps 500
 
 With `--optim adamw_torch`, and a learning rate for it, gradients are averaged as ever: the baseline. On GPUs,
 leave `--use_cpu` away and take `one_node_gpus.yaml` or `several_nodes.yaml`:
 
-    accelerate launch --config_file examples/configs/one_node_gpus.yaml examples/finetune_llama.py \\
-        --config examples/configs/recipes/llama_7b_alpaca.yaml --model meta-llama/Llama-2-7b-hf
+    accelerate launch --config_file examples/launch/one_node_gpus.yaml examples/finetune_llama.py \\
+        --config examples/recipes/llama_7b_alpaca.yaml --model meta-llama/Llama-2-7b-hf
 
 `--config` reads arguments from a YAML file; what stands on the command line wins over it. `--lora_r 16` trains a
 LoRA adapter of that rank in place of the whole model: only the adapter is voted on, travels and is saved. With
@@ -29,30 +29,17 @@ path continues from that one.
 
 import sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
-from arguments import ArgumentsError, checkpoint_to_resume, parse_arguments
-from gpt2_models import ModelError
-from instruction_data import IGNORED, PROMPTS, InstructionData, PadToLongest, load_instruction_data, looks_local
-from peft import LoraConfig, get_peft_model
-from run_results import ReportLastStep, train_and_report
-from text_corpora import DataError, reason
-from torch.nn.functional import cross_entropy
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    EvalPrediction,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
+from common.arguments import checkpoint_to_resume, parse_arguments
+from common.errors import ArgumentsError, DataError, ModelError
+from common.instruction_data import InstructionData, PadToLongest, load_instruction_data
+from common.instruction_prompts import PROMPTS
+from common.pretrained import ALL_LINEAR, DTYPES, add_lora, load_model, load_tokenizer, pad_id
+from common.response_loss import RESPONSE_LOSS, response_loss, response_sums
+from common.run_results import ReportLastStep, train_and_report
 from hf_dlion import DLionTrainer, DLionTrainingArguments
 
 # Where this script differs from the Trainer: it shows progress and a validation curve without being asked.
@@ -67,9 +54,6 @@ DEFAULTS: dict[str, Any] = {
     "warmup_steps": 0.03,
     "ddp_find_unused_parameters": False,
 }
-ALL_LINEAR = "all-linear"
-RESPONSE_LOSS = "response_loss"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -151,137 +135,6 @@ class RestoreCache(TrainerCallback):
         kwargs["model"].config.use_cache = True
 
 
-# --- Tokenizer and model --------------------------------------------------------------------------
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    if looks_local(name) and not Path(name).expanduser().is_dir():
-        raise ModelError(f"--model {name}: no such folder, seen from {Path.cwd()}. Give one, or a hub id.")
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # a different class for each of the many ways to fail
-        raise ModelError(
-            f"--model {name}: its tokenizer could not be loaded: {reason(error)}. Give a folder with a saved model "
-            "and its tokenizer, or a hub id that can be reached from here."
-        ) from error
-
-
-def load_model(name: str, dtype: str, max_length: int, data: InstructionData) -> PreTrainedModel:
-    """The pretrained model, checked against the data, that stops where a response of the data ends."""
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype])
-    except Exception as error:  # a different class for each of the many ways to fail
-        raise ModelError(
-            f"--model {name}: could not be loaded as a causal language model: {reason(error)}. Give a folder with a "
-            "saved one, or a hub id that can be reached from here."
-        ) from error
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and positions < max_length:
-        raise ModelError(f"--max_length {max_length}: {name} has {positions} positions. Give {positions} or less.")
-    vocabulary = model.get_input_embeddings().num_embeddings
-    largest = max(data.largest_id, data.prompt.end_id)
-    if largest >= vocabulary:
-        raise ModelError(
-            f"--model {name}: its tokenizer gives the token {largest}, and the model has embeddings for {vocabulary}. "
-            "Tokenizer and model do not belong together, or the model was not resized."
-        )
-    # transformers reads the kind of loss from the class's name, and finds none in some of them (GPT2LMHeadModel): the
-    # Trainer then counts first tokens of rows, which nothing predicts.
-    if model.loss_type is None:
-        model.loss_type = "ForCausalLM"
-    _prepare_generation(model, data.prompt.end_id)
-    return model
-
-
-def _prepare_generation(model: PreTrainedModel, end_id: int) -> None:
-    config = model.generation_config
-    if config is None:
-        return
-    known = config.eos_token_id
-    stops = [known] if isinstance(known, int) else list(known or [])
-    if end_id not in stops:
-        config.eos_token_id = [*stops, end_id] if stops else end_id
-    # transformers refuses to save a config that was changed and has sampling flags without sampling, as those of some
-    # published models: that would be after the training.
-    try:
-        config.validate(strict=True)
-    except ValueError:
-        config.do_sample = True
-    try:
-        config.validate(strict=True)
-    except ValueError as error:
-        raise ModelError(
-            f"--model {model.name_or_path}: its generation_config.json could not be saved again with the model: "
-            f"{' '.join(str(error).split())} Mend it there."
-        ) from error
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase, end_id: int, vocabulary: int) -> int:
-    """Any id with an embedding serves, as padding is masked: the tokenizer's own where it has one."""
-    candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id)
-    return next((token for token in candidates if token is not None and token < vocabulary), end_id)
-
-
-def add_lora(model: PreTrainedModel, script_args: ScriptArguments, checkpointing: bool) -> Any:
-    """The model with an adapter; everything else is frozen."""
-    wanted = script_args.lora_target_modules
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=script_args.lora_r,
-        lora_alpha=script_args.lora_alpha,
-        lora_dropout=script_args.lora_dropout,
-        target_modules=ALL_LINEAR if wanted == [ALL_LINEAR] else wanted,
-    )
-    there = [name for name, _ in model.named_modules()]
-    unmatched = [
-        target
-        for target in wanted
-        if target != ALL_LINEAR and not any(name == target or name.endswith(f".{target}") for name in there)
-    ]
-    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)}
-    hint = f"The linear layers of {script_args.model} are {', '.join(sorted(linear))}; '{ALL_LINEAR}' takes all."
-    if unmatched:
-        raise ModelError(f"--lora_target_modules {' '.join(wanted)}: nothing is called {', '.join(unmatched)}. {hint}")
-    try:
-        adapted = get_peft_model(model, config)
-    except ValueError as error:
-        raise ModelError(
-            f"--lora_target_modules {' '.join(wanted)}: not all of it can take an adapter. {hint}"
-        ) from error
-    if checkpointing:  # a checkpointed segment needs an input with a gradient, and the embedding is frozen
-        adapted.enable_input_require_grads()
-    return adapted
-
-
-def _is_linear(module: torch.nn.Module) -> bool:
-    return type(module).__name__ in ("Linear", "Conv1D")
-
-
-# --- Validation loss ------------------------------------------------------------------------------
-
-
-def response_sums(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    """Of each row the sum of the losses of its response tokens, and their number: all that leaves the process."""
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    sums = torch.stack(
-        [
-            # Row by row: the loss is computed in fp32, which for the whole batch would be all logits once more.
-            cross_entropy(row[:-1].float(), target[1:], ignore_index=IGNORED, reduction="sum")
-            for row, target in zip(logits, labels, strict=True)
-        ]
-    )
-    return torch.stack([sums, (labels[:, 1:] != IGNORED).sum(dim=1).to(sums.dtype)], dim=1)
-
-
-def response_loss(prediction: EvalPrediction) -> dict[str, float]:
-    """In nats per response token."""
-    loss, tokens = prediction.predictions.astype("float64").sum(axis=0)
-    return {RESPONSE_LOSS: float(loss / tokens)}
-
-
-# --- The run --------------------------------------------------------------------------------------
-
-
 def build_trainer(script_args: ScriptArguments, args: DLionTrainingArguments) -> tuple[DLionTrainer, InstructionData]:
     name = str(script_args.model)
     tokenizer = load_tokenizer(name)
@@ -298,7 +151,8 @@ def build_trainer(script_args: ScriptArguments, args: DLionTrainingArguments) ->
     model = load_model(name, script_args.dtype, script_args.max_length, data)
     padding = pad_id(tokenizer, data.prompt.end_id, model.get_input_embeddings().num_embeddings)
     if script_args.lora_r:
-        model = add_lora(model, script_args, bool(args.gradient_checkpointing))
+        shape = (script_args.lora_r, script_args.lora_alpha, script_args.lora_dropout)
+        model = add_lora(model, *shape, script_args.lora_target_modules, bool(args.gradient_checkpointing))
     trainer = DLionTrainer(
         model=model,
         args=args,

@@ -2,15 +2,15 @@
 
 Two processes on the CPU, on the source of Python's own standard library (nothing is downloaded):
 
-    accelerate launch --config_file examples/configs/cpu_2.yaml examples/pretrain_gpt2.py --use_cpu \\
+    accelerate launch --config_file examples/launch/cpu_2.yaml examples/pretrain_gpt2.py --use_cpu \\
         --optim dlion_mavo --learning_rate 7e-4 --weight_decay 0.1 \\
         --per_device_train_batch_size 4 --max_steps 1200
 
 With `--optim adamw_torch`, and a learning rate for it, gradients are averaged as ever: the baseline. On GPUs,
 leave `--use_cpu` away and take `one_node_gpus.yaml` or `several_nodes.yaml`:
 
-    accelerate launch --config_file examples/configs/one_node_gpus.yaml examples/pretrain_gpt2.py \\
-        --config examples/configs/recipes/gpt2_350m_openwebtext.yaml
+    accelerate launch --config_file examples/launch/one_node_gpus.yaml examples/pretrain_gpt2.py \\
+        --config examples/recipes/gpt2_350m_openwebtext.yaml
 
 `--config` reads arguments from a YAML file; what stands on the command line wins over it. Your own text:
 `--dataset file.txt`, `--dataset file.jsonl --text_column body`, `--dataset folder/`, or a hub id, with
@@ -25,13 +25,16 @@ import sys
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from arguments import ArgumentsError, checkpoint_to_resume, parse_arguments
-from gpt2_models import NAMES, TINY, ModelError, build_model
-from run_results import ReportLastStep, train_and_report
-from text_corpora import EMBEDDED, DataError
-from text_data import DEFAULT_CACHE, TextData, TextOptions, load_text_data, stream_text_data
 from transformers import default_data_collator, set_seed
 
+from common.arguments import checkpoint_to_resume, parse_arguments
+from common.cache import DEFAULT_CACHE
+from common.errors import ArgumentsError, DataError, ModelError
+from common.gpt2_models import NAMES, TINY, build_model
+from common.run_results import ReportLastStep, train_and_report
+from common.text_corpora import EMBEDDED
+from common.text_data import TextData, TextOptions, load_text_data
+from common.text_stream import stream_text_data
 from hf_dlion import DLionTrainer, DLionTrainingArguments
 
 # Where this script differs from the Trainer: it shows progress and a validation curve without being asked.

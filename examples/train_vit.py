@@ -2,7 +2,7 @@
 
 Two processes on the CPU, on scikit-learn's handwritten digits (nothing is downloaded; `pip install '.[vision]'`):
 
-    accelerate launch --config_file examples/configs/cpu_2.yaml examples/train_vit.py --use_cpu \\
+    accelerate launch --config_file examples/launch/cpu_2.yaml examples/train_vit.py --use_cpu \\
         --optim dlion_mavo --learning_rate 5e-4 --num_train_epochs 20
 
 Four workers that take turns in one process, with the same images for each as if they were processes, here of unequal
@@ -14,8 +14,8 @@ classes:
 CIFAR-10 as in the paper, on GPUs, and a smaller model on your own images, in a folder or in zip files, with
 `train/CLASS/NAME.jpg` and `test/CLASS/NAME.jpg`:
 
-    accelerate launch --config_file examples/configs/one_node_gpus.yaml examples/train_vit.py \\
-        --config examples/configs/recipes/vit_cifar10.yaml
+    accelerate launch --config_file examples/launch/one_node_gpus.yaml examples/train_vit.py \\
+        --config examples/recipes/vit_cifar10.yaml
     python examples/train_vit.py --dataset images/ --model vit-mini --image_size 32 --optim dlion_mavo
 
 `--config` reads arguments from a YAML file; what stands on the command line wins over it. Images are cropped at random
@@ -30,16 +30,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from arguments import ArgumentsError, checkpoint_to_resume, parse_arguments
-from image_data import EMBEDDED, load_image_data
-from image_partition import PartitionError, WorkerBatchSampler, partition
-from image_views import TestImages, TrainImages, collate, image_processor, image_size
-from run_results import ReportLastStep, train_and_report
-from text_corpora import DataError
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, set_seed
-from vit_models import MINI, NAMES, ModelError, build_model
 
+from common.arguments import checkpoint_to_resume, parse_arguments
+from common.errors import ArgumentsError, DataError, ModelError
+from common.image_data import EMBEDDED, load_image_data
+from common.image_partition import PartitionError, WorkerBatchSampler, partition
+from common.image_views import TestImages, TrainImages, collate, image_processor, image_size
+from common.run_results import ReportLastStep, train_and_report
+from common.vit_models import MINI, NAMES, build_model
 from hf_dlion import DLionTrainer, DLionTrainingArguments
 
 # Where this script differs from the Trainer: it shows progress and the accuracy without being asked.

@@ -35,13 +35,15 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
+import evaluate_3shot as script
+from evaluation.models import load_model
+from evaluation.scoring import score
+from evaluation.shared_model import SharedModel, share
+from evaluation.tasks_3shot.definitions import NAMES, TaskError, digest, load_task, local_files
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "examples" / "evaluate_3shot.py")
 SHARED = ROOT.parent / "shared" / "data"
-sys.path.insert(0, str(ROOT / "examples"))
-
-import evaluate_3shot as script  # noqa: E402
-from tasks_3shot.definitions import NAMES, TaskError, digest, load_task, local_files  # noqa: E402
 
 WORDS = [*(ROOT / "LICENSE").read_text().split()[20:60], "[step]", "Big"]
 ROWS = {"train": 9, "validation": 7}
@@ -169,10 +171,10 @@ def splits(folder: Path) -> dict[str, str]:
 
 def ours(data_dir: Path, shots: int, limit: int | None = None, **model: Any) -> tuple[dict[str, Any], Any]:
     args = script.ScriptArguments(data_dir=str(data_dir), num_fewshot=shots, batch_size=BATCH, limit=limit, **model)
-    loaded, tokenizer, _ = script.load_model(args, torch.device("cpu"))
-    shared = script.SharedModel(loaded, tokenizer, 0, 1, batch_size=BATCH)
+    loaded, tokenizer, _ = load_model(str(args.model), args.base_model, args.dtype, torch.device("cpu"))
+    shared = SharedModel(loaded, tokenizer, 0, 1, batch_size=BATCH)
     tasks = {name: load_task(name, str(data_dir), shots, args.seed) for name in NAMES}
-    scores = script.score(args, shared, tasks)
+    scores = score(shared, tasks, args.limit)
     assert script.report(args, scores, shared, None, 1.0)["requests"] == shared.asked > 0
     return scores, tasks
 
@@ -186,9 +188,9 @@ def assert_equal(scores: dict[str, Any], tasks: Any, theirs: dict[str, Any]) -> 
             assert tuple(asked) == instance.args
             assert tuple(samples[instance.doc_id]["resps"][instance.idx][0]) == tuple(instance.resps[0])
         row = theirs["results"][name]
-        for metric, score in scores[name]["metrics"].items():
-            assert score["value"] == row[f"{metric},none"]
-            assert score["stderr"] == row[f"{metric}_stderr,none"]
+        for metric, found in scores[name]["metrics"].items():
+            assert found["value"] == row[f"{metric},none"]
+            assert found["stderr"] == row[f"{metric}_stderr,none"]
         assert scores[name]["n"] == theirs["n-samples"][name]["effective"]
         assert scores[name]["value"] == row[f"{scores[name]['metric']},none"]
 
@@ -262,14 +264,14 @@ def _original(row: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_definitions_say_what_lm_eval_does(installed: dict[str, Path], data: Path) -> None:
     for name in NAMES:
-        own = load_yaml(ROOT / "examples" / "tasks_3shot" / f"{name}.yaml", recursive=False)
+        own = load_yaml(ROOT / "examples" / "evaluation" / "tasks_3shot" / f"{name}.yaml", recursive=False)
         theirs = load_yaml(installed[name])
         assert installed[name].match(f"tasks/{own['include']}")
         assert own["task"] == theirs["task"] == name
         assert own["metadata"]["prompt"] == theirs["doc_to_text"]
         assert own["metadata"]["reported_metric"] in [metric["metric"] for metric in theirs["metric_list"]]
         assert set(own) - {"include", "task", "metadata"} == ({"process_docs"} if name == "hellaswag" else set())
-        text = (ROOT / "examples" / "tasks_3shot" / f"{name}.yaml").read_text()
+        text = (ROOT / "examples" / "evaluation" / "tasks_3shot" / f"{name}.yaml").read_text()
         assert ("test.jsonl where" in text) == ("test_split" in theirs and theirs["test_split"] is not None)
 
 
@@ -299,14 +301,14 @@ def test_the_digest_is_of_the_content(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [2, 3])
 def test_shares_are_the_batches_of_one_process(workers: int, data: Path, models: Path) -> None:
     args = script.ScriptArguments(model=str(models / "llama"))
-    model, tokenizer, _ = script.load_model(args, torch.device("cpu"))
+    model, tokenizer, _ = load_model(str(args.model), args.base_model, args.dtype, torch.device("cpu"))
     alone = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
     rng = random.Random(1)
     # Prompts of all lengths, some asked twice, and continuations that differ in their last token.
     prompts = [[rng.randrange(1, 290) for _ in range(rng.randrange(1, 40))] for _ in range(30)] * 2
     requests = [(("", ""), prompt, [*prompt[:2], last]) for prompt in prompts for last in (5, 6)]
     expected = alone._loglikelihood_tokens(requests, disable_tqdm=True)
-    shares = [script.share(requests, BATCH, rank, workers) for rank in range(workers)]
+    shares = [share(requests, BATCH, rank, workers) for rank in range(workers)]
     assert sorted(place for places in shares for place in places) == list(range(len(requests)))
     for places in shares:
         answers = alone._loglikelihood_tokens([requests[i] for i in places], disable_tqdm=True)
@@ -326,7 +328,7 @@ def test_two_processes_score_as_one(
     data: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--model", str(models / "gpt2"), "--data_dir", str(data / "local")]
-    launch = ["accelerate.commands.launch", "--config_file", "examples/configs/cpu_2.yaml", SCRIPT]
+    launch = ["accelerate.commands.launch", "--config_file", "examples/launch/cpu_2.yaml", SCRIPT]
     run = [sys.executable, "-m", *launch, *command(*arguments, "--output_dir", str(tmp_path / "two"))]
     done = subprocess.run(run, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

@@ -14,20 +14,17 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from tests.examples.test_instruction_data import CHATML, many, tiny_tokenizer, write
+import finetune_llama
+from common.arguments import parse_arguments
+from common.errors import ArgumentsError, DataError, ModelError
+from common.pretrained import pad_id
+from finetune_llama import DEFAULTS, ScriptArguments, build_trainer
+from hf_dlion import DLionTrainer, DLionTrainingArguments
+from tests.examples.common.test_instruction_data import CHATML, many, tiny_tokenizer, write
 from tests.harness import run_workers
 from tests.trainer.tiny import act_as_launched
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-
-import finetune_llama  # noqa: E402
-from arguments import ArgumentsError, parse_arguments  # noqa: E402
-from finetune_llama import DEFAULTS, ScriptArguments, build_trainer  # noqa: E402
-from gpt2_models import ModelError  # noqa: E402
-from text_corpora import DataError  # noqa: E402
-
-from hf_dlion import DLionTrainer, DLionTrainingArguments  # noqa: E402
 
 QUIET = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "True", "--logging_steps", "1"]
 ADAPTER_AND_BASE = "weights.pt"
@@ -116,7 +113,7 @@ def test_the_validation_loss_is_exact_whatever_the_batches_and_processes(tmp_pat
 def test_two_processes_finetune_resume_and_generate(tmp_path: Path) -> None:
     argv = make_files(tmp_path, CHATML)
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "examples/configs/cpu_2.yaml"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "examples/launch/cpu_2.yaml"]
     more = ["--optim", "dlion_mavo", "--learning_rate", "1e-3", "--per_device_train_batch_size", "4", "--bf16"]
     run = [*launch, "examples/finetune_llama.py", *QUIET, *argv, *more, "--save_steps", "4", "--max_steps", "8"]
     done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
@@ -222,8 +219,8 @@ def test_a_lora_adapter_loads_merges_and_generates(tmp_path: Path) -> None:
 
 def test_padding_takes_an_id_that_has_an_embedding() -> None:
     for special, expected in (({}, 1), ({"unk_token": "<|im_start|>"}, 2), ({"pad_token": "<|im_end|>"}, 3)):
-        assert finetune_llama.pad_id(tiny_tokenizer(**special), 1, vocabulary=300) == expected
-    assert finetune_llama.pad_id(tiny_tokenizer(pad_token="<pad>", unk_token="<s>"), 1, vocabulary=10) == 0
+        assert pad_id(tiny_tokenizer(**special), 1, vocabulary=300) == expected
+    assert pad_id(tiny_tokenizer(pad_token="<pad>", unk_token="<s>"), 1, vocabulary=10) == 0
 
 
 def test_a_generation_config_that_could_not_be_saved_is_mended_or_an_error(tmp_path: Path) -> None:
@@ -283,9 +280,7 @@ def test_a_recipe_with_a_wrong_choice_is_an_error(tmp_path: Path) -> None:
         build([*make_files(tmp_path), "--config", str(recipe)])
 
 
-@pytest.mark.parametrize(
-    "recipe", sorted((ROOT / "examples/configs/recipes").glob("llama*.yaml")), ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("recipe", sorted((ROOT / "examples/recipes").glob("llama*.yaml")), ids=lambda p: p.stem)
 def test_recipes_are_read(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     argv = ["finetune_llama.py", "--config", str(recipe), "--use_cpu", "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", argv)

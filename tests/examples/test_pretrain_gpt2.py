@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from common.errors import DataError
+from common.text_corpora import standard_library
+from common.text_data import TextOptions, load_text_data
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
 
-from text_corpora import DataError, standard_library  # noqa: E402
-from text_data import TextOptions, load_text_data  # noqa: E402
-
-LAUNCH = ["accelerate.commands.launch", "--config_file", "examples/configs/cpu_2.yaml", "examples/pretrain_gpt2.py"]
+LAUNCH = ["accelerate.commands.launch", "--config_file", "examples/launch/cpu_2.yaml", "examples/pretrain_gpt2.py"]
 TINY = ["--vocab_size", "300", "--block_size", "32", "--per_device_train_batch_size", "2", "--max_eval_blocks", "8"]
 
 

@@ -15,18 +15,16 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
+from common.arguments import parse_arguments
+from common.errors import ArgumentsError, ModelError
+from common.vit_models import build_model
+from hf_dlion import DLionTrainer, DLionTrainingArguments
 from tests.examples.images import write_images
 from tests.harness import run_workers
 from tests.trainer.tiny import act_as_launched
+from train_vit import DEFAULTS, ScriptArguments, build_trainer
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-
-from arguments import ArgumentsError, parse_arguments  # noqa: E402
-from train_vit import DEFAULTS, ScriptArguments, build_trainer  # noqa: E402
-from vit_models import ModelError, build_model  # noqa: E402
-
-from hf_dlion import DLionTrainer, DLionTrainingArguments  # noqa: E402
 
 QUIET = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "True", "--logging_steps", "5"]
 # 36 images: with 2 workers, an epoch has 4 rounds
@@ -99,7 +97,7 @@ def test_a_worker_meets_the_same_pixels_as_a_process_as_a_virtual_one_and_resume
 
 
 def test_digits_are_learned_by_two_processes(tmp_path: Path) -> None:
-    launch = ["accelerate.commands.launch", "--config_file", "examples/configs/cpu_2.yaml", "examples/train_vit.py"]
+    launch = ["accelerate.commands.launch", "--config_file", "examples/launch/cpu_2.yaml", "examples/train_vit.py"]
     run = [sys.executable, "-m", *launch, *QUIET, "--optim", "dlion_mavo", "--learning_rate", "5e-4"]
     run += ["--num_train_epochs", "4", "--model_card", "--output_dir", str(tmp_path)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
@@ -179,7 +177,7 @@ def test_an_error_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         runpy.run_path(str(ROOT / "examples" / "train_vit.py"), run_name="__main__")
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "examples/configs/recipes").glob("vit*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("recipe", sorted((ROOT / "examples/recipes").glob("vit*.yaml")), ids=lambda p: p.stem)
 def test_recipes_are_read(recipe: Path, tmp_path: Path) -> None:
     script_args, args = parse(["--config", str(recipe), "--output_dir", str(tmp_path), "--bf16", "False"])
     assert args.votes

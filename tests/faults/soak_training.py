@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pretrain_gpt2
 from torch import Tensor
 from transformers import TrainerCallback
 
+import pretrain_gpt2
 from hf_dlion import DLionTrainer
 from hf_dlion.bits.hashing import checksum
 from hf_dlion.checkpoint import complete, workers

@@ -1,0 +1,123 @@
+"""A worker of `network.py`: a process that takes steps by each method as its parent asks for them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import os
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+
+from hf_dlion import DistributedLion, keep_gradients_local
+
+from .shapes import gpt2_shapes
+
+
+def linear_model(shapes: list[tuple[int, ...]], seed: int) -> torch.nn.Module:
+    """A module whose loss is linear in its parameters; the random gradients are of this seed."""
+
+    class Linear(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = torch.nn.ParameterList([0.02 * torch.randn(shape) for shape in shapes])
+            source = torch.Generator().manual_seed(seed)
+            self.gradients = [torch.randn(shape, generator=source).flatten() for shape in shapes]
+
+        def forward(self) -> Any:
+            pairs = zip(self.weights, self.gradients, strict=True)
+            return torch.stack([weight.flatten().dot(gradient) for weight, gradient in pairs]).sum()
+
+    return Linear()
+
+
+class Contender:
+    """One method in one worker: a copy of the model, a process group and an optimizer of its own."""
+
+    def __init__(self, method: str, rank: int, options: argparse.Namespace) -> None:
+        torch.manual_seed(options.seed)
+        model = linear_model(gpt2_shapes(options.hidden, options.layers, options.vocab), options.seed + 1 + rank)
+        group = torch.distributed.new_group()
+        # PowerSGD starts rounds in callbacks. With several buckets, gloo lets those of one bucket pass those
+        # of another on some ranks only, and the run breaks: so it gets all gradients in one.
+        bucket_mb = 2**14 if method == "ddp_powersgd" else None
+        # The view spares DDP a copy of the gradients each way: the baseline at its best.
+        self.model = torch.nn.parallel.DistributedDataParallel(
+            model, process_group=group, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb
+        )
+        self.interface: str | None = options.interface
+        self.optimizer: torch.optim.Optimizer
+        if method.startswith("dlion_"):
+            keep_gradients_local(self.model)
+            self.optimizer = DistributedLion(
+                model.parameters(), lr=1e-4, aggregation=method.removeprefix("dlion_"), process_group=group
+            )
+            return
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        if method == "ddp_fp16":
+            self.model.register_comm_hook(group, default_hooks.fp16_compress_hook)
+        elif method == "ddp_powersgd":
+            state = powerSGD_hook.PowerSGDState(group, matrix_approximation_rank=4, start_powerSGD_iter=2)
+            self.model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+
+    def prepare(self) -> int:
+        """Do all of a step that is not timed. Returns the number of parameters."""
+        self.optimizer.zero_grad()
+        self.loss = self.model()
+        return sum(p.numel() for p in self.model.parameters())
+
+    def step(self) -> float:
+        """From the start of backward to updated parameters, in seconds."""
+        start = time.perf_counter()
+        self.loss.backward()
+        self.optimizer.step()
+        return time.perf_counter() - start
+
+    def sent(self) -> dict[str, int]:
+        """Bytes sent so far, by the interface's count (of all methods) and by the ledger's (of this one)."""
+        counts = {}
+        if self.interface:
+            counter = Path("/sys/class/net", self.interface, "statistics/tx_bytes")
+            counts["interface"] = int(counter.read_text())
+        if hasattr(self.optimizer, "ledger"):
+            counts["ledger"] = int(self.optimizer.ledger.sent_bytes)
+        return counts
+
+
+def work(rank: int, channel: Connection) -> None:
+    """Be a worker: do what the parent asks for until it hangs up."""
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    options: argparse.Namespace = channel.recv()
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{options.rendezvous}",
+        rank=rank,
+        world_size=options.workers,
+        timeout=datetime.timedelta(seconds=options.timeout),
+    )
+    contenders = {method: Contender(method, rank, options) for method in options.methods}
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            method, request = channel.recv()
+            channel.send(getattr(contenders[method], request)())
+
+
+def end_with(parent: int) -> None:
+    """End this worker when its parent was killed, also in the middle of a collective."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    rank, descriptor = map(int, sys.argv[1:])
+    os.set_inheritable(descriptor, False)  # a compiler's process that outlives its worker must not hold it open
+    work(rank, Connection(descriptor))

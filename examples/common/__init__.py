@@ -1,0 +1,1 @@
+"""What the task scripts share: arguments, data, models, and the report of a run."""
