@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .optim.dlion import DistributedLion
+from .optim.hidden import hidden_matrices
+from .optim.muon import DistributedMuon
 
 if TYPE_CHECKING:
     from .checkpoint.complete import last_complete_checkpoint
@@ -36,7 +38,9 @@ __all__ = [
     "DLionTrainerMixin",
     "DLionTrainingArguments",
     "DistributedLion",
+    "DistributedMuon",
     "LionTheoryCallback",
+    "hidden_matrices",
     "keep_gradients_local",
     "last_complete_checkpoint",
     "load_workers",

@@ -15,7 +15,15 @@ from typing import Any
 import pytest
 
 import hf_dlion
-from hf_dlion import DistributedLion, DLionArgumentsMixin, keep_gradients_local, load_workers, save_workers
+from hf_dlion import (
+    DistributedLion,
+    DistributedMuon,
+    DLionArgumentsMixin,
+    hidden_matrices,
+    keep_gradients_local,
+    load_workers,
+    save_workers,
+)
 from hf_dlion.optim.virtual import VirtualWorkers
 from hf_dlion.optim.workers import WorkersOptimizer
 from hf_dlion.trainer.methods import METHODS
@@ -32,19 +40,35 @@ PUBLIC = [
     "DLionTrainerMixin",
     "DLionTrainingArguments",
     "DistributedLion",
+    "DistributedMuon",
     "LionTheoryCallback",
+    "hidden_matrices",
     "keep_gradients_local",
     "last_complete_checkpoint",
     "load_workers",
     "save_workers",
 ]
 
-NAMES = ["dlion_mavo", "dlion_avg", "dsignum_mavo", "dsignum_avg", "glion", "gadamw", "terngrad", "graddrop", "dgc"]
+NAMES = [
+    "dlion_mavo",
+    "dlion_avg",
+    "dsignum_mavo",
+    "dsignum_avg",
+    "dmuon_mavo",
+    "dmuon_avg",
+    "glion",
+    "gadamw",
+    "gmuon",
+    "terngrad",
+    "graddrop",
+    "dgc",
+]
 
 FIELDS = [
     "optim",
     "lion_beta1",
     "lion_beta2",
+    "muon_beta2",
     "vote_tie",
     "vote_exchange",
     "signum_momentum",
@@ -64,6 +88,18 @@ FIELDS = [
 
 ARGUMENTS: dict[Callable[..., Any], list[str]] = {
     DistributedLion: ["params", "lr", "betas", "weight_decay", "aggregation", "tie", "exchange", "options"],
+    DistributedMuon: [
+        "params",
+        "lr",
+        "betas",
+        "weight_decay",
+        "hidden_betas",
+        "aggregation",
+        "tie",
+        "exchange",
+        "options",
+    ],
+    hidden_matrices: ["model", "decayed", "others", "splits"],
     WorkersOptimizer: [
         "params",
         "defaults",

@@ -4,8 +4,10 @@ import math
 from typing import NamedTuple
 
 DROP_SHARE = 0.96
-_SPARSE, _VOTES = ("graddrop", "dgc"), ("dlion_mavo", "dlion_avg", "dsignum_mavo", "dsignum_avg")
-PREDICTED = (*_VOTES, "glion", "gadamw", "terngrad", *_SPARSE)
+_SPARSE, _DENSE = ("graddrop", "dgc"), ("glion", "gadamw", "gmuon")
+_MAJORITIES = ("dlion_mavo", "dsignum_mavo", "dmuon_mavo")
+_AVERAGES = ("dlion_avg", "dsignum_avg", "dmuon_avg")
+PREDICTED = (*_MAJORITIES, *_AVERAGES, *_DENSE, "terngrad", *_SPARSE)
 
 
 class Bits(NamedTuple):
@@ -16,15 +18,15 @@ class Bits(NamedTuple):
 
 
 def paper_bits(method: str, workers: int, drop_share: float = DROP_SHARE) -> Bits:
-    """Between a worker and the server: Table 1 of arXiv 2404.00438, with Signum as Lion and graddrop as DGC.
+    """Between a worker and the server: Table 1 of arXiv 2404.00438, with Signum and Muon as Lion and graddrop as DGC.
 
     Raises:
         KeyError: the method is not one of the paper's.
     """
     table = {
-        **dict.fromkeys(("glion", "gadamw"), Bits(32, 32)),
-        **dict.fromkeys(("dlion_mavo", "dsignum_mavo"), Bits(1, 1)),
-        **dict.fromkeys(("dlion_avg", "dsignum_avg"), Bits(1, math.log2(workers + 1))),
+        **dict.fromkeys(_DENSE, Bits(32, 32)),
+        **dict.fromkeys(_MAJORITIES, Bits(1, 1)),
+        **dict.fromkeys(_AVERAGES, Bits(1, math.log2(workers + 1))),
         **dict.fromkeys(_SPARSE, Bits((1 - drop_share) * 32, 32)),
         "terngrad": Bits(1.5, math.log2(2 * workers + 1)),
     }
@@ -32,7 +34,7 @@ def paper_bits(method: str, workers: int, drop_share: float = DROP_SHARE) -> Bit
 
 
 def wire_bits(
-    method: str, workers: int, tie: str = "zero", exchange: str = "auto", drop_share: float = DROP_SHARE
+    method: str, workers: int, tie: str = "auto", exchange: str = "auto", drop_share: float = DROP_SHARE
 ) -> Bits:
     """What one of N ranks sends, when the ranks are the server together: its own part needs no wire.
 
@@ -47,14 +49,15 @@ def wire_bits(
         KeyError: no such method.
     """
     others, share = workers - 1, (workers - 1) / workers
-    if method in _VOTES:
-        values = workers + 1 if method.endswith("avg") else 3 if workers % 2 == 0 and tie == "zero" else 2
+    if method in _MAJORITIES or method in _AVERAGES:
+        zeros = tie == "zero" or (tie == "auto" and method != "dmuon_mavo")
+        values = workers + 1 if method in _AVERAGES else 3 if workers % 2 == 0 and zeros else 2
         sharded, gathered = Bits(share, share * math.ceil(math.log2(values))), Bits(others, 0)
         if exchange == "auto":
             return gathered if sum(gathered) <= sum(sharded) else sharded
         return gathered if exchange == "gather" else sharded
     table = {
-        **dict.fromkeys(("glion", "gadamw"), Bits(share * 32, share * 32)),
+        **dict.fromkeys(_DENSE, Bits(share * 32, share * 32)),
         **dict.fromkeys(_SPARSE, Bits(others * (1 - drop_share) * 64, 0)),  # an index and a value an entry
         "terngrad": Bits(share * 2, share * math.ceil(math.log2(2 * workers + 1))),
     }

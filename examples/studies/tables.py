@@ -76,7 +76,7 @@ def bits_table(runs: Sequence[Mapping[str, Any]]) -> str | None:
             continue
         drop = float(settings.get("drop_share", DROP_SHARE))
         paper = paper_bits(settings["optim"], workers, drop)
-        votes = {"tie": settings.get("vote_tie", "zero"), "exchange": settings.get("vote_exchange", "auto")}
+        votes = {"tie": settings.get("vote_tie", "auto"), "exchange": settings.get("vote_exchange", "auto")}
         wire = wire_bits(settings["optim"], workers, **votes, drop_share=drop)
         rows.append(
             [

@@ -1,11 +1,12 @@
-"""The three passes over parameters: vote, apply the decision, and Lion without a vote.
+"""The passes over parameters: vote, apply the decision, and a step without a vote.
 
 Each is written once as a formula for ``torch.compile``, and once in eager operations on chunks that stay in cache.
 Both round every operation as the formula stands, so on a CPU they agree bit for bit.
 
 ``hyper`` is a float32 tensor [beta1, 1 - beta1, beta2, 1 - beta2, lr, weight_decay]: a tensor, so that a schedule
 does not recompile. ``seed`` is that of the rounding of bfloat16 parameters (``rounding``), int32 ``[1]``; others do not
-read it. Shapes: B blocks, ``[B, 32, 32]``; their words, ``[B, 32]``.
+read it. ``scale``, float32 ``[1]`` or of the shape of the parameter, multiplies the decision; None is 1. Shapes: B
+blocks, ``[B, 32, 32]``; their words, ``[B, 32]``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .rounding import round_at_random
 logger = logging.getLogger(__name__)
 
 Vote = Callable[..., None]  # how many states it has is its own affair
-Apply = Callable[[Tensor, Tensor, Tensor, int, tuple[Tensor, ...]], None]
+Apply = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, tuple[Tensor, ...]], None]
 Step = Callable[..., None]
 
 
@@ -35,11 +36,15 @@ class Kernels:
     Attributes:
         vote: ``(gradient, momentum, hyper, zero_votes, words)``: writes the packed signs of the direction into
             ``words``, and updates the momentum. ``zero_votes``, bool ``[32]``, is what an exact zero votes, by lane.
-        apply: ``(parameter, hyper, seed, highest, planes)``: the update by the decision (``wire.exchange.Decision``).
-        step: ``(parameter, gradient, momentum, hyper, seed)``: a whole step of Lion, for one worker; flat tensors.
+        sign: ``(direction, hyper, zero_votes, words)``: writes the packed signs of a direction that is given.
+        apply: ``(parameter, hyper, seed, scale, highest, planes)``: the update by the decision
+            (``wire.exchange.Decision``).
+        step: ``(parameter, gradient, momentum, hyper, seed, scale)``: a whole step of Lion, for one worker, on flat
+            tensors.
     """
 
     vote: Vote
+    sign: Vote
     apply: Apply
     step: Step
 
@@ -48,35 +53,64 @@ def _vote(gradient: Tensor, momentum: Tensor, hyper: Tensor, zero_votes: Tensor,
     g = gradient.float()
     u = hyper[0] * momentum + hyper[1] * g
     momentum.copy_(hyper[2] * momentum + hyper[3] * g)
-    bits = (u > 0) | ((u == 0) & zero_votes)
-    rows = torch.arange(LANES, dtype=torch.int32, device=g.device).view(1, LANES, 1)
+    _sign(u, hyper, zero_votes, words)
+
+
+def _sign(direction: Tensor, hyper: Tensor, zero_votes: Tensor, words: Tensor) -> None:
+    bits = (direction > 0) | ((direction == 0) & zero_votes)
+    rows = torch.arange(LANES, dtype=torch.int32, device=words.device).view(1, LANES, 1)
     # Summed as int64, whose low 32 bits are the word: with dtype=int32, torch 2.6 and 2.8 generate C++ that fails.
     words.copy_((bits.to(torch.int32) << rows).sum(1))
 
 
-def _apply(parameter: Tensor, hyper: Tensor, seed: Tensor, highest: int, planes: tuple[Tensor, ...]) -> None:
+def _apply(
+    parameter: Tensor,
+    hyper: Tensor,
+    seed: Tensor,
+    scale: Tensor | None,
+    highest: int,
+    planes: tuple[Tensor, ...],
+) -> None:
     rows = torch.arange(LANES, dtype=torch.int32, device=parameter.device).view(1, LANES, 1)
     level = (planes[0].unsqueeze(1) >> rows) & 1
     for p, plane in enumerate(planes[1:], 1):
         level = level + (((plane.unsqueeze(1) >> rows) & 1) << p)
     d = (2 * level - highest).float() / highest
+    if scale is not None:
+        d = d * scale
     x = parameter.float()
     _store(parameter, x - hyper[4] * (d + hyper[5] * x), seed, 0)
 
 
-def _step(parameter: Tensor, gradient: Tensor, momentum: Tensor, hyper: Tensor, seed: Tensor, first: int = 0) -> None:
+def _step(
+    parameter: Tensor,
+    gradient: Tensor,
+    momentum: Tensor,
+    hyper: Tensor,
+    seed: Tensor,
+    scale: Tensor | None,
+    first: int = 0,
+) -> None:
     g = gradient.float()
     d = torch.sign(hyper[0] * momentum + hyper[1] * g)
     momentum.copy_(hyper[2] * momentum + hyper[3] * g)
+    if scale is not None:
+        d = d * scale
     x = parameter.float()
     _store(parameter, x - hyper[4] * (d + hyper[5] * x), seed, first)
+
+
+def apply_signs(parameter: Tensor, decision: Tensor, hyper: Tensor, seed: Tensor, scale: Tensor) -> None:
+    """The update by a decision that is not packed; flat tensors."""
+    x = parameter.float()
+    _store(parameter, x - hyper[4] * (decision * scale + hyper[5] * x), seed, 0)
 
 
 def _store(parameter: Tensor, updated: Tensor, seed: Tensor, first: int) -> None:
     """Round to the parameter's dtype; ``first`` is the place of its first element."""
     if parameter.dtype == torch.bfloat16:
-        places = torch.arange(updated.numel(), dtype=torch.int32, device=updated.device).view(updated.shape) + first
-        updated = round_at_random(updated, places, seed)
+        elements = torch.arange(updated.numel(), dtype=torch.int32, device=updated.device).view(updated.shape) + first
+        updated = round_at_random(updated, elements, seed)
     parameter.copy_(updated)
 
 
@@ -91,40 +125,64 @@ def _eager_vote(gradient: Tensor, momentum: Tensor, hyper: Tensor, zero_votes: T
         g = part.float()
         u = (m * hyper[0]).add_(g * hyper[1])
         m.mul_(hyper[2]).add_(g * hyper[3])
-        bits = u > 0
-        bits |= (u == 0) & zero_votes
-        pack_bits(bits, out)
+        _pack_signs(u, zero_votes, out)
 
 
-def _eager_apply(parameter: Tensor, hyper: Tensor, seed: Tensor, highest: int, planes: tuple[Tensor, ...]) -> None:
+def _eager_sign(direction: Tensor, hyper: Tensor, zero_votes: Tensor, words: Tensor) -> None:
+    size = _chunk(direction)
+    for part, out in zip(direction.split(size), words.split(size), strict=True):
+        _pack_signs(part, zero_votes, out)
+
+
+def _pack_signs(direction: Tensor, zero_votes: Tensor, words: Tensor) -> None:
+    bits = direction > 0
+    bits |= (direction == 0) & zero_votes
+    pack_bits(bits, words)
+
+
+def _eager_apply(
+    parameter: Tensor,
+    hyper: Tensor,
+    seed: Tensor,
+    scale: Tensor | None,
+    highest: int,
+    planes: tuple[Tensor, ...],
+) -> None:
     size = _chunk(parameter)
+    scales = scale.split(size) if scale is not None and scale.dim() > 1 else None
     chunks = zip(parameter.split(size), *(plane.split(size) for plane in planes), strict=True)
     for index, (x, *parts) in enumerate(chunks):
         d = unpack_bits(parts[0]).float()
         for p, part in enumerate(parts[1:], 1):
             d.add_(unpack_bits(part), alpha=1 << p)
         d.mul_(2).sub_(highest).div_(highest)
+        if scale is not None:
+            d.mul_(scale if scales is None else scales[index])
         wide = x.float()
         _store(x, wide - d.add_(wide * hyper[5]).mul_(hyper[4]), seed, index * size * BLOCK)
 
 
-def _eager_step(parameter: Tensor, gradient: Tensor, momentum: Tensor, hyper: Tensor, seed: Tensor) -> None:
+def _eager_step(
+    parameter: Tensor, gradient: Tensor, momentum: Tensor, hyper: Tensor, seed: Tensor, scale: Tensor | None
+) -> None:
     size = _chunk(gradient) * BLOCK
     chunks = zip(parameter.split(size), gradient.split(size), momentum.split(size), strict=True)
     for index, (x, g, m) in enumerate(chunks):
-        _step(x, g, m, hyper, seed, index * size)
+        _step(x, g, m, hyper, seed, scale, index * size)
 
 
-EAGER = Kernels(_eager_vote, _eager_apply, _eager_step)
+EAGER = Kernels(_eager_vote, _eager_sign, _eager_apply, _eager_step)
 
 
 @functools.cache
 def _compiled() -> Kernels:
-    return Kernels(*(torch.compile(formula, fullgraph=True) for formula in (_vote, _apply, _step)))
+    return Kernels(*(torch.compile(formula, fullgraph=True) for formula in (_vote, _sign, _apply, _step)))
 
 
 @torch.no_grad()
-def compile_kernels(device: torch.device, dtypes: set[torch.dtype], workers: int, highest: int) -> Kernels | None:
+def compile_kernels(
+    device: torch.device, dtypes: set[torch.dtype], workers: int, highest: int, directed: bool = False
+) -> Kernels | None:
     """Compile the passes that a step needs, once for any number of blocks.
 
     Args:
@@ -132,11 +190,14 @@ def compile_kernels(device: torch.device, dtypes: set[torch.dtype], workers: int
         dtypes: of the parameters.
         workers: N.
         highest: level of the decisions.
+        directed: whether directions are given and decisions are scaled.
 
     Returns:
         The compiled passes; None, with a warning, where they cannot be compiled.
     """
     hyper, seed = torch.zeros(6, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    scale = torch.ones(1, device=device) if directed else None
+    zero_votes = torch.zeros(LANES, dtype=torch.bool, device=device)
 
     def example(dtype: torch.dtype, *shape: int) -> Tensor:
         # 48 is none of the fixed sizes, so that it cannot be taken for one of them.
@@ -148,13 +209,15 @@ def compile_kernels(device: torch.device, dtypes: set[torch.dtype], workers: int
         kernels = _compiled()
         for dtype in sorted(dtypes, key=str):
             if workers == 1:
-                kernels.step(example(dtype), example(dtype), example(torch.float32), hyper, seed)
+                kernels.step(example(dtype), example(dtype), example(torch.float32), hyper, seed, scale)
                 continue
             gradient, momentum = example(dtype, LANES, LANES), example(torch.float32, LANES, LANES)
             words = example(torch.int32, LANES)
-            kernels.vote(gradient, momentum, hyper, torch.zeros(LANES, dtype=torch.bool, device=device), words)
+            kernels.vote(gradient, momentum, hyper, zero_votes, words)
+            if directed:
+                kernels.sign(gradient, hyper, zero_votes, words)
             planes = tuple(example(torch.int32, LANES) for _ in range(highest.bit_length()))
-            kernels.apply(example(dtype, LANES, LANES), hyper, seed, highest, planes)
+            kernels.apply(example(dtype, LANES, LANES), hyper, seed, scale, highest, planes)
     except Exception as error:  # whatever the compiler stack raises: no C++ compiler, no Triton, an unsupported device
         logger.warning(
             "torch.compile failed, so DistributedLion steps in eager mode, which is slower. "

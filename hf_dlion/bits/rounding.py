@@ -18,19 +18,19 @@ def rounding_seed(step: int, parameter: int, start: int, device: torch.device) -
     return torch.tensor([digest((step, parameter, start)) & 0x7FFFFFFF], dtype=torch.int32, device=device)
 
 
-def round_at_random(values: Tensor, places: Tensor, seed: Tensor) -> Tensor:
+def round_at_random(values: Tensor, elements: Tensor, seed: Tensor) -> Tensor:
     """To one of the two next bfloat16 numbers: the further one with a chance that is the distance to the nearer one.
 
     Args:
         values: float32, finite.
-        places: int32, of the shape of ``values``: a different number for each.
+        elements: int32, of the shape of ``values``: a different number for each.
         seed: int32 ``[1]``.
 
     Returns:
         bfloat16, of that shape.
     """
     # A hash of two rounds of xor, shift and multiply ("lowbias32"), in int32 that wraps; >> is arithmetic, so masked.
-    h = places ^ seed
+    h = elements ^ seed
     h = (h ^ ((h >> 16) & 0xFFFF)) * 0x7FEB352D
     h = (h ^ ((h >> 15) & 0x1FFFF)) * -0x7B935975
     noise = (h ^ (h >> 16)) & 0xFFFF

@@ -15,8 +15,18 @@ from ..bits.kernels import EAGER, Kernels, compile_kernels
 from ..bits.packing import LANES
 from ..wire.collectives import Channel
 from ..wire.conversation import Conversation
-from ..wire.exchange import AGGREGATIONS, EXCHANGES, TIES, Ballot, Exchange, Voters, highest_level, make_exchange
-from .layout import Bucket, make_buckets
+from ..wire.exchange import (
+    AGGREGATIONS,
+    EXCHANGES,
+    TIES,
+    Ballot,
+    Decision,
+    Exchange,
+    Voters,
+    highest_level,
+    make_exchange,
+)
+from .layout import Bucket, last_buckets, make_buckets
 from .tensors import local
 from .views import SegmentViews
 from .workers import (
@@ -46,6 +56,8 @@ class VotePlan(Plan):
         kernels: compiled, if this worker could; those of all are used only if all could.
         exchange: of the votes; None for one worker alone.
         highest: level of a decision of all workers, for which the kernels are compiled.
+        group_of: the index of each parameter's group.
+        last_bucket: the number of the last bucket with a part of each parameter; -1 of one without elements.
     """
 
     views: SegmentViews
@@ -53,6 +65,17 @@ class VotePlan(Plan):
     kernels: Kernels
     exchange: Exchange | None
     highest: int
+    group_of: Sequence[int]
+    last_bucket: Sequence[int]
+
+    @property
+    def usable_kernels(self) -> Kernels:
+        """Compiled, if all workers could."""
+        return self.kernels if self.compiled else EAGER
+
+    def kernels_for(self, decision: Decision) -> Kernels:
+        """A decision of fewer voters can have other levels, for which nothing was compiled."""
+        return self.usable_kernels if decision.highest == self.highest else EAGER
 
 
 @dataclass(frozen=True)
@@ -118,6 +141,8 @@ class DistributedLion(WorkersOptimizer):
     """
 
     bounded_by_decay = True
+    directed = False
+    """Whether directions are computed before they are packed, and decisions scaled."""
 
     def __init__(
         self,
@@ -170,14 +195,13 @@ class DistributedLion(WorkersOptimizer):
     def _conversations(self, plan: VotePlan, inputs: StepInputs) -> Iterator[Conversation[None]]:
         hypers = [_hyper(group, plan.views.device) for group in self.param_groups]
         if plan.exchange is None:  # nothing to say
-            each = [hyper for group, hyper in zip(self.param_groups, hypers, strict=True) for _ in group["params"]]
-            plan.views.step_alone(plan.kernels, inputs.gradients, each, inputs.step)
+            self._step_alone(plan, inputs, hypers)
             return
         channel = plan.exchange.channel
         lanes = torch.arange(LANES, device=plan.views.device)
         zero_votes = ((lanes + channel.rank + inputs.step) & 1).bool()
         voters = partial(self.agreement.voters, channel, inputs.replica)
-        ballots = Ballots(inputs, hypers, zero_votes, voters)
+        ballots = self._ballots(plan, Ballots(inputs, hypers, zero_votes, voters))
         header = self.agreement.header(inputs.replica, inputs.bad_gradient)
         for bucket in plan.buckets:
             yield self._vote(plan, plan.exchange, bucket, ballots, header)
@@ -187,13 +211,29 @@ class DistributedLion(WorkersOptimizer):
         self, plan: VotePlan, exchange: Exchange, bucket: Bucket, ballots: Ballots, header: Tensor
     ) -> Conversation[None]:
         """One bucket's way through a step."""
-        kernels = plan.kernels if plan.compiled else EAGER
-        step, hypers = ballots.inputs.step, ballots.hypers
-        words = plan.views.pack(bucket, kernels, ballots.inputs.gradients, hypers, ballots.zero_votes)
-        decision = yield from exchange.decide(Ballot(words, header, step, bucket.padding), ballots.voters)
+        words = self._pack(plan, bucket, ballots)
+        ballot = Ballot(words, header, ballots.inputs.step, bucket.padding)
+        decision = yield from exchange.decide(ballot, ballots.voters)
         if decision is not None:
-            # A decision of fewer voters can have other levels, for which nothing was compiled.
-            plan.views.apply(bucket, kernels if decision.highest == plan.highest else EAGER, decision, hypers, step)
+            self._apply(plan, bucket, decision, ballots)
+
+    def _ballots(self, plan: VotePlan, ballots: Ballots) -> Ballots:
+        """With what else this method's ballots have in common."""
+        return ballots
+
+    def _pack(self, plan: VotePlan, bucket: Bucket, ballots: Ballots) -> Tensor:
+        gradients = ballots.inputs.gradients
+        return plan.views.pack(bucket, plan.usable_kernels, gradients, ballots.hypers, ballots.zero_votes)
+
+    def _apply(self, plan: VotePlan, bucket: Bucket, decision: Decision, ballots: Ballots) -> None:
+        kernels = plan.kernels_for(decision)
+        plan.views.apply(bucket, kernels, decision, ballots.hypers, ballots.inputs.step)
+
+    def _step_alone(self, plan: VotePlan, inputs: StepInputs, hypers: Sequence[Tensor]) -> None:
+        """The update of one worker alone; a parameter without a gradient is left alone."""
+        for index, gradient in enumerate(inputs.gradients):
+            if gradient is not None:
+                plan.views.step_alone(index, plan.kernels, gradient, hypers[plan.group_of[index]], inputs.step)
 
     @override
     def _make_plan(self, channel: Channel | None) -> VotePlan:
@@ -209,17 +249,24 @@ class DistributedLion(WorkersOptimizer):
         highest = highest_level(self.aggregation, self.tie, workers)
         kernels = None
         if elements >= COMPILE_FROM:
-            kernels = compile_kernels(device, {parameter.dtype for parameter in parameters}, workers, highest)
+            dtypes = {parameter.dtype for parameter in parameters}
+            kernels = compile_kernels(device, dtypes, workers, highest, self.directed)
         return VotePlan(
             workers=workers,
             channel=channel,
-            views=SegmentViews(buckets, (MOMENTUM,), device),
+            views=SegmentViews(buckets, [self._vote_states(group) for group in self.param_groups], device),
             compiled=kernels is not None,
             buckets=buckets,
             kernels=kernels or EAGER,
             exchange=exchange,
             highest=highest,
+            group_of=[index for index, group in enumerate(self.param_groups) for _ in group["params"]],
+            last_bucket=last_buckets(buckets, len(parameters)),
         )
+
+    def _vote_states(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """What the vote of a group's parameters reads and changes; none, where its direction is given."""
+        return (MOMENTUM,)
 
 
 def _hyper(group: dict[str, Any], device: torch.device) -> Tensor:

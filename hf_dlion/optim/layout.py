@@ -72,8 +72,9 @@ class Segment:
 
 @dataclass
 class Bucket:
-    """What is exchanged at once."""
+    """What is exchanged at once; its number is its place among the buckets."""
 
+    number: int = 0
     segments: list[Segment] = field(default_factory=list)
     blocks: int = 0
 
@@ -102,7 +103,7 @@ def make_buckets(groups: Sequence[Sequence[tuple[int, Tensor]]], count: int) -> 
 
     def append(group: int, spans: tuple[Span, ...], blocks: int, dtype: torch.dtype, staged: bool) -> None:
         if buckets[-1].blocks + blocks > limit:
-            buckets.append(Bucket())
+            buckets.append(Bucket(len(buckets)))
         buckets[-1].add(group, spans, blocks, dtype, staged)
 
     for group, members in enumerate(groups):
@@ -123,6 +124,16 @@ def make_buckets(groups: Sequence[Sequence[tuple[int, Tensor]]], count: int) -> 
                 length = sum(span.length for span in part)
                 append(group, tuple(part), -(-length // BLOCK), dtype, staged=True)
     return [bucket for bucket in buckets if bucket.blocks]
+
+
+def last_buckets(buckets: Sequence[Bucket], parameters: int) -> list[int]:
+    """The number of the last bucket with a part of each of so many parameters; -1 of one without elements."""
+    last = [-1] * parameters
+    for bucket in buckets:
+        for segment in bucket.segments:
+            for span in segment.spans:
+                last[span.parameter] = bucket.number
+    return last
 
 
 def cut(sizes: Sequence[int], limit: int | None) -> Iterator[Span]:

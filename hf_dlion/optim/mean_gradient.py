@@ -208,7 +208,7 @@ class MeanGradient(WorkersOptimizer):
         """Step by the rule: spans of one param group, their mean gradients and states."""
         parts = [_part(parameters[span.parameter], span) for span in spans]
         wide = [part if part.dtype == torch.float32 else part.float() for part in parts]
-        RULES[self.rule].apply(wide, means, states, group)
+        self._step_by_rule(group, spans, wide, means, states)
         for span, part, updated in zip(spans, parts, wide, strict=True):
             if part.dtype == torch.bfloat16:
                 end = span.start + span.length
@@ -218,6 +218,17 @@ class MeanGradient(WorkersOptimizer):
                 )
             if updated is not part:
                 part.copy_(updated)
+
+    def _step_by_rule(
+        self,
+        group: dict[str, Any],
+        spans: Sequence[Span],
+        parameters: Sequence[Tensor],
+        means: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+    ) -> None:
+        """Change float32 parameters by their mean gradients; all of them flat, one a span."""
+        RULES[self.rule].apply(parameters, means, states, group)
 
 
 class DenseMean(MeanGradient):

@@ -89,6 +89,12 @@ def memory_order(tensor: Tensor) -> Order:
     return order
 
 
+def as_laid_out(flat: Tensor, shape: torch.Size, order: Order) -> Tensor:
+    """A flat tensor in the memory order of a parameter, as a view of the parameter's shape."""
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return flat.view([shape[i] for i in order]).permute(inverse)
+
+
 def flatten(tensor: Tensor, order: Order) -> Tensor:
     """The elements in the memory order of the parameter; a view where the tensor has that order itself."""
     if tensor.is_contiguous() and order == tuple(range(tensor.dim())):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bits.kernels import EAGER, Kernels
+from ..bits.kernels import EAGER, Kernels, apply_signs
 from ..bits.packing import BLOCK, LANES
 from ..bits.rounding import rounding_seed
 from ..wire.exchange import Decision
@@ -56,11 +56,12 @@ class SegmentViews(Views):
 
     Args:
         buckets: the layout.
-        state_names: of the states that a vote reads and changes, in the order in which its kernel takes them.
+        state_names: for each param group the states that a vote reads and changes, in the order in which its kernel
+            takes them. None: its direction is given in place of a gradient.
         device: of the parameters.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], state_names: Sequence[str], device: torch.device) -> None:
+    def __init__(self, buckets: Sequence[Bucket], state_names: Sequence[Sequence[str]], device: torch.device) -> None:
         super().__init__()
         self.buckets = buckets
         self.device = device
@@ -78,7 +79,7 @@ class SegmentViews(Views):
         for segment in (segment for bucket in self.buckets for segment in bucket.segments):
             self._parameter_cuts[id(segment)] = _cut(self.parameters, segment)
             self._state_cuts[id(segment)] = [
-                _cut([state[name] for state in self.states], segment) for name in self._state_names
+                _cut([state[name] for state in self.states], segment) for name in self._state_names[segment.group]
             ]
 
     def pack(
@@ -94,18 +95,27 @@ class SegmentViews(Views):
         Args:
             bucket: of the layout.
             kernels: which implementation.
-            gradients: of all parameters, flat; None votes zero and leaves the states.
+            gradients: of all parameters, flat, or directions; None votes zero and leaves the states.
             hypers: for each param group, as the kernels take it.
             zero_votes: bool ``[32]``, what an exact zero votes, by lane.
         """
         words = torch.empty((bucket.blocks, LANES), dtype=torch.int32, device=self.device)
         for segment in bucket.segments:
-            kernel = _for_size(kernels, segment).vote
+            chosen = _for_size(kernels, segment)
+            kernel = chosen.vote if self._state_names[segment.group] else chosen.sign
             vote = self._vote_staged if segment.staged else self._vote_in_place
             vote(segment, kernel, gradients, hypers[segment.group], zero_votes, words[segment.rows])
         return words.view(-1)
 
-    def apply(self, bucket: Bucket, kernels: Kernels, decision: Decision, hypers: Sequence[Tensor], step: int) -> None:
+    def apply(
+        self,
+        bucket: Bucket,
+        kernels: Kernels,
+        decision: Decision,
+        hypers: Sequence[Tensor],
+        step: int,
+        scales: Sequence[Tensor] | None = None,
+    ) -> None:
         """Update the parameters of a bucket.
 
         Args:
@@ -114,38 +124,55 @@ class SegmentViews(Views):
             decision: on its words.
             hypers: for each param group, as the kernels take it.
             step: rounding depends on it.
+            scales: for each parameter, float32 ``[1]``, what its decision is multiplied by; None is 1.
         """
         planes = [plane.view(-1, LANES) for plane in decision.planes]
         for segment in bucket.segments:
-            apply = _for_size(kernels, segment).apply
             parameters = self._parameter_cuts[id(segment)]
             seed = self._seed(segment.dtype, step, segment.spans[0])
-            arguments = (hypers[segment.group], seed, decision.highest, tuple(plane[segment.rows] for plane in planes))
+            scale = None if scales is None else _scale_of(segment, scales)
+            one_scale = scale is None or scale.dim() == 1
+            apply = (_for_size(kernels, segment) if one_scale else EAGER).apply
+            part = tuple(plane[segment.rows] for plane in planes)
             if not segment.staged:
-                apply(parameters[0], *arguments)
+                apply(parameters[0], hypers[segment.group], seed, scale, decision.highest, part)
                 continue
             staged = torch.zeros(segment.blocks * BLOCK, dtype=segment.dtype, device=self.device)
-            slices = [staged[part] for part in segment.slices]
+            slices = [staged[one] for one in segment.slices]
             _copy(parameters, slices)
-            apply(staged.view(-1, LANES, LANES), *arguments)
+            apply(staged.view(-1, LANES, LANES), hypers[segment.group], seed, scale, decision.highest, part)
             _copy(slices, parameters)
 
     def step_alone(
-        self, kernels: Kernels, gradients: Sequence[Tensor | None], hypers: Sequence[Tensor], step: int
+        self,
+        index: int,
+        kernels: Kernels,
+        gradient: Tensor,
+        hyper: Tensor,
+        step: int,
+        scale: Tensor | None = None,
     ) -> None:
-        """The whole update without a vote; a parameter without a gradient is left alone.
+        """Lion's whole update of one parameter, without a vote.
 
         Args:
+            index: of the parameter.
             kernels: which implementation.
-            gradients: of all parameters, flat.
-            hypers: for each parameter.
+            gradient: its own, flat.
+            hyper: as the kernels take it.
             step: rounding depends on it.
+            scale: as of :meth:`apply`.
         """
-        for index, (x, g, hyper) in enumerate(zip(self.parameters, gradients, hypers, strict=True)):
-            if g is not None:
-                states = [self.states[index][name] for name in self._state_names]
-                seed = self._seed(x.dtype, step, Span(index, 0, len(x)))
-                (kernels if len(g) >= BLOCK else EAGER).step(x, g, *states, hyper, seed)
+        parameter, states = self.parameters[index], self.states[index].values()
+        (kernels if len(gradient) >= BLOCK else EAGER).step(
+            parameter, gradient, *states, hyper, self._seed_of(index, step), scale
+        )
+
+    def apply_alone(self, index: int, decision: Tensor, hyper: Tensor, step: int, scale: Tensor) -> None:
+        """The update of one parameter by a flat decision; arguments as of :meth:`step_alone`."""
+        apply_signs(self.parameters[index], decision, hyper, self._seed_of(index, step), scale)
+
+    def _seed_of(self, index: int, step: int) -> Tensor:
+        return self._seed(self.parameters[index].dtype, step, Span(index, 0, len(self.parameters[index])))
 
     def _vote_in_place(
         self,
@@ -199,6 +226,17 @@ class SegmentViews(Views):
 def _for_size(kernels: Kernels, segment: Segment) -> Kernels:
     # One block would be compiled anew: torch.compile takes a size of one for a constant.
     return kernels if segment.blocks > 1 else EAGER
+
+
+def _scale_of(segment: Segment, scales: Sequence[Tensor]) -> Tensor:
+    """One for all of a segment, or one for each of its elements."""
+    first = scales[segment.spans[0].parameter]
+    if all(scales[span.parameter] is first for span in segment.spans):
+        return first
+    each = torch.ones(segment.blocks * BLOCK, device=first.device)
+    for span, place in zip(segment.spans, segment.slices, strict=True):
+        each[place] = scales[span.parameter]
+    return each.view(-1, LANES, LANES)
 
 
 def _cut(flat: Sequence[Tensor], segment: Segment) -> list[Tensor]:

@@ -42,13 +42,17 @@ class DLionArgumentsMixin:
     # Lion's betas are fields of their own: Adam's default of 0.999 for the second is not Lion's.
     lion_beta1: float = field(default=0.9, metadata={"help": "Lion's decay of the direction that is voted on."})
     lion_beta2: float = field(default=0.99, metadata={"help": "Lion's decay of the momentum that a worker keeps."})
+    muon_beta2: float = field(
+        default=0.95,
+        metadata={"help": "The decay of the momentum of hidden matrices in dmuon and gmuon; lion_beta1 is the other."},
+    )
     vote_tie: str = field(
-        default="zero",
+        default="auto",
         metadata={
             "help": "What a majority vote of an even number of workers does where it is split: `zero` leaves the "
             "parameter (but for its decay), as the paper does; `alternate` takes alternating signs, and sends one bit "
-            "less per parameter on the way back.",
-            "choices": list(TIES),
+            "less per parameter on the way back; `auto`: `alternate` for dmuon, `zero` for the others.",
+            "choices": ["auto", *TIES],
         },
     )
     vote_exchange: str = field(
@@ -150,7 +154,7 @@ class DLionArgumentsMixin:
 
     def _check_method(self) -> None:
         for given, value, known in (
-            ("vote_tie", self.vote_tie, TIES),
+            ("vote_tie", self.vote_tie, ("auto", *TIES)),
             ("vote_exchange", self.vote_exchange, EXCHANGES),
             ("base_rule", self.base_rule, ("sgd", "adamw")),
             ("adversary", self.adversary, ADVERSARIES),

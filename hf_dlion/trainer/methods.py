@@ -10,7 +10,9 @@ from ..optim.dgc import DeepGradientCompression
 from ..optim.dlion import DistributedLion
 from ..optim.gadamw import GlobalAdamW
 from ..optim.glion import GlobalLion
+from ..optim.gmuon import GlobalMuon
 from ..optim.graddrop import GradDrop
+from ..optim.muon import DistributedMuon
 from ..optim.signum import DistributedSignum
 from ..optim.terngrad import TernGrad
 from ..optim.workers import WorkersOptimizer
@@ -25,12 +27,14 @@ class Method:
         summary: a line for ``--help``.
         fixed: keyword arguments that belong to the name.
         options: the keyword arguments that come from the training arguments (``DLionArgumentsMixin``).
+        takes_hidden_matrices: whether it needs to know the hidden matrices of the model.
     """
 
     optimizer: type[WorkersOptimizer]
     summary: str
     fixed: Mapping[str, Any] = field(default_factory=dict)
     options: Callable[[Any], dict[str, Any]] = lambda arguments: {}
+    takes_hidden_matrices: bool = False
 
     def keywords(self, arguments: Any) -> dict[str, Any]:
         """The keyword arguments of ``optimizer``, but for the parameters and their weight decay."""
@@ -38,11 +42,16 @@ class Method:
 
 
 def _vote_options(arguments: Any) -> dict[str, Any]:
-    return {"tie": arguments.vote_tie, "exchange": arguments.vote_exchange}
+    tie = {} if arguments.vote_tie == "auto" else {"tie": arguments.vote_tie}
+    return {**tie, "exchange": arguments.vote_exchange}
 
 
 def _lion_options(arguments: Any) -> dict[str, Any]:
     return {"betas": (arguments.lion_beta1, arguments.lion_beta2)}
+
+
+def _muon_options(arguments: Any) -> dict[str, Any]:
+    return {**_lion_options(arguments), "hidden_betas": (arguments.lion_beta1, arguments.muon_beta2)}
 
 
 def _adam_options(arguments: Any) -> dict[str, Any]:
@@ -78,8 +87,33 @@ METHODS: dict[str, Method] = {
         {"aggregation": "avg"},
         lambda arguments: {"momentum": arguments.signum_momentum, **_vote_options(arguments)},
     ),
+    "dmuon_mavo": Method(
+        DistributedMuon,
+        "Distributed Muon, majority vote on orthogonalised directions: 1 bit up",
+        {"aggregation": "mavo"},
+        lambda arguments: _muon_options(arguments) | _vote_options(arguments),
+        takes_hidden_matrices=True,
+    ),
+    "dmuon_avg": Method(
+        DistributedMuon,
+        "Distributed Muon, average of the signs of orthogonalised directions: 1 bit up",
+        {"aggregation": "avg"},
+        lambda arguments: _muon_options(arguments) | _vote_options(arguments),
+        takes_hidden_matrices=True,
+    ),
     "glion": Method(GlobalLion, "Lion on the averaged gradient: 32 bits", {}, _lion_options),
     "gadamw": Method(GlobalAdamW, "AdamW on the averaged gradient: 32 bits", {}, _adam_options),
+    "gmuon": Method(
+        GlobalMuon,
+        "Muon on the averaged gradient, AdamW for the rest: 32 bits",
+        {},
+        lambda arguments: {
+            "betas": (arguments.adam_beta1, arguments.adam_beta2),
+            "eps": arguments.adam_epsilon,
+            "hidden_betas": (arguments.lion_beta1, arguments.muon_beta2),
+        },
+        takes_hidden_matrices=True,
+    ),
     "terngrad": Method(
         TernGrad,
         "ternary gradients, SGD or AdamW: 2 bits up",

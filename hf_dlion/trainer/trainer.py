@@ -25,6 +25,7 @@ from ..checkpoint.complete import check_complete, last_complete_checkpoint
 from ..checkpoint.manifest import CheckpointError
 from ..checkpoint.workers import load_workers, remove_manifest, save_workers
 from ..local_gradients import keep_gradients_local
+from ..optim.hidden import hidden_matrices
 from ..optim.virtual import VirtualWorkers
 from ..optim.workers import all_parameters, members_of
 from ..wire.collectives import drain_gloo
@@ -97,6 +98,8 @@ class DLionTrainerMixin(TrainerVersionsMixin):
                 "on_bad_gradient": self.args.on_bad_gradient,
                 "check_replicas_steps": self.args.check_replicas_steps,
             }
+            if method.takes_hidden_matrices:
+                keywords["params"] = self._hidden_groups(self.model if model is None else model)
             self.optimizer_cls_and_kwargs: Any = (method.optimizer, keywords)
             if self.args.virtual_workers > 1:
                 virtual = {
@@ -111,6 +114,10 @@ class DLionTrainerMixin(TrainerVersionsMixin):
             self._check_and_name(self.model if model is None else model)
         self._logged, self._logged_bad_gradients = Ledger(), 0
         return optimizer
+
+    def _hidden_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        groups = hidden_matrices(model, decayed=self.get_decay_parameter_names(model))  # type: ignore[attr-defined]
+        return [{"weight_decay": self.args.weight_decay, **group} for group in groups]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As the parent; only a checkpoint that is whole is resumed from (:mod:`hf_dlion.checkpoint`).

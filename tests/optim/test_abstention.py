@@ -17,7 +17,7 @@ from hf_dlion.optim.virtual import VirtualWorkers
 from hf_dlion.trainer.methods import METHODS
 from tests.harness import run_workers
 from tests.optim import test_dlion as dense
-from tests.optim.test_methods import DECAY, LR, OPTIONS, STEPS, gradients, parameters
+from tests.optim.test_methods import DECAY, LR, OPTIONS, STEPS, gradients, groups, parameters
 from tests.reference import ReferenceLion
 
 BAD = {2: [0], 3: [1, 2], 5: [2], 7: [0, 1]}
@@ -70,8 +70,8 @@ def test_a_worker_that_always_abstains_is_as_if_it_were_not(name: str) -> None:
     if name == "dgc":
         options["clip"] = 0.0  # else the number of workers stands in it
     fewer, all_three = parameters(), parameters()
-    two = VirtualWorkers(fewer, 2, METHODS[name].optimizer, **options)
-    three = VirtualWorkers(all_three, 3, METHODS[name].optimizer, **options)
+    two = VirtualWorkers(groups(name, fewer), 2, METHODS[name].optimizer, **options)
+    three = VirtualWorkers(groups(name, all_three), 3, METHODS[name].optimizer, **options)
     three.members[2].make_state()
     kept = [{key: tensor.clone() for key, tensor in state.items()} for state in three.members[2].state.values()]
     local = {"momentum"} if isinstance(three.members[0], DistributedLion) else {"residual", "velocity"}

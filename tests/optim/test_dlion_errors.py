@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from hf_dlion import DistributedLion
 from hf_dlion.trainer.methods import METHODS
 from tests.harness import run_workers
+from tests.optim.test_methods import one_group
 
 
 def ones() -> list[torch.nn.Parameter]:
@@ -192,13 +194,14 @@ def test_a_rank_outside_the_process_group_is_told() -> None:
 def sharded(rank: int) -> list[str]:
     mesh = init_device_mesh("cpu", (2,))
     whole = torch.nn.Linear(8, 4)
-    parts = [torch.nn.Parameter(distribute_tensor(torch.ones(8), mesh, [Shard(0)]))]
+    parts = [torch.nn.Parameter(distribute_tensor(torch.ones(8, 8), mesh, [Shard(0)]))]
     fully_shard(whole, mesh=mesh)
-    return [
-        outcome(lambda params=params, name=name: METHODS[name].optimizer(params, **METHODS[name].fixed))  # type: ignore[misc]
-        for params in (parts, list(whole.parameters()))
-        for name in METHODS
-    ]
+    messages = []
+    for parameter in (*parts, whole.weight):
+        for name in METHODS:
+            make = partial(METHODS[name].optimizer, one_group(name, parameter), **METHODS[name].fixed)
+            messages.append(outcome(make))
+    return messages
 
 
 def test_sharded_parameters_are_refused_as_the_optimizer_is_made() -> None:

@@ -18,6 +18,7 @@ from hf_dlion.trainer.methods import METHODS
 from hf_dlion.wire.conversation import run
 from hf_dlion.wire.sums import sum_ternary
 from tests.harness import run_workers
+from tests.reference import newton_schulz
 
 SHAPES = [(7,), (), (300, 70), (0,), (33, 5)]
 STEPS = 6
@@ -103,6 +104,52 @@ def global_adamw(workers: int) -> Update:
     return update
 
 
+HIDDEN = {2: (100, 100, 100), 4: (33,)}  # of SHAPES, the rows of each matrix
+
+
+def orthogonal(u: torch.Tensor, rows: Sequence[int], scaled: bool = False) -> torch.Tensor:
+    parts = [newton_schulz(part) for part in u.split(list(rows))]
+    return torch.cat([part * (0.2 * max(part.shape) ** 0.5 if scaled else 1.0) for part in parts])
+
+
+def muon_votes(aggregation: str) -> Callable[[int], Update]:
+    def make(workers: int) -> Update:
+        m = [[torch.zeros(shape) for shape in SHAPES] for _ in range(workers)]
+
+        def update(step: int, x: list[torch.Tensor], g: Gradients) -> None:
+            for j, parameter in enumerate(x):
+                beta2, total = 0.95 if j in HIDDEN else 0.99, torch.zeros(SHAPES[j])
+                for i in range(workers):
+                    u = 0.9 * m[i][j] + (1 - 0.9) * g[i][j]
+                    m[i][j] = beta2 * m[i][j] + (1 - beta2) * g[i][j]
+                    total += torch.sign(orthogonal(u, HIDDEN[j]) if j in HIDDEN else u)
+                mavo = aggregation == "mavo"
+                level = torch.sign(total) if mavo else total
+                rms = level.double().square().mean().sqrt() / (1 if mavo else workers)
+                scale = (0.2 / rms).float() if j in HIDDEN else torch.tensor(0.2)
+                parameter -= LR * (level / (1 if mavo else workers) * scale + DECAY * parameter)
+
+        return update
+
+    return make
+
+
+def global_muon(workers: int) -> Update:
+    rest = global_adamw(workers)
+    m = [torch.zeros(shape) for shape in SHAPES]
+
+    def update(step: int, x: list[torch.Tensor], g: Gradients) -> None:
+        hidden = {j: x[j].clone() for j in HIDDEN}
+        rest(step, x, g)
+        for j, parameter in hidden.items():
+            gradient = mean([g[i][j] for i in range(workers)])
+            u = 0.9 * m[j] + (1 - 0.9) * gradient
+            m[j] = 0.95 * m[j] + (1 - 0.95) * gradient
+            x[j].copy_(parameter - LR * (orthogonal(u, HIDDEN[j], scaled=True) + DECAY * parameter))
+
+    return update
+
+
 def terngrad(workers: int) -> Update:
     step_by = sgd(0.9)
 
@@ -180,22 +227,42 @@ def dgc(workers: int) -> Update:
     return update
 
 
-OPTIONS: dict[str, dict[str, Any]] = {"terngrad": {"seed": 42}, "dgc": {"warmup_steps": 4}}
-TOLERANCE = {"gadamw": 1e-6}  # its formula leaves the order of factors open
+OPTIONS: dict[str, dict[str, Any]] = {
+    "terngrad": {"seed": 42},
+    "dgc": {"warmup_steps": 4},
+    "dmuon_mavo": {"tie": "zero"},  # as of the others; tests of its own have the other
+}
+TOLERANCE = {"gadamw": 1e-6, "gmuon": 1e-6}  # the formula of AdamW leaves the order of factors open
 ORACLES: dict[str, Callable[[int], Update]] = {
     "dsignum_mavo": signum("mavo"),
     "dsignum_avg": signum("avg"),
+    "dmuon_mavo": muon_votes("mavo"),
+    "dmuon_avg": muon_votes("avg"),
     "glion": global_lion,
     "gadamw": global_adamw,
+    "gmuon": global_muon,
     "terngrad": terngrad,
     "graddrop": graddrop,
     "dgc": dgc,
 }
 
 
+def groups(name: str, params: Sequence[torch.nn.Parameter]) -> Any:
+    """The parameters as the method takes them."""
+    if not METHODS[name].takes_hidden_matrices:
+        return list(params)
+    hidden = [{"params": [params[j]], "orthogonal": True, "split": (0, *rows)} for j, rows in HIDDEN.items()]
+    return [{"params": [p for j, p in enumerate(params) if j not in HIDDEN]}, *hidden]
+
+
+def one_group(name: str, parameter: torch.nn.Parameter) -> Any:
+    """As the method takes a single parameter: a matrix, where it needs one."""
+    return [{"params": [parameter], "orthogonal": True}] if METHODS[name].takes_hidden_matrices else [parameter]
+
+
 def optimizer(name: str, params: Sequence[torch.nn.Parameter]) -> Any:
     method = METHODS[name]
-    return method.optimizer(params, lr=LR, weight_decay=DECAY, **method.fixed, **OPTIONS.get(name, {}))
+    return method.optimizer(groups(name, params), lr=LR, weight_decay=DECAY, **method.fixed, **OPTIONS.get(name, {}))
 
 
 def train(rank: int, names: Sequence[str], interrupted: bool) -> dict[str, tuple[list[list[torch.Tensor]], Any]]:
@@ -250,7 +317,10 @@ def test_bits_are_those_of_the_codes() -> None:
         "dlion_avg": workers - 1,
         "dsignum_mavo": share * 2,
         "dsignum_avg": workers - 1,
+        "dmuon_mavo": share * 2,
+        "dmuon_avg": workers - 1,
         "glion": share * 64,
+        "gmuon": share * 64,
         "gadamw": share * 64,
         "terngrad": share * (2 + 3),  # 2N + 1 = 7 values
         "graddrop": (workers - 1) * 0.04 * 64,
@@ -259,7 +329,8 @@ def test_bits_are_those_of_the_codes() -> None:
         sent = 8 * outcome[name][1].sent_bytes / (STEPS * size)
         # The openings and notes, and blocks: of 21,000 parameters a few per cent, of a model's millions nothing.
         overhead = 8 * (workers - 1) * (STEPS * (16 + 4 * len(SHAPES)) + 32) / (STEPS * size)
-        assert bits * 0.99 < sent < bits * 1.05 + overhead + 2 * 1024 * (workers - 1) / size, name
+        blocks = 2 + 2 * METHODS[name].takes_hidden_matrices  # of a group each
+        assert bits * 0.99 < sent < bits * 1.05 + overhead + blocks * 1024 * (workers - 1) / size, name
 
 
 def ternary_sums(rank: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:

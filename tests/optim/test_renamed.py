@@ -10,13 +10,14 @@ import torch
 from hf_dlion import DistributedLion, load_workers, save_workers
 from hf_dlion.optim.virtual import VirtualWorkers
 from hf_dlion.trainer.methods import METHODS
+from tests.optim.test_methods import one_group
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_check_replicas_every(name: str) -> None:
-    parameter = torch.nn.Parameter(torch.ones(3))
+    params = one_group(name, torch.nn.Parameter(torch.ones(3, 3)))
     with pytest.warns(FutureWarning, match="check_replicas_every is now check_replicas_steps"):
-        optimizer = METHODS[name].optimizer([parameter], check_replicas_every=7, **METHODS[name].fixed)  # type: ignore[call-arg]
+        optimizer = METHODS[name].optimizer(params, check_replicas_every=7, **METHODS[name].fixed)  # type: ignore[call-arg]
     assert optimizer.options()["check_replicas_steps"] == 7
 
 

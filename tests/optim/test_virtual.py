@@ -15,12 +15,13 @@ from hf_dlion.optim.virtual import VirtualWorkers
 from hf_dlion.trainer.methods import METHODS
 from hf_dlion.wire.ledger import Ledger
 from tests.harness import run_workers
-from tests.optim.test_methods import DECAY, LR, OPTIONS, STEPS, gradients, parameters
+from tests.optim.test_methods import DECAY, LR, OPTIONS, STEPS, gradients, groups, parameters
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, OPTIONS.get(name, {})) for name in METHODS),
     ("dlion_mavo", {"tie": "alternate", "exchange": "gather"}),
     ("dlion_mavo", {"tie": "zero", "exchange": "sharded"}),
+    ("dmuon_mavo", {"tie": "alternate", "exchange": "sharded"}),
     ("graddrop", {"rule": "adamw"}),
 ]
 Outcome = tuple[list[list[torch.Tensor]], list[dict[str, torch.Tensor]], Ledger]
@@ -44,7 +45,7 @@ def in_processes(rank: int) -> list[Outcome]:
     outcomes = []
     for name, own in VARIANTS:
         params = parameters()
-        optimizer = METHODS[name].optimizer(params, **options(name, own))
+        optimizer = METHODS[name].optimizer(groups(name, params), **options(name, own))
         history = []
         for step in range(STEPS):
             optimizer.param_groups[0]["lr"] = LR / (step + 1)
@@ -52,7 +53,7 @@ def in_processes(rank: int) -> list[Outcome]:
                 parameter.grad = gradient
             optimizer.step()
             history.append([parameter.detach().clone() for parameter in params])
-        outcomes.append((history, [optimizer.state[parameter] for parameter in params], optimizer.ledger))
+        outcomes.append((history, list(optimizer.state.values()), optimizer.ledger))
     return outcomes
 
 
@@ -67,7 +68,7 @@ def virtually(workers: int, name: str, own: dict[str, Any], interrupted: bool = 
     params = parameters()
 
     def make() -> VirtualWorkers:
-        return VirtualWorkers(params, workers, METHODS[name].optimizer, **options(name, own))
+        return VirtualWorkers(groups(name, params), workers, METHODS[name].optimizer, **options(name, own))
 
     optimizer = make()
     history = []

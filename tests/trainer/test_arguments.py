@@ -47,7 +47,7 @@ def test_an_unknown_name_lists_what_there_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"vote_tie": "coin"}, "vote_tie='coin'.*'zero', 'alternate'"),
+        ({"vote_tie": "coin"}, "vote_tie='coin'.*'auto', 'zero', 'alternate'"),
         ({"vote_exchange": "ring"}, "vote_exchange='ring'.*'auto', 'gather', 'sharded'"),
         ({"fp16": True, "virtual_workers": 2}, "fp16 with virtual_workers=2.*bf16=True"),
         ({"on_bad_gradient": "ignore"}, "on_bad_gradient='ignore'.*'abstain', 'raise'"),

@@ -97,7 +97,7 @@ def test_every_method_trains_by_name(tmp_path: Path) -> None:
         assert torch.equal(parameters, second[name][1]), name
         assert not torch.equal(parameters, start), name
         assert all(entry["bytes_sent_total"] > 0 for entry in log if "learning_rate" in entry), name
-        assert ("vote_ties" in log[0]) == name.startswith(("dlion", "dsignum")), name
+        assert ("vote_ties" in log[0]) == name.startswith(("dlion", "dsignum", "dmuon")), name
 
 
 class NormTrainer(DLionTrainer):

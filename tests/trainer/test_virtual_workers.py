@@ -24,7 +24,9 @@ def train(rank: int, folder: str, options: dict[str, Any]) -> tuple[list[dict[st
     return log, weights(trainer.model), run_report(trainer)
 
 
-@pytest.mark.parametrize(("optim", "workers"), [("dlion_mavo", 3), ("dlion_avg", 2), ("terngrad", 2)])
+@pytest.mark.parametrize(
+    ("optim", "workers"), [("dlion_mavo", 3), ("dlion_avg", 2), ("dmuon_mavo", 2), ("terngrad", 2)]
+)
 def test_bitwise_what_processes_train(optim: str, workers: int, tmp_path: Path) -> None:
     options = {"optim": optim, "max_steps": 5, "logging_steps": 1, "max_grad_norm": 0.5}
     processes = run_workers(train, workers, str(tmp_path), options)

@@ -11,6 +11,7 @@ import torch
 from hf_dlion.trainer.methods import METHODS
 from studies.bits import paper_bits, wire_bits
 from tests.harness import run_workers
+from tests.optim.test_methods import one_group
 
 SIZE, STEPS = 40_960, 2
 
@@ -19,10 +20,10 @@ def traffic(rank: int) -> dict[str, tuple[float, float]]:
     """Bits sent and received per parameter and step, by method."""
     found = {}
     for name, method in METHODS.items():
-        parameter = torch.nn.Parameter(torch.zeros(SIZE))
-        optimizer: Any = method.optimizer([parameter], lr=1e-3, **method.fixed)
+        parameter = torch.nn.Parameter(torch.zeros(SIZE // 64, 64))
+        optimizer: Any = method.optimizer(one_group(name, parameter), lr=1e-3, **method.fixed)
         for step in range(STEPS):
-            parameter.grad = torch.randn(SIZE, generator=torch.Generator().manual_seed(10 * rank + step))
+            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(10 * rank + step))
             optimizer.step()
         ledger = optimizer.ledger
         found[name] = tuple(8 * count / (SIZE * STEPS) for count in (ledger.sent_bytes, ledger.received_bytes))

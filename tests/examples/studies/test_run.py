@@ -381,7 +381,11 @@ def test_the_table_is_the_papers(bench: Bench) -> None:
     bench.study["arguments"] = {"weight_decay": 0.5}
     study = Study.read(bench.written())
     assert set(PAPER) == set(METHODS)
-    assert [study.usual_rate(name) for name in METHODS] == [5e-5] * 5 + [1e-4, 1e-3, 1e-3, 1e-2]
+    assert [study.usual_rate(name) for name in METHODS] == [5e-5] * 4 + [1e-4] * 2 + [5e-5] + [1e-4] * 2 + [
+        1e-3,
+        1e-3,
+        1e-2,
+    ]
     assert study.usual_rate("slow") == 1e-4
     assert study.settings("dgc") == {"learning_rate": 1e-2, "drop_share": 0.96, "weight_decay": 0.5, "optim": "dgc"}
     del bench.study["methods"]

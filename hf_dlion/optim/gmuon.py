@@ -1,0 +1,88 @@
+"""Muon on the averaged gradient (Jordan et al., 2024): the control of :mod:`hf_dlion.optim.muon`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack, override
+
+from ..bits.orthogonal import orthogonalize_into
+from .hidden import ORTHOGONAL, SPLIT, UPDATE_RMS, HiddenMatricesMixin, matrices_of
+from .layout import Span
+from .mean_gradient import DenseMean
+from .tensors import as_laid_out, local, memory_order
+from .workers import WorkersOptions, all_parameters
+
+
+class GlobalMuon(HiddenMatricesMixin, DenseMean):
+    """Muon on the mean of the workers' gradients, for hidden matrices; AdamW for the rest.
+
+    With the mean gradient g of a hidden matrix ``[r, c]``::
+
+        u = beta1 * m + (1 - beta1) * g
+        m = beta2 * m + (1 - beta2) * g
+        x = x - lr * (0.2 * sqrt(max(r, c)) * NS5(u) + weight_decay * x)
+
+    which is :class:`DistributedMuon` without votes; the factor makes the rms of an update 0.2 (Liu et al., 2025,
+    arXiv 2502.16982, equation 4). Momenta of hidden matrices are the ``exp_avg`` of their state.
+
+    Args:
+        params: param groups as :func:`hf_dlion.hidden_matrices` makes them.
+        lr: learning rate, as of AdamW.
+        betas, eps: of AdamW.
+        weight_decay: decoupled.
+        hidden_betas: the decays of direction and momentum of hidden matrices.
+        process_group, on_bad_gradient, check_replicas_steps: as in :class:`hf_dlion.optim.workers.WorkersOptimizer`.
+
+    Raises:
+        ValueError: an argument out of its range, no group of hidden matrices, or a parameter there that is none.
+    """
+
+    whole_parameters = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        hidden_betas: tuple[float, float] = (0.9, 0.95),
+        **options: Unpack[WorkersOptions],
+    ) -> None:
+        self.hidden_betas = hidden_betas
+        super().__init__(params, lr, weight_decay, rule="adamw", betas=betas, eps=eps, **options)
+        self.check_hidden()
+
+    @override
+    def _step_by_rule(
+        self,
+        group: dict[str, Any],
+        spans: Sequence[Span],
+        parameters: Sequence[Tensor],
+        means: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+    ) -> None:
+        if not group[ORTHOGONAL]:
+            super()._step_by_rule(group, spans, parameters, means, states)
+            return
+        beta1, beta2 = group["betas"]
+        whole = [local(parameter) for parameter in all_parameters(self)]
+        updates, matrices, outputs = [], [], []
+        for span, mean, state in zip(spans, means, states, strict=True):
+            momentum, parameter = state["exp_avg"], whole[span.parameter]
+            direction = beta1 * momentum + (1 - beta1) * mean
+            momentum.copy_(beta2 * momentum + (1 - beta2) * mean)
+            updates.append(torch.empty_like(direction))
+            order = memory_order(parameter)
+            matrices += matrices_of(as_laid_out(direction, parameter.shape, order), group[SPLIT])
+            outputs += matrices_of(as_laid_out(updates[-1], parameter.shape, order), group[SPLIT])
+        orthogonalize_into(matrices, outputs)
+        for output in outputs:
+            output *= UPDATE_RMS * max(output.shape) ** 0.5
+        for parameter, update in zip(parameters, updates, strict=True):
+            parameter.sub_(float(group["lr"]) * (update + group["weight_decay"] * parameter))

@@ -1,0 +1,193 @@
+"""Which parameters of a model are hidden matrices, and which of those are several in one."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+Split = tuple[int, ...]
+"""The dimension in which a weight is cut, and the sizes of its parts; empty, if it is one matrix."""
+
+ORTHOGONAL, SPLIT = "orthogonal", "split"
+
+UPDATE_RMS = 0.2
+"""Of an update before the learning rate; about that of AdamW's (Liu et al., 2025, arXiv 2502.16982, section 2.2)."""
+
+_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+
+
+def hidden_matrices(
+    model: nn.Module,
+    *,
+    decayed: Container[str] | None = None,
+    others: Container[str] = (),
+    splits: Mapping[str, Sequence[int]] | None = None,
+) -> list[dict[str, Any]]:
+    """The param groups of a model for :class:`DistributedMuon` and :class:`GlobalMuon`.
+
+    A hidden matrix is the weight of a linear layer, a convolution, an attention or a bank of experts that lies inside
+    the network. Embeddings, the output head (tied or not; of a model of transformers, whatever is outside its base
+    model), norms, biases and other parameters are not. Weights that are several matrices in one are cut: GPT-2's
+    ``c_attn``, ``qkv_proj`` (with fewer key heads, too), ``Wqkv``, ``in_proj_weight``, ``gate_up_proj``, experts.
+    Those whose heads alternate (``query_key_value``) stay whole. A low-rank adapter's A and B are hidden matrices.
+
+    Args:
+        model: only parameters that require gradients are taken.
+        decayed: names of the parameters that weight decay is for; None: those of two dimensions or more.
+        others: names of parameters that are no hidden matrices, whatever they look like.
+        splits: by the last part of a module's name, the sizes of the matrices in its weight, along its outputs.
+
+    Returns:
+        Groups of named parameters with the entries ``orthogonal`` and ``split``; those without decay have a
+        ``weight_decay`` of 0.
+    """
+    base = _base_model(model)
+    inside = {id(parameter) for parameter in base.parameters()}
+    outside = {id(parameter) for parameter in _embeddings_and_head(model)}
+    found: dict[int, Split] = {}
+    for name, module in base.named_modules():
+        for parameter, split in _matrices(name.rpartition(".")[2], module, base, splits or {}):
+            found[id(parameter)] = split
+    groups: dict[Any, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        key = id(parameter)
+        hidden = key in found and key in inside and key not in outside and name not in others
+        split = found[key] if hidden else ()
+        decays = parameter.dim() > 1 if decayed is None else name in decayed
+        group = groups.setdefault((not hidden, split, not decays), {"params": [], ORTHOGONAL: hidden, SPLIT: split})
+        group["params"].append((name, parameter))
+        if not decays:
+            group["weight_decay"] = 0.0
+    return [groups[key] for key in sorted(groups)]
+
+
+def matrices_of(weight: Tensor, split: Split) -> list[Tensor]:
+    """The matrices in a weight, as views: of a convolution, one that is flattened; of experts, one each."""
+    parts = weight.split(list(split[1:]), split[0]) if split else (weight,)
+    if weight.dim() == 2:
+        return list(parts)
+    if split:  # experts, each of them a matrix, or several
+        return [matrix for part in parts for matrix in part.unbind()]
+    return [weight.flatten(1)]
+
+
+def _check_split(weight: Tensor, split: Split) -> None:
+    """Raise ValueError unless the weight can be cut so."""
+    if weight.dim() < 2:
+        raise ValueError(
+            f"a parameter of shape {tuple(weight.shape)} in a group with orthogonal=True: only a matrix can be "
+            "orthogonalised. Put it into a group with orthogonal=False, as hidden_matrices(model) does."
+        )
+    if split and (split[0] >= weight.dim() or sum(split[1:]) != weight.shape[split[0]]):
+        raise ValueError(
+            f"split={split} of a parameter of shape {tuple(weight.shape)}: it is a dimension, and the sizes of the "
+            "parts along it, which add up to that dimension."
+        )
+
+
+class HiddenMatricesMixin:
+    """Of an optimizer whose param groups say which are hidden matrices; put it first among the bases.
+
+    Attributes:
+        hidden_betas: the decays of hidden matrices, where their group has none of its own.
+    """
+
+    hidden_betas: tuple[float, float]
+    param_groups: list[dict[str, Any]]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters. On all ranks alike, between two steps."""
+        param_group.setdefault(ORTHOGONAL, False)
+        param_group[SPLIT] = tuple(param_group.get(SPLIT, ()))
+        if param_group[ORTHOGONAL]:
+            param_group.setdefault("betas", self.hidden_betas)
+        super().add_param_group(param_group)  # type: ignore[misc]
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError where a hyperparameter is out of its range, or a parameter is no matrix."""
+        super().check_group(group)  # type: ignore[misc]
+        if group[ORTHOGONAL] and isinstance(group["params"], list):  # a number, in a checkpoint
+            for parameter in group["params"]:
+                _check_split(parameter, group[SPLIT])
+
+    def hyperparameters(self) -> tuple[str, ...]:
+        """Names of the hyperparameters that must be the same on all ranks at every step."""
+        return (*super().hyperparameters(), ORTHOGONAL, SPLIT)  # type: ignore[misc]
+
+    def check_hidden(self) -> None:
+        """Raise ValueError unless there are hidden matrices."""
+        if not any(group[ORTHOGONAL] for group in self.param_groups):
+            raise ValueError(
+                "no param group has orthogonal=True, so nothing would be orthogonalised. Make the groups by "
+                "hf_dlion.hidden_matrices(model), which finds the hidden matrices."
+            )
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    """What of a model is inside: of transformers' the base model, of one with adapters all but what is saved whole."""
+    inner: Any = getattr(model, "module", model)  # of DistributedDataParallel
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    base = getattr(inner, "base_model", inner)
+    return base if isinstance(base, nn.Module) else model
+
+
+def _embeddings_and_head(model: nn.Module) -> Iterator[nn.Parameter]:
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            yield from module.parameters()
+        for getter in ("get_input_embeddings", "get_output_embeddings"):
+            try:
+                layer = getattr(module, getter, lambda: None)()
+            except (NotImplementedError, AttributeError):
+                continue  # models of transformers without one
+            if isinstance(layer, nn.Module):
+                yield from layer.parameters()
+
+
+def _matrices(
+    name: str, module: nn.Module, base: nn.Module, splits: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[nn.Parameter, Split]]:
+    """The weights of a layer that are matrices, each with its split."""
+    kind, layer = type(module).__name__, cast(Any, module)
+    if isinstance(module, _CONVOLUTIONS):
+        yield layer.weight, ()
+    elif isinstance(module, nn.MultiheadAttention):
+        if module.in_proj_weight is not None:
+            yield module.in_proj_weight, (0, *[module.embed_dim] * 3)
+    elif kind.endswith("Experts"):
+        yield from _experts(module)
+    elif isinstance(module, nn.Linear) or kind == "Conv1D":
+        outputs = 1 if kind == "Conv1D" else 0  # transformers' Conv1D has its inputs first
+        sizes = splits.get(name) or _fused(name, layer.weight.shape[outputs], layer, base)
+        yield layer.weight, (outputs, *sizes) if len(sizes) > 1 else ()
+
+
+def _experts(module: nn.Module) -> Iterator[tuple[nn.Parameter, Split]]:
+    """Banks ``[experts, ...]``; gate and up, in one weight, are cut."""
+    for name, weight in module.named_parameters(recurse=False):
+        if weight.dim() == 3:
+            half = weight.shape[1] // 2
+            yield weight, (1, half, weight.shape[1] - half) if name.startswith("gate_up") else (0, len(weight))
+
+
+def _fused(name: str, outputs: int, module: Any, base: nn.Module) -> Sequence[int]:
+    """The sizes of the matrices in a layer's weight, along its outputs."""
+    if name == "gate_up_proj" and outputs % 2 == 0:
+        return [outputs // 2] * 2
+    if name == "c_attn" and hasattr(module, "nx"):
+        width = int(module.nx)
+        return [width] * (outputs // width) if outputs % width == 0 else [outputs]
+    if name not in ("qkv_proj", "Wqkv", "c_attn", "qkv"):
+        return [outputs]
+    config = getattr(base, "config", None)
+    heads = getattr(config, "num_attention_heads", None)
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    if isinstance(heads, int) and isinstance(key_heads, int) and outputs % (heads + 2 * key_heads) == 0:
+        size = outputs // (heads + 2 * key_heads)
+        return [heads * size, key_heads * size, key_heads * size]
+    return [outputs // 3] * 3 if outputs % 3 == 0 else [outputs]

@@ -1,0 +1,141 @@
+"""Which parameters are found to be hidden matrices, and how fused ones are cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_dlion import hidden_matrices
+from hf_dlion.optim.hidden import matrices_of
+
+GPT2: dict[str, Any] = {
+    "n_layer": 1,
+    "n_embd": 12,
+    "n_head": 2,
+    "vocab_size": 20,
+    "n_positions": 8,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+LLAMA: dict[str, Any] = {
+    "num_hidden_layers": 1,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 20,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
+
+def found(model: torch.nn.Module, **options: Any) -> dict[str, list[tuple[int, ...]]]:
+    """The matrices of each hidden parameter, by its name without the path."""
+    return {
+        name: [tuple(matrix.shape) for matrix in matrices_of(parameter, group["split"])]
+        for group in hidden_matrices(model, **options)
+        if group["orthogonal"]
+        for name, parameter in group["params"]
+    }
+
+
+def names(matrices: dict[str, Any]) -> set[str]:
+    return {name.removesuffix(".weight").rpartition(".")[2] for name in matrices}
+
+
+def test_gpt2_has_a_tied_head_and_fused_weights_with_their_inputs_first() -> None:
+    matrices = found(GPT2LMHeadModel(GPT2Config(**GPT2)))
+    assert matrices == {
+        "transformer.h.0.attn.c_attn.weight": [(12, 12)] * 3,
+        "transformer.h.0.attn.c_proj.weight": [(12, 12)],
+        "transformer.h.0.mlp.c_fc.weight": [(12, 48)],
+        "transformer.h.0.mlp.c_proj.weight": [(48, 12)],
+    }
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_llama(tied: bool) -> None:
+    matrices = found(LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=tied)))
+    assert names(matrices) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_phi_has_fewer_key_heads_in_a_fused_weight() -> None:
+    matrices = found(Phi3ForCausalLM(Phi3Config(**LLAMA)))
+    prefix = "model.layers.0."
+    assert matrices[f"{prefix}self_attn.qkv_proj.weight"] == [(16, 16), (8, 16), (8, 16)]
+    assert matrices[f"{prefix}mlp.gate_up_proj.weight"] == [(24, 16)] * 2
+    assert len(matrices) == 4
+
+
+def test_heads_of_classifiers_are_not_hidden() -> None:
+    assert "score" not in names(found(GPT2ForSequenceClassification(GPT2Config(**GPT2))))
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "image_size": 8, "patch_size": 4}
+    vit = ViTForImageClassification(ViTConfig(num_hidden_layers=1, num_attention_heads=4, **sizes))
+    matrices = found(vit)
+    assert len(matrices) == 6
+    assert not any(part in name for name in matrices for part in ("classifier", "embeddings"))
+
+
+def test_adapters_are_hidden_and_what_is_saved_whole_of_the_head_is_not() -> None:
+    options = {"r": 4, "target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}
+    adapted = get_peft_model(LlamaForCausalLM(LlamaConfig(**LLAMA)), LoraConfig(**options, use_dora=True))
+    matrices = found(adapted)
+    assert sorted(matrices.values()) == [[(4, 16)], [(16, 4)]]
+    assert all("self_attn.q_proj.lora_" in name for name in matrices)
+    every = [parameter for group in hidden_matrices(adapted) for _, parameter in group["params"]]
+    assert len(every) == len(set(every)) == sum(p.requires_grad for p in adapted.parameters())
+
+
+class Experts(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = torch.nn.Parameter(torch.zeros(3, 24, 16))
+        self.down_proj = torch.nn.Parameter(torch.zeros(3, 16, 12))
+
+
+def test_plain_modules() -> None:
+    model = torch.nn.ModuleDict(
+        {
+            "attention": torch.nn.MultiheadAttention(8, 2),
+            "picture": torch.nn.Conv2d(3, 6, 5),
+            "experts": Experts(),
+            "qkv": torch.nn.Linear(8, 24),
+            "words": torch.nn.Embedding(9, 8),
+        }
+    )
+    matrices = found(model)
+    assert matrices == {
+        "attention.in_proj_weight": [(8, 8)] * 3,
+        "attention.out_proj.weight": [(8, 8)],
+        "picture.weight": [(6, 75)],
+        "experts.gate_up_proj": [(12, 16)] * 6,
+        "experts.down_proj": [(16, 12)] * 3,
+        "qkv.weight": [(8, 8)] * 3,
+    }
+    assert "qkv.weight" not in found(model, others={"qkv.weight"})
+    assert found(model, splits={"qkv": [20, 4]})["qkv.weight"] == [(20, 8), (4, 8)]
+    model["qkv"].weight.requires_grad_(False)
+    assert "qkv.weight" not in found(model)
+
+
+def test_decay() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+    for group in hidden_matrices(model):
+        assert group.get("weight_decay") == (None if group["orthogonal"] else 0.0)
+    assert {group.get("weight_decay") for group in hidden_matrices(model, decayed={"1.weight"})} == {None, 0.0}
