@@ -116,7 +116,7 @@ def report_lost_workers(what: str, group: dist.ProcessGroup | None = None) -> It
         heartbeat = start_heartbeat()
         if dist.group.WORLD is None or isinstance(error, WorkerLostError) or not _of_backend(error):
             raise
-        # None is not taken for the default group before torch 2.8.
+        # Older torch does not take None for the default group.
         ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         raise WorkerLostError(_explain(what, error, heartbeat, ranks)) from error
 

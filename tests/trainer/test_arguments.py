@@ -74,6 +74,10 @@ def test_the_mixin_serves_other_arguments(tmp_path: Path) -> None:
 
 
 def test_help_names_the_methods() -> None:
+    try:
+        HfArgumentParser(TrainingArguments).format_help()
+    except TypeError as error:  # a bare % in transformers 5.2
+        pytest.skip(f"the help of this transformers fails by itself: {error}")
     text = HfArgumentParser(DLionTrainingArguments).format_help()
     assert all(name in text for name in [*METHODS, "--lion_beta1", "--vote_exchange {auto,gather,sharded}"])
 
