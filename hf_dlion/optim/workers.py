@@ -300,13 +300,13 @@ def members_of(optimizer: Optimizer) -> Sequence[WorkersOptimizer]:
 def fitting_states(
     state_dict: dict[str, Any], parameters: Sequence[Tensor], names: Sequence[str]
 ) -> list[dict[str, Tensor]]:
-    """The state of each parameter, from a state dict; none of a state before the first step.
+    """The state of each parameter, from a state dict; none, if it has none yet.
 
     Raises:
         ValueError: a tensor is missing or of another shape.
     """
     groups = state_dict["param_groups"]
-    if not state_dict["state"] and all(group.get(STEP) == 0 for group in groups):
+    if not state_dict["state"] and all(STEP in group for group in groups):  # of this package, before its first step
         return []
     states = []
     for index, parameter in zip([i for group in groups for i in group["params"]], parameters, strict=False):

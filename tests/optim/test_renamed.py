@@ -46,4 +46,4 @@ def test_state_is_made_at_the_first_step_or_when_it_is_loaded() -> None:
     loaded.load_state_dict(optimizer.state_dict())
     assert torch.equal(loaded.state[other]["momentum"], optimizer.state[parameter]["momentum"])
     with pytest.raises(ValueError, match="there is none"):
-        loaded.load_state_dict(optimizer.state_dict() | {"state": {}})
+        loaded.load_state_dict(optimizer.state_dict() | {"state": {0: {}}})
