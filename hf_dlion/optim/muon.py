@@ -125,7 +125,7 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
     ) -> None:
         """A matrix is scaled by the rms of its whole decision, so its buckets wait for the last one of them."""
         for segment in bucket.segments:
-            if self.param_groups[segment.group][ORTHOGONAL]:
+            if decision.highest > 1 and self.param_groups[segment.group][ORTHOGONAL]:
                 _add_squares(ballots.squares, segment, decision)
         ballots.waiting.append((bucket, decision))
         while ballots.waiting and self._is_decided(plan, *ballots.waiting[0], bucket):
@@ -181,9 +181,8 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
     def _update(self, plan: VotePlan, bucket: Bucket, decision: Decision, ballots: DirectedBallots) -> None:
         plain = torch.full((1,), UPDATE_RMS, device=plan.views.device)
         scales = [plain] * len(plan.group_of)
-        if decision.highest > 1:  # else all of D is 1 or -1
-            for index, squares in ballots.squares.items():
-                scales[index] = _scale(squares, decision.highest, len(plan.views.parameters[index]))
+        for index, squares in ballots.squares.items():  # none where all of D is 1 or -1
+            scales[index] = _scale(squares, decision.highest, len(plan.views.parameters[index]))
         inputs = ballots.inputs
         plan.views.apply(bucket, plan.kernels_for(decision), decision, ballots.hypers, inputs.step, scales)
 
