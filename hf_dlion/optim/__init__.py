@@ -1,1 +1,1 @@
-"""What a worker computes, and the update: optimizers, one file a method, and the registry of their names."""
+"""What a worker computes, and the update: optimizers, one file a method, on what all of them share."""

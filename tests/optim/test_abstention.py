@@ -89,6 +89,28 @@ def test_a_worker_that_always_abstains_is_as_if_it_were_not(name: str) -> None:
     assert three.abstentions == STEPS
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_worker_that_abstains_once_keeps_what_is_its_own(name: str) -> None:
+    params = parameters()
+    options = {"lr": LR, "weight_decay": DECAY, **METHODS[name].fixed, **OPTIONS.get(name, {})}
+    optimizer = VirtualWorkers(groups(name, params), 3, METHODS[name].optimizer, **options)
+    kept: list[dict[str, torch.Tensor]] = []
+    for step in range(3):
+        if step == 2:
+            member = optimizer.members[2]
+            local = member.local_state_names
+            kept = [{key: state[key].clone() for key in local} for state in member.state.values()]
+        for rank in range(3):
+            own = gradients(rank, step)
+            for parameter, gradient in zip(params, spoil(own, torch.nan) if rank == step == 2 else own, strict=True):
+                parameter.grad = gradient
+            optimizer.next_worker()
+        optimizer.step()
+    for before, state in zip(kept, optimizer.members[2].state.values(), strict=True):
+        assert all(torch.equal(before[key], state[key]) for key in before)
+    assert any(state[key].any() for state in optimizer.members[2].state.values() for key in kept[0]) or not kept[0]
+
+
 def scaled(rank: int) -> tuple[list[torch.Tensor], list[float], list[int]]:
     """Rank 1 overflows at step 2, and all at step 4; the last steps go through accelerate."""
     mine = dense.parameters(torch.float32)

@@ -1,4 +1,4 @@
-"""Every method of the registry against a plain, dense implementation written from its paper."""
+"""Every method against a plain, dense implementation written from its paper."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from hf_dlion.bits.hashing import digest
-from hf_dlion.optim import sparse
+from hf_dlion.optim import mean_gradient, sparse
 from hf_dlion.optim.dgc import DeepGradientCompression
 from hf_dlion.optim.terngrad import TernGrad
+from hf_dlion.optim.virtual import VirtualWorkers
 from hf_dlion.trainer.methods import METHODS
 from hf_dlion.wire.conversation import run
 from hf_dlion.wire.sums import sum_ternary
@@ -306,6 +307,24 @@ def test_methods_go_on_from_their_state() -> None:
     for name in METHODS:
         for one, other in zip(whole[name][0], parts[name][0], strict=True):
             assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), name
+
+
+@pytest.mark.parametrize("name", ["glion", "gadamw", "gmuon", "terngrad", "graddrop", "dgc"])
+def test_buckets_do_not_change_the_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained() -> list[torch.nn.Parameter]:
+        params = parameters()
+        workers = VirtualWorkers(groups(name, params), 3, METHODS[name].optimizer, lr=LR, **OPTIONS.get(name, {}))
+        for step in range(3):
+            for rank in range(3):
+                for parameter, gradient in zip(params, gradients(rank, step), strict=True):
+                    parameter.grad = gradient
+                workers.next_worker()
+            workers.step()
+        return params
+
+    whole = trained()
+    monkeypatch.setattr(mean_gradient, "BUCKET", 2048)
+    assert all(map(torch.equal, trained(), whole))
 
 
 def test_bits_are_those_of_the_codes() -> None:
