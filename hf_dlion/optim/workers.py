@@ -177,7 +177,7 @@ class WorkersOptimizer(Optimizer, ABC):
         try:
             self.check_group(group)
             for parameter in group["params"]:
-                check_parameter(parameter, self.param_groups[0]["params"][0].device)
+                check_parameter(parameter, all_parameters(self)[0].device)
         except ValueError:
             self.param_groups.pop()
             raise

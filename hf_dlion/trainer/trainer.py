@@ -116,7 +116,8 @@ class DLionTrainerMixin(TrainerVersionsMixin):
         return optimizer
 
     def _hidden_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        groups = hidden_matrices(model, decayed=self.get_decay_parameter_names(model))  # type: ignore[attr-defined]
+        decayed = set(self.get_decay_parameter_names(model))  # type: ignore[attr-defined]
+        groups = hidden_matrices(model, decayed=decayed)
         return [{"weight_decay": self.args.weight_decay, **group} for group in groups]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:

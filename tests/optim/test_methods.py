@@ -327,6 +327,29 @@ def test_buckets_do_not_change_the_result(name: str, monkeypatch: pytest.MonkeyP
     assert all(map(torch.equal, trained(), whole))
 
 
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_group_without_parameters_changes_nothing(name: str, workers: int) -> None:
+    def trained(empty: bool) -> list[torch.nn.Parameter]:
+        params = parameters()
+        given = groups(name, params)
+        given = given if isinstance(given[0], dict) else [{"params": given}]
+        given = [{"params": []}, *given] if empty else given
+        options = {"lr": LR, **METHODS[name].fixed, **OPTIONS.get(name, {})}
+        method = METHODS[name].optimizer
+        optimizer: Any = VirtualWorkers(given, workers, method, **options) if workers > 1 else method(given, **options)
+        for step in range(3):
+            for rank in range(workers):
+                for parameter, gradient in zip(params, gradients(rank, step), strict=True):
+                    parameter.grad = gradient
+                if workers > 1:
+                    optimizer.next_worker()
+            optimizer.step()
+        return params
+
+    assert all(map(torch.equal, trained(True), trained(False)))
+
+
 def test_bits_are_those_of_the_codes() -> None:
     workers, size = 3, sum(math.prod(shape) for shape in SHAPES)
     outcome = run_workers(train, workers, list(METHODS), False)[0]
