@@ -41,9 +41,10 @@ class Method:
         return {"lr": arguments.learning_rate, **self.fixed, **self.options(arguments)}
 
 
-def _vote_options(arguments: Any) -> dict[str, Any]:
-    tie = {} if arguments.vote_tie == "auto" else {"tie": arguments.vote_tie}
-    return {**tie, "exchange": arguments.vote_exchange}
+def _vote_options(arguments: Any, tie: str = "zero") -> dict[str, Any]:
+    """With what ``auto`` is for this method."""
+    given = arguments.vote_tie
+    return {"tie": tie if given == "auto" else given, "exchange": arguments.vote_exchange}
 
 
 def _lion_options(arguments: Any) -> dict[str, Any]:
@@ -91,14 +92,14 @@ METHODS: dict[str, Method] = {
         DistributedMuon,
         "Distributed Muon, majority vote on orthogonalised directions: 1 bit up",
         {"aggregation": "mavo"},
-        lambda arguments: _muon_options(arguments) | _vote_options(arguments),
+        lambda arguments: _muon_options(arguments) | _vote_options(arguments, "alternate"),
         takes_hidden_matrices=True,
     ),
     "dmuon_avg": Method(
         DistributedMuon,
         "Distributed Muon, average of the signs of orthogonalised directions: 1 bit up",
         {"aggregation": "avg"},
-        lambda arguments: _muon_options(arguments) | _vote_options(arguments),
+        lambda arguments: _muon_options(arguments) | _vote_options(arguments, "alternate"),
         takes_hidden_matrices=True,
     ),
     "glion": Method(GlobalLion, "Lion on the averaged gradient: 32 bits", {}, _lion_options),
