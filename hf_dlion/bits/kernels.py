@@ -24,7 +24,7 @@ from .rounding import round_at_random
 
 logger = logging.getLogger(__name__)
 
-Vote = Callable[..., None]  # how many states it has is its own affair
+Vote = Callable[..., None]  # takes a varying number of states
 Apply = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, tuple[Tensor, ...]], None]
 Step = Callable[..., None]
 
@@ -215,12 +215,12 @@ def compile_kernels(
             words = example(torch.int32, LANES)
             kernels.vote(gradient, momentum, hyper, zero_votes, words)
             if directed:
-                kernels.sign(gradient, hyper, zero_votes, words)
+                kernels.sign(example(torch.float32, LANES, LANES), hyper, zero_votes, words)
             planes = tuple(example(torch.int32, LANES) for _ in range(highest.bit_length()))
             kernels.apply(example(dtype, LANES, LANES), hyper, seed, scale, highest, planes)
     except Exception as error:  # whatever the compiler stack raises: no C++ compiler, no Triton, an unsupported device
         logger.warning(
-            "torch.compile failed, so DistributedLion steps in eager mode, which is slower. "
+            "torch.compile failed, so the optimizer steps in eager mode, which is slower. "
             "A C++ compiler (CPU) or Triton (GPU) makes it work. The cause: %s",
             error,
         )

@@ -165,8 +165,8 @@ def _manifest_of(folder: Path, member: WorkersOptimizer, parts: dict[str, Entry]
     for stale in set(folder.glob(ANY_PART)) - {folder / name for name in parts}:
         stale.unlink()
     names = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
-    local = {path.relative_to(folder).as_posix(): path for path in names if not path.name.startswith(TEMPORARY)}
-    files = {name: parts.get(name) or entry_of(path, flush=True) for name, path in local.items()}
+    found = {path.relative_to(folder).as_posix(): path for path in names if not path.name.startswith(TEMPORARY)}
+    files = {name: parts.get(name) or entry_of(path, flush=True) for name, path in found.items()}
     return Manifest(
         method=type(member).__name__,
         options=member.options(),
@@ -286,7 +286,7 @@ def _check_fits(folder: Path, manifest: Manifest, member: WorkersOptimizer, poli
     for group, saved in zip(member.param_groups, manifest.groups, strict=True):
         for name in _taken_over(group, saved):
             if _kind(saved[name]) != _kind(_plain(group)[name]):
-                raise CheckpointError(f"{folder}: {name}={saved[name]!r} in a param group cannot be. {ELSEWHERE}")
+                raise CheckpointError(f"{folder}: {name}={saved[name]!r} in a param group is not valid. {ELSEWHERE}")
         if absent := [name for name in (STEP, *member.hyperparameters()) if name not in saved]:
             raise CheckpointError(f"{folder}: a param group has no {', '.join(absent)}. {ELSEWHERE}")
         try:
@@ -309,7 +309,7 @@ def _check_tensors(path: Path, member: WorkersOptimizer) -> None:
     if SCALER in shapes:
         expected[SCALER] = torch.Size([2])
     if not (scaling.isfinite().all() and scaling[0] > 0 and scaling[1] >= 0):
-        raise CheckpointError(f"{path}: a {SCALER} of {scaling.tolist()} cannot be. {ELSEWHERE}")
+        raise CheckpointError(f"{path}: a {SCALER} of {scaling.tolist()} is not valid. {ELSEWHERE}")
     if shapes != expected or dtypes - {"F32"}:
         differing = sorted(key for key in shapes.keys() | expected.keys() if shapes.get(key) != expected.get(key))
         raise CheckpointError(
@@ -351,6 +351,6 @@ def _on_all_ranks(members: Sequence[WorkersOptimizer], work: Callable[[], Any], 
     failures = {rank: failure for rank, (_, failure) in enumerate(together) if failure is not None}
     if failures:
         rank, failure = next(iter(failures.items()))
-        others = f" So could ranks {', '.join(map(str, list(failures)[1:]))} not." if len(failures) > 1 else ""
+        others = f" Ranks {', '.join(map(str, list(failures)[1:]))} failed, too." if len(failures) > 1 else ""
         raise CheckpointError(f"rank {rank} {what}: {failure}{others}")
     return [result for result, _ in together]

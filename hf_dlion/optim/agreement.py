@@ -79,7 +79,7 @@ class Agreement:
     Attributes:
         handshake_done: whether the workers have found that they fit together; not so before the first step.
         bad_gradients: workers left out of a step for a bad gradient, over all steps.
-        scaled: whether a gradient scaler calls, to whom an overflow is nothing special.
+        scaled: whether a gradient scaler calls, which handles overflows itself.
     """
 
     def __init__(self, on_bad_gradient: str, check_replicas_steps: int) -> None:

@@ -13,7 +13,7 @@ from ..bits.orthogonal import orthogonalize_into
 from .hidden import ORTHOGONAL, SPLIT, UPDATE_RMS, HiddenMatricesMixin, matrices_of
 from .layout import Span
 from .mean_gradient import DenseMean
-from .tensors import as_laid_out, local, memory_order
+from .tensors import as_laid_out, flatten, local, memory_order
 from .workers import WorkersOptions, all_parameters
 
 
@@ -72,17 +72,18 @@ class GlobalMuon(HiddenMatricesMixin, DenseMean):
             return
         beta1, beta2 = group["betas"]
         whole = [local(parameter) for parameter in all_parameters(self)]
-        updates, matrices, outputs = [], [], []
+        updates: list[Tensor] = []
+        matrices, outputs = [], []
         for span, mean, state in zip(spans, means, states, strict=True):
             momentum, parameter = state["exp_avg"], whole[span.parameter]
             direction = beta1 * momentum + (1 - beta1) * mean
             momentum.copy_(beta2 * momentum + (1 - beta2) * mean)
-            updates.append(torch.empty_like(direction))
-            order = memory_order(parameter)
-            matrices += matrices_of(as_laid_out(direction, parameter.shape, order), group[SPLIT])
-            outputs += matrices_of(as_laid_out(updates[-1], parameter.shape, order), group[SPLIT])
+            updates.append(torch.empty(parameter.shape, device=mean.device))
+            matrices += matrices_of(as_laid_out(direction, parameter.shape, memory_order(parameter)), group[SPLIT])
+            outputs += matrices_of(updates[-1], group[SPLIT])
         orthogonalize_into(matrices, outputs)
         for output in outputs:
             output *= UPDATE_RMS * max(output.shape) ** 0.5
-        for parameter, update in zip(parameters, updates, strict=True):
-            parameter.sub_(float(group["lr"]) * (update + group["weight_decay"] * parameter))
+        for span, parameter, update in zip(spans, parameters, updates, strict=True):
+            change = flatten(update, memory_order(whole[span.parameter]))
+            parameter.sub_(float(group["lr"]) * (change + group["weight_decay"] * parameter))

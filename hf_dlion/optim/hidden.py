@@ -15,6 +15,9 @@ ORTHOGONAL, SPLIT = "orthogonal", "split"
 UPDATE_RMS = 0.2
 """Of an update before the learning rate; about that of AdamW's (Liu et al., 2025, arXiv 2502.16982, section 2.2)."""
 
+_ALTERNATING = ("GptOssExperts", "OpenAIPrivacyFilterExperts")
+"""Experts of transformers whose gate and up alternate, row by row."""
+
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 
 
@@ -31,7 +34,9 @@ def hidden_matrices(
     the network. Embeddings, the output head (tied or not; of a model of transformers, whatever is outside its base
     model), norms, biases and other parameters are not. Weights that are several matrices in one are cut: GPT-2's
     ``c_attn``, ``qkv_proj`` (with fewer key heads, too), ``Wqkv``, ``in_proj_weight``, ``gate_up_proj``, experts.
-    Those whose heads alternate (``query_key_value``) stay whole. A low-rank adapter's A and B are hidden matrices.
+    Those whose heads alternate (``query_key_value``), or whose gate and up do, stay whole. A low-rank adapter's A and B
+    are hidden matrices. The head of a model that is not of transformers, and has no ``get_output_embeddings``, cannot
+    be told from a layer inside: name it in ``others``.
 
     Args:
         model: only parameters that require gradients are taken.
@@ -47,8 +52,9 @@ def hidden_matrices(
     inside = {id(parameter) for parameter in base.parameters()}
     outside = {id(parameter) for parameter in _embeddings_and_head(model)}
     found: dict[int, Split] = {}
-    for name, module in base.named_modules():
-        for parameter, split in _matrices(name.rpartition(".")[2], module, base, splits or {}):
+    modules = dict(base.named_modules())
+    for name, module in modules.items():
+        for parameter, split in _matrices(name.rpartition(".")[2], module, _heads(name, modules), splits or {}):
             found[id(parameter)] = split
     groups: dict[Any, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -66,7 +72,10 @@ def hidden_matrices(
 
 
 def matrices_of(weight: Tensor, split: Split) -> list[Tensor]:
-    """The matrices in a weight, as views: of a convolution, one that is flattened; of experts, one each."""
+    """The matrices in a weight: of a convolution, one that is flattened; of experts, one each.
+
+    Views, if the weight is contiguous.
+    """
     parts = weight.split(list(split[1:]), split[0]) if split else (weight,)
     if weight.dim() == 2:
         return list(parts)
@@ -81,6 +90,11 @@ def _check_split(weight: Tensor, split: Split) -> None:
         raise ValueError(
             f"a parameter of shape {tuple(weight.shape)} in a group with orthogonal=True: only a matrix can be "
             "orthogonalised. Put it into a group with orthogonal=False, as hidden_matrices(model) does."
+        )
+    if split and weight.dim() > 3:
+        raise ValueError(
+            f"split={split} of a parameter of shape {tuple(weight.shape)}: only matrices, and banks of them with three "
+            "dimensions, can be split. Leave it out: a convolution is one matrix."
         )
     if split and (split[0] >= weight.dim() or sum(split[1:]) != weight.shape[split[0]]):
         raise ValueError(
@@ -123,7 +137,8 @@ class HiddenMatricesMixin:
         if not any(group[ORTHOGONAL] for group in self.param_groups):
             raise ValueError(
                 "no param group has orthogonal=True, so nothing would be orthogonalised. Make the groups by "
-                "hf_dlion.hidden_matrices(model), which finds the hidden matrices."
+                "hf_dlion.hidden_matrices(model), which finds the hidden matrices. If they come from there, none of "
+                "the trainable parameters is one: take optim=dlion_mavo, DistributedLion."
             )
 
 
@@ -150,7 +165,7 @@ def _embeddings_and_head(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _matrices(
-    name: str, module: nn.Module, base: nn.Module, splits: Mapping[str, Sequence[int]]
+    name: str, module: nn.Module, heads: tuple[int, int] | None, splits: Mapping[str, Sequence[int]]
 ) -> Iterator[tuple[nn.Parameter, Split]]:
     """The weights of a layer that are matrices, each with its split."""
     kind, layer = type(module).__name__, cast(Any, module)
@@ -159,23 +174,31 @@ def _matrices(
     elif isinstance(module, nn.MultiheadAttention):
         if module.in_proj_weight is not None:
             yield module.in_proj_weight, (0, *[module.embed_dim] * 3)
+        else:  # keys and values of other widths
+            yield from ((weight, ()) for weight in (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight))
     elif kind.endswith("Experts"):
         yield from _experts(module)
     elif isinstance(module, nn.Linear) or kind == "Conv1D":
         outputs = 1 if kind == "Conv1D" else 0  # transformers' Conv1D has its inputs first
-        sizes = splits.get(name) or _fused(name, layer.weight.shape[outputs], layer, base)
+        sizes = splits.get(name) or _fused(name, layer.weight.shape[outputs], layer, heads)
         yield layer.weight, (outputs, *sizes) if len(sizes) > 1 else ()
 
 
 def _experts(module: nn.Module) -> Iterator[tuple[nn.Parameter, Split]]:
-    """Banks ``[experts, ...]``; gate and up, in one weight, are cut."""
-    for name, weight in module.named_parameters(recurse=False):
-        if weight.dim() == 3:
-            half = weight.shape[1] // 2
-            yield weight, (1, half, weight.shape[1] - half) if name.startswith("gate_up") else (0, len(weight))
+    """Banks ``[experts, ...]``; gate and up, in one weight beside one that leads down, are cut."""
+    weights = {name: weight for name, weight in module.named_parameters(recurse=False) if weight.dim() == 3}
+    down = weights.get("down_proj")
+    for name, weight in weights.items():
+        split: Split = (0, len(weight))
+        if name == "gate_up_proj" and down is not None and type(module).__name__ not in _ALTERNATING:
+            for outputs, width in ((1, down.shape[2]), (2, down.shape[1])):
+                if weight.shape[outputs] == 2 * width and weight.shape[3 - outputs] == down.shape[outputs]:
+                    split = (outputs, width, width)
+                    break
+        yield weight, split
 
 
-def _fused(name: str, outputs: int, module: Any, base: nn.Module) -> Sequence[int]:
+def _fused(name: str, outputs: int, module: Any, heads: tuple[int, int] | None) -> Sequence[int]:
     """The sizes of the matrices in a layer's weight, along its outputs."""
     if name == "gate_up_proj" and outputs % 2 == 0:
         return [outputs // 2] * 2
@@ -184,10 +207,21 @@ def _fused(name: str, outputs: int, module: Any, base: nn.Module) -> Sequence[in
         return [width] * (outputs // width) if outputs % width == 0 else [outputs]
     if name not in ("qkv_proj", "Wqkv", "c_attn", "qkv"):
         return [outputs]
-    config = getattr(base, "config", None)
-    heads = getattr(config, "num_attention_heads", None)
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    if isinstance(heads, int) and isinstance(key_heads, int) and outputs % (heads + 2 * key_heads) == 0:
-        size = outputs // (heads + 2 * key_heads)
-        return [heads * size, key_heads * size, key_heads * size]
-    return [outputs // 3] * 3 if outputs % 3 == 0 else [outputs]
+    queries, keys = heads or (1, 1)
+    if outputs % (queries + 2 * keys):
+        return [outputs]
+    size = outputs // (queries + 2 * keys)
+    return [queries * size, keys * size, keys * size]
+
+
+def _heads(name: str, modules: Mapping[str, nn.Module]) -> tuple[int, int] | None:
+    """Heads of queries and of keys, by the configuration nearest above a module; None if there is none."""
+    while True:
+        config = getattr(modules[name], "config", None)
+        heads = getattr(config, "num_attention_heads", None)
+        if isinstance(heads, int):
+            keys = getattr(config, "num_key_value_heads", None)
+            return heads, keys if isinstance(keys, int) else heads
+        if not name:
+            return None
+        name = name.rpartition(".")[0]

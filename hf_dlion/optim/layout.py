@@ -78,6 +78,11 @@ class Bucket:
     segments: list[Segment] = field(default_factory=list)
     blocks: int = 0
 
+    @functools.cached_property
+    def parameters(self) -> list[int]:
+        """The indices of the parameters with a part in it."""
+        return sorted({span.parameter for segment in self.segments for span in segment.spans})
+
     @property
     def padding(self) -> float:
         """Which part of its signs belongs to no parameter."""
@@ -130,9 +135,8 @@ def last_buckets(buckets: Sequence[Bucket], parameters: int) -> list[int]:
     """The number of the last bucket with a part of each of so many parameters; -1 of one without elements."""
     last = [-1] * parameters
     for bucket in buckets:
-        for segment in bucket.segments:
-            for span in segment.spans:
-                last[span.parameter] = bucket.number
+        for parameter in bucket.parameters:
+            last[parameter] = bucket.number
     return last
 
 

@@ -17,7 +17,7 @@ from ..wire.exchange import Decision
 from .dlion import MOMENTUM, Ballots, DistributedLion, VotePlan
 from .hidden import ORTHOGONAL, SPLIT, UPDATE_RMS, HiddenMatricesMixin, matrices_of
 from .layout import Bucket, Segment
-from .tensors import as_laid_out, local, memory_order
+from .tensors import as_laid_out, flatten, local, memory_order
 from .workers import StepInputs, WorkersOptions, all_parameters
 
 
@@ -53,7 +53,9 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
     a vote and never a replica. The scale of 0.2 makes ``lr`` mean AdamW's.
 
     Everything else is as in :class:`DistributedLion`, votes of zero and abstentions included. With one worker, D is
-    its sign.
+    its sign. Memory beyond parameters, gradients and momentum: the directions of a bucket's matrices in float32, and
+    what orthogonalising the largest takes. A matrix whose size is no multiple of 1024 keeps its direction until the
+    last bucket of its group.
 
     Args:
         params: param groups that say which are hidden matrices, as :func:`hidden_matrices` makes them: with
@@ -102,8 +104,7 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
 
     @override
     def _pack(self, plan: VotePlan, bucket: Bucket, ballots: DirectedBallots) -> Tensor:  # type: ignore[override]
-        present = {span.parameter for segment in bucket.segments for span in segment.spans}
-        hidden = sorted(index for index in present if self._is_hidden(plan, index))
+        hidden = [index for index in bucket.parameters if self._is_hidden(plan, index)]
         missing = [index for index in hidden if index not in ballots.directions]
         ballots.directions.update(self._directions(plan, ballots.inputs, missing))
         gradients = list(ballots.inputs.gradients)
@@ -151,7 +152,7 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
     def _directions(self, plan: VotePlan, inputs: StepInputs, indices: Sequence[int]) -> dict[int, Tensor]:
         """The orthogonalised directions of hidden matrices with a gradient, flat; moves their momenta on."""
         parameters = all_parameters(self)
-        found: dict[int, Tensor] = {}
+        wholes: dict[int, Tensor] = {}
         matrices, outputs = [], []
         for index in indices:
             gradient = inputs.gradients[index]
@@ -163,19 +164,17 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
             direction = beta1 * momentum + (1 - beta1) * g
             momentum.copy_(beta2 * momentum + (1 - beta2) * g)
             parameter = local(parameters[index])
-            order = memory_order(parameter)
-            found[index] = torch.empty_like(direction)
-            matrices += matrices_of(as_laid_out(direction, parameter.shape, order), group[SPLIT])
-            outputs += matrices_of(as_laid_out(found[index], parameter.shape, order), group[SPLIT])
+            wholes[index] = torch.empty(parameter.shape, device=g.device)
+            matrices += matrices_of(as_laid_out(direction, parameter.shape, memory_order(parameter)), group[SPLIT])
+            outputs += matrices_of(wholes[index], group[SPLIT])
         orthogonalize_into(matrices, outputs)
-        return found
+        return {i: flatten(whole, memory_order(local(parameters[i]))) for i, whole in wholes.items()}
 
     def _is_decided(self, plan: VotePlan, bucket: Bucket, decision: Decision, latest: Bucket) -> bool:
         """Whether the squares of all hidden matrices in the bucket are known, or need not be."""
         if decision.highest == 1:
             return True
-        present = {span.parameter for segment in bucket.segments for span in segment.spans}
-        ends = (plan.last_bucket[index] for index in present if self._is_hidden(plan, index))
+        ends = (plan.last_bucket[index] for index in bucket.parameters if self._is_hidden(plan, index))
         return max(ends, default=0) <= latest.number
 
     def _update(self, plan: VotePlan, bucket: Bucket, decision: Decision, ballots: DirectedBallots) -> None:

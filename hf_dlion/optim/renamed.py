@@ -21,6 +21,8 @@ def renamed_keywords(**names: str) -> Callable[[F], F]:
         @functools.wraps(function)
         def wrapper(*args: Any, **keywords: Any) -> Any:
             for former in names.keys() & keywords.keys():
+                if names[former] in keywords:
+                    raise TypeError(f"{former} and {names[former]} were given, and are one argument by two names.")
                 warnings.warn(f"{former} is now {names[former]}.", FutureWarning, stacklevel=2)
                 keywords[names[former]] = keywords.pop(former)
             return function(*args, **keywords)

@@ -73,6 +73,13 @@ def float32_state(parameter: Tensor) -> Tensor:
     )
 
 
+def laid_out_state(parameter: Tensor, state: Tensor | None) -> Tensor:
+    """A state in the memory order of its parameter, itself if it has that; zeros if there is none."""
+    if state is None:
+        return float32_state(parameter)
+    return state if state.stride() == local(parameter).stride() else float32_state(parameter).copy_(state)
+
+
 def memory_order(tensor: Tensor) -> Order:
     """The permutation of the dimensions that makes a dense tensor contiguous.
 

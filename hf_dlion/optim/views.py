@@ -30,13 +30,13 @@ class Views:
         self.parameters: list[Tensor] = []
         self.states: list[dict[str, Tensor]] = []
         self._orders: list[Order] = []
-        self._pointers: list[int] = []
+        self._places: list[Any] = []
 
     def follow(self, parameters: Sequence[Tensor], states: Sequence[State]) -> None:
-        """Be views of these; made anew where ``parameter.data`` or a state was replaced."""
-        pointers = [tensor.data_ptr() for tensor in parameters]
-        pointers += [tensor.data_ptr() for state in states for tensor in state.values()]
-        if pointers == self._pointers:
+        """Be views of these; made anew if ``parameter.data`` or a state was replaced, or is laid out otherwise."""
+        places: list[Any] = [(tensor.data_ptr(), tensor.stride()) for tensor in parameters]
+        places += [tensor.data_ptr() for state in states for tensor in state.values()]
+        if places == self._places:
             return
         self._orders = [memory_order(parameter) for parameter in parameters]
         self.parameters = self.flatten(parameters)  # type: ignore[assignment]
@@ -44,7 +44,7 @@ class Views:
             {name: flatten(tensor, order) for name, tensor in state.items()}
             for state, order in zip(states, self._orders, strict=True)
         ]
-        self._pointers = pointers
+        self._places = places
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         """A tensor for each parameter, or None, in the memory order of its parameter."""
@@ -204,7 +204,9 @@ class SegmentViews(Views):
         size = segment.blocks * BLOCK
         present = [i for i, span in enumerate(segment.spans) if gradients[span.parameter] is not None]
         slices = [segment.slices[i] for i in present]
-        staged_gradient = torch.zeros(size, dtype=segment.dtype, device=self.device)
+        # A direction is float32, and would lose its small entries in float16.
+        dtype = segment.dtype if self._state_names[segment.group] else torch.float32
+        staged_gradient = torch.zeros(size, dtype=dtype, device=self.device)
         found = [_part(gradients[segment.spans[i].parameter], segment.spans[i]) for i in present]
         _copy(found, [staged_gradient[part] for part in slices])
         staged_states, kept, kept_staged = [], [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from ..wire.ledger import Ledger
 from .agreement import ON_BAD_GRADIENT, Agreement
 from .renamed import renamed_keywords
 from .replica import STEP, Replica
-from .tensors import check_parameter, float32_state, local, local_gradient
+from .tensors import check_parameter, float32_state, laid_out_state, local, local_gradient
 from .views import Views
 
 
@@ -176,8 +177,9 @@ class WorkersOptimizer(Optimizer, ABC):
         group[STEP] = self.param_groups[0][STEP]
         try:
             self.check_group(group)
+            first = next(iter(all_parameters(self)), None)
             for parameter in group["params"]:
-                check_parameter(parameter, all_parameters(self)[0].device)
+                check_parameter(parameter, first.device if first is not None else parameter.device)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -190,7 +192,7 @@ class WorkersOptimizer(Optimizer, ABC):
         Raises:
             ValueError: the param groups do not fit, or a tensor is missing or of another shape; nothing was loaded.
         """
-        states = fitting_states(state_dict, all_parameters(self), self.state_names)
+        states = fitting_states(state_dict, all_parameters(self), self.state_names, self.hyperparameters())
         super().load_state_dict(state_dict)
         # torch casts state to the dtype of its parameter; ours keeps its own.
         self.state.clear()
@@ -198,10 +200,9 @@ class WorkersOptimizer(Optimizer, ABC):
         self.state_changed()
 
     def make_state(self) -> None:
-        """Give zeros to the parameters that have no state yet."""
-        for parameter in all_parameters(self):
-            if parameter not in self.state:
-                self.state[parameter] = {name: float32_state(parameter) for name in self.state_names}
+        """Zeros for parameters that have no state yet, and each state in the memory order of its parameter."""
+        for parameter, name in itertools.product(all_parameters(self), self.state_names):
+            self.state[parameter][name] = laid_out_state(parameter, self.state[parameter].get(name))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -298,14 +299,17 @@ def members_of(optimizer: Optimizer) -> Sequence[WorkersOptimizer]:
 
 
 def fitting_states(
-    state_dict: dict[str, Any], parameters: Sequence[Tensor], names: Sequence[str]
+    state_dict: dict[str, Any], parameters: Sequence[Tensor], names: Sequence[str], hyperparameters: Sequence[str]
 ) -> list[dict[str, Tensor]]:
     """The state of each parameter, from a state dict; none, if it has none yet.
 
     Raises:
-        ValueError: a tensor is missing or of another shape.
+        ValueError: a tensor is missing or of another shape, or a param group has not these hyperparameters.
     """
     groups = state_dict["param_groups"]
+    absent = [name for name in hyperparameters for group in groups if STEP in group and name not in group]
+    if absent:
+        raise ValueError(f"no {absent[0]} in a param group of this state: it is of another optimizer.")
     if not state_dict["state"] and all(STEP in group for group in groups):  # of this package, before its first step
         return []
     states = []

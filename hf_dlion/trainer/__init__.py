@@ -1,4 +1,4 @@
-"""How Hugging Face drives it: training arguments, Trainer, and local gradients.
+"""How the Trainer of transformers drives it: names, arguments, logs, cards.
 
 Written against the extension points of transformers 5 and accelerate 1, which each module names; what transformers 4.57
 to 5.2 do otherwise is in ``transformers_versions``. Other versions are refused here rather than failing later.

@@ -28,7 +28,7 @@ class DLionArgumentsMixin:
     """The fields of Distributed Lion, for any subclass of ``TrainingArguments``; put it first among the bases.
 
     With one of our names as ``optim``, ``average_tokens_across_devices`` is turned off: every worker's gradient is the
-    mean over its own batch, as the method has it, and a worker with more tokens does not shout louder.
+    mean over its own batch, as the method has it, and a worker with more tokens does not weigh more.
     """
 
     # A string: HfArgumentParser would admit only the names of transformers into its enum.

@@ -11,7 +11,6 @@ from transformers import Trainer, trainer_utils
 
 from ..local_gradients import LocalGradients, keep_gradients_local
 
-_CREATE_TAKES_MODEL = "model" in inspect.signature(Trainer.create_optimizer).parameters
 _HAS_CLIP = hasattr(Trainer, "_clip_grad_norm")
 
 
@@ -31,8 +30,9 @@ class TrainerVersionsMixin:
             self.accelerator.clip_grad_norm_ = lambda *_, **__: self._clip_and_get_norm()
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """As the parent, which may not take the model."""
-        optimizer: Optimizer = super().create_optimizer(*([model] if _CREATE_TAKES_MODEL else []))  # type: ignore[misc]
+        """As the parent, which may not take the model, as in an older Trainer or one written for it."""
+        takes_model = "model" in inspect.signature(super().create_optimizer).parameters  # type: ignore[misc]
+        optimizer: Optimizer = super().create_optimizer(*([model] if takes_model else []))  # type: ignore[misc]
         return optimizer
 
     def _clip_and_get_norm(self) -> Any:

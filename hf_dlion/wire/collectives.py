@@ -76,7 +76,7 @@ class Channel(ABC):
 
     @abstractmethod
     def gather_objects(self, value: Any) -> list[Any]:
-        """Everyone's ``value``, by rank. For error messages only: pickled, and not in the ledger."""
+        """Everyone's ``value``, by rank. For error messages and checkpoints: pickled, and not in the ledger."""
 
     @abstractmethod
     def _all_gather(self, parts: Tensor, part: Tensor) -> Pending:

@@ -11,6 +11,7 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Phi3Config,
@@ -18,6 +19,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from hf_dlion import hidden_matrices
 from hf_dlion.optim.hidden import matrices_of
@@ -132,6 +134,31 @@ def test_plain_modules() -> None:
     assert found(model, splits={"qkv": [20, 4]})["qkv.weight"] == [(20, 8), (4, 8)]
     model["qkv"].weight.requires_grad_(False)
     assert "qkv.weight" not in found(model)
+
+
+def test_banks_of_experts_with_their_inputs_first() -> None:
+    text = Llama4TextConfig(hidden_size=8, intermediate_size=6, num_local_experts=2)
+    assert found(torch.nn.ModuleList([Llama4TextExperts(text)])) == {
+        "0.gate_up_proj": [(8, 6)] * 4,
+        "0.down_proj": [(6, 8)] * 2,
+    }
+
+
+def test_attention_with_keys_of_another_width() -> None:
+    assert found(torch.nn.MultiheadAttention(8, 2, kdim=4, vdim=4)) == {
+        "q_proj_weight": [(8, 8)],
+        "k_proj_weight": [(8, 4)],
+        "v_proj_weight": [(8, 4)],
+        "out_proj.weight": [(8, 8)],
+    }
+
+
+def test_the_nearest_configuration_says_how_many_heads_there_are() -> None:
+    phi = Phi3ForCausalLM(Phi3Config(**LLAMA))
+    composite = torch.nn.ModuleDict({"language": phi.model, "eye": torch.nn.Linear(3, 3)})
+    composite.config = LlamaConfig(**LLAMA | {"num_attention_heads": 2, "num_key_value_heads": 2})  # type: ignore[assignment]
+    matrices = found(composite)
+    assert matrices["language.layers.0.self_attn.qkv_proj.weight"] == [(16, 16), (8, 16), (8, 16)]
 
 
 def test_decay() -> None:

@@ -177,6 +177,33 @@ def test_a_matrix_in_several_buckets_is_scaled_as_a_whole(
     assert all(map(torch.equal, one, other))
 
 
+@pytest.mark.parametrize("name", ["dmuon_mavo", "gmuon"])
+def test_a_convolution_in_channels_last_is_as_any_other(name: str) -> None:
+    plain = torch.nn.Parameter(torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0)))
+    last = torch.nn.Parameter(plain.detach().to(memory_format=torch.channels_last))
+    for parameter in (plain, last):
+        groups = [{"params": [parameter], "orthogonal": True}]
+        optimizer: Any = METHODS[name].optimizer(groups, lr=0.1, **METHODS[name].fixed)
+        for step in range(3):
+            parameter.grad = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+    assert last.stride() == (36, 1, 12, 4)
+    assert torch.equal(plain, last)
+
+
+def test_a_small_direction_votes_by_its_sign_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "hf_dlion.optim.muon.orthogonalize_into", lambda matrices, outputs: [o.fill_(1e-9) for o in outputs]
+    )
+    parameter = torch.nn.Parameter(torch.ones(8, 8, dtype=torch.float16))
+    optimizer = VirtualWorkers([{"params": [parameter], "orthogonal": True}], 3, DistributedMuon, lr=1.0)
+    for rank in range(3):
+        parameter.grad = torch.full((8, 8), 1.0 + rank, dtype=torch.float16)
+        optimizer.next_worker()
+    optimizer.step()
+    assert (parameter < 1).all()
+
+
 def test_layouts_in_memory_do_not_matter() -> None:
     plain = torch.nn.Parameter(torch.randn(48, 40, generator=torch.Generator().manual_seed(0)))
     turned = torch.nn.Parameter(plain.detach().t().contiguous().t())
@@ -215,5 +242,7 @@ def test_wrong_groups(name: str) -> None:
         make(params=parameters(), orthogonal=True)
     with pytest.raises(ValueError, match=r"split=\(0, 3, 4\) of a parameter of shape \(8, 8\)"):
         make(params=[parameters()[-1]], orthogonal=True, split=(0, 3, 4))
+    with pytest.raises(ValueError, match="a convolution is one matrix"):
+        make(params=[parameters()[6]], orthogonal=True, split=(0, 3, 3))
     with pytest.raises(ValueError, match="betas"):
         make(params=[parameters()[-1]], orthogonal=True, betas=(0.9, 1.0))

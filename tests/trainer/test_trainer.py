@@ -89,6 +89,24 @@ def every_method(rank: int, folder: str) -> dict[str, tuple[list[dict[str, float
     return {name: train(rank, folder, {"optim": name, "max_steps": 3, "logging_steps": 1}) for name in METHODS}
 
 
+class OwnOptimizer(Trainer):
+    """As scripts for older versions of transformers have it."""
+
+    def create_optimizer(self) -> Any:
+        return super().create_optimizer()
+
+
+class OwnDLionTrainer(DLionTrainerMixin, OwnOptimizer):
+    pass
+
+
+def test_a_trainer_whose_create_optimizer_takes_no_model(tmp_path: Path) -> None:
+    args = tiny.arguments(tmp_path, max_steps=1)
+    trainer = OwnDLionTrainer(model=tiny.model(), args=args, train_dataset=tiny.rows())
+    trainer.train()
+    assert type(trainer._own_optimizer()).__name__ == "DistributedLion"
+
+
 def test_every_method_trains_by_name(tmp_path: Path) -> None:
     first, second = run_workers(every_method, 2, str(tmp_path))
     start = weights(tiny.model())
