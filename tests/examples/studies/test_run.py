@@ -400,6 +400,7 @@ def test_our_studies_are_read(path: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     study = Study.read(path)
     rates = runs.usual_rates(study)
-    assert list(study.methods) == list(METHODS)
+    paper = [name for name in METHODS if "muon" not in name]
+    assert list(study.methods) == {"cifar10_vit": paper, "digits_vit": list(METHODS)}[path.stem]
     folders = {run.folder for run in [*runs.ordinary(study, rates), *runs.attacked(study, rates)]}
-    assert len(folders) == {"cifar10_vit": 4 * 3 * 3 + 5 * 3 + 3 * 3 * 2, "digits_vit": 9 * 2}[path.stem]
+    assert len(folders) == {"cifar10_vit": 4 * 3 * 3 + 5 * 3 + 3 * 3 * 2, "digits_vit": 12 * 2}[path.stem]
