@@ -37,6 +37,10 @@ class Span:
     start: int
     length: int
 
+    def of(self, flat: Tensor) -> Tensor:
+        """Its elements of the flat parameter, as a view."""
+        return flat[self.start : self.start + self.length]
+
 
 @dataclass
 class Segment:

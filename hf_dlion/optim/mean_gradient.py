@@ -186,7 +186,7 @@ class MeanGradient(WorkersOptimizer):
         self, plan: MeanPlan, voters: Sequence[int], spans: Sequence[Span], inputs: StepInputs, shared: Any
     ) -> Conversation[None]:
         """One bucket's way through a step."""
-        states = [{n: _part(s, span) for n, s in plan.views.states[span.parameter].items()} for span in spans]
+        states = [{n: span.of(s) for n, s in plan.views.states[span.parameter].items()} for span in spans]
         gradients = [_gradient(inputs.gradients[s.parameter], s, plan.views.parameters[s.parameter]) for s in spans]
         abstains = inputs.bad_gradient >= 0  # it takes part in the rounds, uncounted, and keeps what is its own
         kept = [{name: tensor.clone() for name, tensor in state.items()} for state in states] if abstains else states
@@ -206,7 +206,7 @@ class MeanGradient(WorkersOptimizer):
         states: Sequence[dict[str, Tensor]],
     ) -> None:
         """Step by the rule: spans of one param group, their mean gradients and states."""
-        parts = [_part(parameters[span.parameter], span) for span in spans]
+        parts = [span.of(parameters[span.parameter]) for span in spans]
         wide = [part if part.dtype == torch.float32 else part.float() for part in parts]
         self._step_by_rule(group, spans, wide, means, states)
         for span, part, updated in zip(spans, parts, wide, strict=True):
@@ -242,12 +242,8 @@ class DenseMean(MeanGradient):
         return (yield from sum_dense(channel, flat, voters))
 
 
-def _part(flat: Tensor, span: Span) -> Tensor:
-    return flat[span.start : span.start + span.length]
-
-
 def _gradient(gradient: Tensor | None, span: Span, parameter: Tensor) -> Tensor:
     """Float32; zeros where there is none."""
     if gradient is None:
         return torch.zeros(span.length, dtype=torch.float32, device=parameter.device)
-    return _part(gradient, span).float()
+    return span.of(gradient).float()

@@ -207,7 +207,8 @@ class SegmentViews(Views):
         # A direction is float32, and would lose its small entries in float16.
         dtype = segment.dtype if self._state_names[segment.group] else torch.float32
         staged_gradient = torch.zeros(size, dtype=dtype, device=self.device)
-        found = [_part(gradients[segment.spans[i].parameter], segment.spans[i]) for i in present]
+        given = ((segment.spans[i], gradients[segment.spans[i].parameter]) for i in present)
+        found = [span.of(gradient) for span, gradient in given if gradient is not None]
         _copy(found, [staged_gradient[part] for part in slices])
         staged_states, kept, kept_staged = [], [], []
         for cuts in self._state_cuts[id(segment)]:
@@ -242,18 +243,14 @@ def _scale_of(segment: Segment, scales: Sequence[Tensor]) -> Tensor:
 
 
 def _cut(flat: Sequence[Tensor], segment: Segment) -> list[Tensor]:
-    cut = _part if segment.staged else _blocks
-    return [cut(flat[span.parameter], span) for span in segment.spans]
+    if segment.staged:
+        return [span.of(flat[span.parameter]) for span in segment.spans]
+    return [_blocks(flat[span.parameter], span) for span in segment.spans]
 
 
 def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
     if sources:
         torch._foreach_copy_(targets, sources)
-
-
-def _part(flat: Any, span: Span) -> Tensor:
-    part: Tensor = flat[span.start : span.start + span.length]
-    return part
 
 
 def _blocks(flat: Tensor, span: Span) -> Tensor:
