@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack, override
 
 from ..bits.orthogonal import orthogonalize_into
-from .hidden import ORTHOGONAL, SPLIT, UPDATE_RMS, HiddenMatricesMixin, matrices_of
+from .hidden import ORTHOGONAL, UPDATE_RMS, HiddenMatricesMixin, begin_direction
 from .layout import Span
 from .mean_gradient import DenseMean
-from .tensors import as_laid_out, flatten, local, memory_order
+from .tensors import flatten, local, memory_order
 from .workers import WorkersOptions, all_parameters
 
 
@@ -70,17 +69,14 @@ class GlobalMuon(HiddenMatricesMixin, DenseMean):
         if not group[ORTHOGONAL]:
             super()._step_by_rule(group, spans, parameters, means, states)
             return
-        beta1, beta2 = group["betas"]
         whole = [local(parameter) for parameter in all_parameters(self)]
         updates: list[Tensor] = []
         matrices, outputs = [], []
         for span, mean, state in zip(spans, means, states, strict=True):
-            momentum, parameter = state["exp_avg"], whole[span.parameter]
-            direction = beta1 * momentum + (1 - beta1) * mean
-            momentum.copy_(beta2 * momentum + (1 - beta2) * mean)
-            updates.append(torch.empty(parameter.shape, device=mean.device))
-            matrices += matrices_of(as_laid_out(direction, parameter.shape, memory_order(parameter)), group[SPLIT])
-            outputs += matrices_of(updates[-1], group[SPLIT])
+            update, own, results = begin_direction(whole[span.parameter], mean, state["exp_avg"], group)
+            updates.append(update)
+            matrices += own
+            outputs += results
         orthogonalize_into(matrices, outputs)
         for output in outputs:
             output *= UPDATE_RMS * max(output.shape) ** 0.5

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+
+from .tensors import as_laid_out, memory_order
 
 Split = tuple[int, ...]
 """The dimension in which a weight is cut, and the sizes of its parts; empty, if it is one matrix."""
@@ -84,6 +87,27 @@ def matrices_of(weight: Tensor, split: Split) -> list[Tensor]:
     return [weight.flatten(1)]
 
 
+def begin_direction(
+    parameter: Tensor, gradient: Tensor, momentum: Tensor, group: dict[str, Any]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """What is to be orthogonalised of a hidden parameter; moves its momentum on.
+
+    Args:
+        parameter: for its shape and memory order.
+        gradient, momentum: float32, flat, in that order.
+        group: its param group.
+
+    Returns:
+        An empty tensor of its shape; the matrices of its direction; and those of the empty tensor, for the result.
+    """
+    beta1, beta2 = group["betas"]
+    direction = beta1 * momentum + (1 - beta1) * gradient
+    momentum.copy_(beta2 * momentum + (1 - beta2) * gradient)
+    result = torch.empty(parameter.shape, device=gradient.device)
+    matrices = matrices_of(as_laid_out(direction, parameter.shape, memory_order(parameter)), group[SPLIT])
+    return result, matrices, matrices_of(result, group[SPLIT])
+
+
 def _check_split(weight: Tensor, split: Split) -> None:
     """Raise ValueError unless the weight can be cut so."""
     if weight.dim() < 2:
@@ -159,7 +183,7 @@ def _embeddings_and_head(model: nn.Module) -> Iterator[nn.Parameter]:
             try:
                 layer = getattr(module, getter, lambda: None)()
             except (NotImplementedError, AttributeError):
-                continue  # models of transformers without one
+                continue  # not implemented for a model of transformers, or it was built without that layer
             if isinstance(layer, nn.Module):
                 yield from layer.parameters()
 

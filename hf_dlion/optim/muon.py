@@ -15,9 +15,9 @@ from ..bits.orthogonal import orthogonalize_into
 from ..bits.packing import LANES, unpack_bits
 from ..wire.exchange import Decision
 from .dlion import MOMENTUM, Ballots, DistributedLion, VotePlan
-from .hidden import ORTHOGONAL, SPLIT, UPDATE_RMS, HiddenMatricesMixin, matrices_of
+from .hidden import ORTHOGONAL, UPDATE_RMS, HiddenMatricesMixin, begin_direction
 from .layout import Bucket, Segment
-from .tensors import as_laid_out, flatten, local, memory_order
+from .tensors import flatten, local, memory_order
 from .workers import StepInputs, WorkersOptions, all_parameters
 
 
@@ -158,15 +158,10 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
             gradient = inputs.gradients[index]
             if gradient is None:
                 continue
-            group = self.param_groups[plan.group_of[index]]
-            (beta1, beta2), g = group["betas"], gradient.float()
-            momentum = plan.views.states[index][MOMENTUM]
-            direction = beta1 * momentum + (1 - beta1) * g
-            momentum.copy_(beta2 * momentum + (1 - beta2) * g)
-            parameter = local(parameters[index])
-            wholes[index] = torch.empty(parameter.shape, device=g.device)
-            matrices += matrices_of(as_laid_out(direction, parameter.shape, memory_order(parameter)), group[SPLIT])
-            outputs += matrices_of(wholes[index], group[SPLIT])
+            momentum, group = plan.views.states[index][MOMENTUM], self.param_groups[plan.group_of[index]]
+            wholes[index], own, results = begin_direction(local(parameters[index]), gradient.float(), momentum, group)
+            matrices += own
+            outputs += results
         orthogonalize_into(matrices, outputs)
         return {i: flatten(whole, memory_order(local(parameters[i]))) for i, whole in wholes.items()}
 
