@@ -1,14 +1,19 @@
 """Gradients that stay on their worker.
 
 accelerate calls ``ddp_handler.register_comm_hook(model)`` right after it has wrapped a model in
-``DistributedDataParallel``; a handler that registers a hook which communicates nothing keeps all else that DDP does:
-it sends rank 0's parameters to all, and it finds unused parameters.
+``DistributedDataParallel``. DDP has sent rank 0's parameters to all by then; from here on, it is kept from touching the
+gradients, as inside its ``no_sync()``: a parameter that a worker's backward does not reach has no gradient there.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+import weakref
 from dataclasses import fields
 
+import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import (
     DDPCommunicationHookType,
@@ -18,9 +23,16 @@ from accelerate.utils import (
 )
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from .optim.states import all_parameters
+from .optim.workers import members_of
 
 if not (compare_versions("accelerate", ">=", "1.10") and compare_versions("accelerate", "<", "2")):
     raise ImportError("accelerate>=1.10,<2 is required: how it wraps a model in DDP is known of these versions.")
+
+logger = logging.getLogger(__name__)
 
 _SUPPORTED = {
     DistributedType.NO,
@@ -36,7 +48,7 @@ class LocalGradients(DistributedDataParallelKwargs):
 
     def register_comm_hook(self, model: DistributedDataParallel) -> None:
         """Called by accelerate with the wrapped model."""
-        model.register_comm_hook(None, noop_hook)
+        _keep_local(model)
 
 
 def keep_gradients_local(target: Accelerator | DistributedDataParallel) -> None:
@@ -45,15 +57,19 @@ def keep_gradients_local(target: Accelerator | DistributedDataParallel) -> None:
     Call it with the ``Accelerator`` before ``accelerator.prepare(model)``, or with a DDP module before its first
     backward. Gradient accumulation works as ever. ``DLionTrainer`` does this by itself.
 
+    Every trainable parameter of the model must then be one of an optimizer of this package: the step of another one
+    raises, and so does the second step if a parameter with a gradient is in none. DDP goes on sending rank 0's buffers
+    to all, but for those that are not part of the state dict (masks, rotary frequencies): they are constants.
+
     Args:
         target: the accelerator that will wrap the model, or the wrapped model.
 
     Raises:
         ValueError: the accelerator shards or replicates by other means than DDP, already compresses the gradients by
-            a communication hook, or has prepared a model.
+            a communication hook, has prepared a model, or sees one process where several were launched.
     """
     if isinstance(target, DistributedDataParallel):
-        target.register_comm_hook(None, noop_hook)
+        _keep_local(target)
         return
     if not isinstance(target, Accelerator):
         raise TypeError(
@@ -61,6 +77,7 @@ def keep_gradients_local(target: Accelerator | DistributedDataParallel) -> None:
             f"a {type(target).__name__}. Without DDP gradients are local already."
         )
     check_supported(target)
+    _check_launch(target)
     handler = target.ddp_handler or DistributedDataParallelKwargs()
     if handler.comm_hook != DDPCommunicationHookType.NO:
         raise ValueError(
@@ -73,6 +90,91 @@ def keep_gradients_local(target: Accelerator | DistributedDataParallel) -> None:
             "keep_gradients_local(accelerator) before accelerator.prepare(model)."
         )
     target.ddp_handler = LocalGradients(**{f.name: getattr(handler, f.name) for f in fields(handler)})
+
+
+def _check_launch(accelerator: Accelerator) -> None:
+    launched = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else 1
+    world = dist.get_world_size() if dist.is_initialized() else launched
+    if accelerator.num_processes != world:
+        raise ValueError(
+            f"{world} processes were launched together, and this Accelerator knows of {accelerator.num_processes}: "
+            "each would train for itself, on all of the data. On a machine without GPUs, make it by "
+            "Accelerator(cpu=True); with a Trainer, pass --use_cpu."
+        )
+
+
+_local_modules: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
+_steps: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+_voted: weakref.WeakKeyDictionary[DistributedDataParallel, set[int]] = weakref.WeakKeyDictionary()
+
+
+def _keep_local(module: DistributedDataParallel) -> None:
+    module.require_backward_grad_sync = False
+    module.register_comm_hook(None, noop_hook)  # where accelerate's trigger_sync_in_backward turns it on again
+    module.register_forward_pre_hook(_refuse_join)
+    kept = module.module.state_dict(keep_vars=True)
+    module.parameters_to_ignore |= {name for name, _ in module.module.named_buffers() if name not in kept}
+    module.modules_buffers = [b for b in module.modules_buffers if any(b is tensor for tensor in kept.values())]
+    if module.modules_buffers:
+        module.register_forward_hook(_send_buffers)
+        sent = sum(buffer.nbytes for buffer in module.modules_buffers)
+        votes = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad) // 8
+        if sent > votes:
+            logger.warning(
+                "DDP sends %d bytes of buffers at every forward, and votes are %d. If the workers may keep their own, "
+                "wrap the model with broadcast_buffers=False.",
+                sent,
+                votes,
+            )
+    _local_modules.add(module)
+
+
+def _refuse_join(module: DistributedDataParallel, inputs: object) -> None:
+    if module._join_config.enable:
+        raise RuntimeError(
+            "torch's Join (accelerate's join_uneven_inputs) and votes do not go together: a rank without data would "
+            "not come to the vote, and the others would wait for it. Give every rank as many batches: accelerate's "
+            "data loaders do (even_batches), or leave the rest of an epoch out (drop_last)."
+        )
+
+
+def _send_buffers(module: DistributedDataParallel, inputs: object, outputs: object) -> None:
+    module.require_forward_param_sync = torch.is_grad_enabled()  # as DDP sets it, but in no_sync()
+
+
+def _check_votes(optimizer: Optimizer, args: object, keywords: object) -> None:
+    """Before any optimizer's step: whether it votes on the parameters whose gradients nobody averages."""
+    steps = _steps[optimizer] = _steps.get(optimizer, 0) + 1
+    if steps > 2:
+        return
+    for module in _local_modules:
+        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        trained = {id(p): (name, p) for name, p in module.module.named_parameters() if p.requires_grad}
+        if dist.get_world_size(module.process_group) == 1 or not own & trained.keys():
+            continue
+        if not members_of(optimizer):
+            name, _ = trained[next(iter(own & trained.keys()))]
+            raise RuntimeError(
+                f"{type(optimizer).__name__} would step {name} with the gradient of this worker alone, and the "
+                "replicas would come apart: keep_gradients_local leaves averaging to the votes. Give the parameter to "
+                "an optimizer of hf_dlion, or leave keep_gradients_local out."
+            )
+        voted = _voted.setdefault(module, set())
+        voted |= own
+        left = [name for key, (name, p) in trained.items() if key not in voted and p.grad is not None]
+        if steps == 2 and left:
+            raise RuntimeError(
+                f"{left[0]} is trained, and in no optimizer of hf_dlion, so nobody votes on its gradient"
+                f"{f', nor on those of {len(left) - 1} more' * (len(left) > 1)}. Give it to the optimizer, or freeze "
+                "it: requires_grad_(False)."
+            )
+        for member in members_of(optimizer):
+            if not any("param_names" in group for group in member.param_groups):
+                names = {id(p): name for name, p in module.module.named_parameters()}
+                member.parameter_names = [names.get(id(parameter), "") for parameter in all_parameters(member)]
+
+
+register_optimizer_step_pre_hook(_check_votes)
 
 
 def check_supported(accelerator: Accelerator) -> None:

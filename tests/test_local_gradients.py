@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
+from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_dlion import DistributedLion, keep_gradients_local
 from hf_dlion.local_gradients import check_supported
+from hf_dlion.optim.virtual import VirtualWorkers
 from tests.harness import run_workers
 from tests.trainer.tiny import act_as_launched
 
@@ -83,6 +86,180 @@ def forgotten(rank: int) -> str:
 def test_averaged_gradients_are_found() -> None:
     for message in run_workers(forgotten, 2):
         assert "averaged before the step (DDP still all-reduces: call hf_dlion.keep_gradients_local" in message
+
+
+def two_layers() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+
+
+def said(loop: Callable[[], Any]) -> str:
+    try:
+        loop()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def optimizers_of_parts(rank: int) -> list[str]:
+    """What is said of a model of two layers whose second has another optimizer, or none."""
+
+    def loop(second: Callable[[torch.nn.Module], Any], steps: int = 3) -> list[torch.Tensor]:
+        model = two_layers()
+        wrapped = DistributedDataParallel(model)
+        keep_gradients_local(wrapped)
+        optimizers = [DistributedLion(model[0].parameters(), lr=0.1), second(model[2])]
+        for step in range(steps):
+            wrapped(inputs(rank, step)).pow(2).mean().backward()
+            for optimizer in filter(None, optimizers):
+                optimizer.step()
+                optimizer.zero_grad()
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, [parameter.detach() for parameter in model.parameters()])
+        assert all(map(torch.equal, *everyone))
+        return everyone[rank]
+
+    own = loop(lambda layer: DistributedLion(layer.parameters(), lr=0.1))
+    whole = two_layers()
+    assert not any(map(torch.equal, own, whole.parameters()))
+    loop(lambda layer: layer.requires_grad_(False) and None)
+    return [
+        said(lambda: loop(lambda layer: torch.optim.AdamW(layer.parameters()))),
+        said(lambda: loop(lambda layer: torch.optim.SGD([layer.bias], lr=0.1))),
+        said(lambda: loop(lambda layer: None)),
+    ]
+
+
+def test_every_trained_parameter_is_voted_on_or_named() -> None:
+    for another, bias, nobody in run_workers(optimizers_of_parts, 2):
+        assert another.startswith("AdamW would step 2.weight with the gradient of this worker alone")
+        assert bias.startswith("SGD would step 2.bias with the gradient of this worker alone")
+        assert nobody.startswith(
+            "2.weight is trained, and in no optimizer of hf_dlion, so nobody votes on its gradient"
+        )
+        assert "nor on those of 1 more" in nobody
+
+
+def replaced_entirely(rank: int) -> list[str]:
+    def loop() -> None:
+        act_as_launched(rank)
+        accelerator = Accelerator(cpu=True)
+        keep_gradients_local(accelerator)
+        model = two_layers()
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+        accelerator.backward(model(inputs(rank)).pow(2).mean())
+        optimizer.step()
+
+    return [said(loop)]
+
+
+def test_another_optimizer_alone_is_refused() -> None:
+    for [message] in run_workers(replaced_entirely, 2):
+        assert "AdamW would step 0.weight" in message
+
+
+class Experts(torch.nn.Module):
+    """Two experts, of which a forward takes one; a mask that is no part of the state; and running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.inner, self.outer = torch.nn.Linear(5, 8), torch.nn.Linear(8, 2)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(2))
+        self.norm = torch.nn.BatchNorm1d(8)
+        self.register_buffer("mask", torch.ones(8), persistent=False)
+
+    def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        return self.outer(self.experts[expert](torch.tanh(self.inner(x))) * self.mask)
+
+
+def expert_of(rank: int, step: int) -> int:
+    return step % 2 if step > 3 else (rank + step) % 2
+
+
+@pytest.mark.parametrize("options", [{"find_unused_parameters": True}, {"gradient_as_bucket_view": True}])
+def test_an_expert_that_was_not_reached_has_no_gradient(options: dict[str, bool]) -> None:
+    model = Experts()
+    virtual = VirtualWorkers(model.parameters(), 2, DistributedLion, lr=1e-2)
+    for step in range(6):
+        for rank in range(2):
+            model(inputs(rank, step), expert_of(rank, step)).pow(2).mean().backward()
+            virtual.next_worker()
+        virtual.step()
+    for parameters in run_workers(experts_in_turns, 2, options):
+        assert all(map(torch.equal, parameters, model.parameters()))
+
+
+def experts_in_turns(rank: int, options: dict[str, bool]) -> list[torch.Tensor]:
+    model = Experts()
+    wrapped = DistributedDataParallel(model, **options)
+    keep_gradients_local(wrapped)
+    optimizer = DistributedLion(model.parameters(), lr=1e-2)
+    for step in range(6):
+        wrapped(inputs(rank, step), expert_of(rank, step)).pow(2).mean().backward()
+        assert model.experts[1 - expert_of(rank, step)].weight.grad is None
+        optimizer.step()
+        optimizer.zero_grad()
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+class Normed(Experts):
+    def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        return self.norm(self.inner(x)) * self.mask
+
+
+def running_means(rank: int) -> list[list[Any]]:
+    """When each forward begins, with gradients kept local and averaged; and how many buffers are sent."""
+    return [means_of(rank, local) for local in (True, False)]
+
+
+def means_of(rank: int, local: bool) -> list[Any]:
+    model = Normed()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    if local:
+        keep_gradients_local(wrapped)
+    means: list[torch.Tensor] = []
+    model.register_forward_pre_hook(lambda *_: means.append(model.norm.running_mean.clone()))  # type: ignore[union-attr, operator]
+    for step in range(5):
+        training = step != 2
+        wrapped.train(training)
+        with torch.set_grad_enabled(training):
+            output = wrapped(inputs(rank, step), 0)
+        if training:
+            output.pow(2).mean().backward()
+    return [means, len(wrapped.modules_buffers)]
+
+
+def test_buffers_of_the_state_are_sent_as_by_ddp_and_constants_are_not() -> None:
+    for (local, sent), (averaged, by_ddp) in run_workers(running_means, 2):
+        assert all(map(torch.equal, local, averaged))
+        assert sent == by_ddp - 1
+
+
+def under_join(rank: int) -> str:
+    model = DistributedDataParallel(torch.nn.Linear(5, 2))
+    keep_gradients_local(model)
+
+    def loop() -> None:
+        with Join([model]):
+            for step in range(3 - rank):
+                model(inputs(rank, step)).pow(2).mean().backward()
+
+    return said(loop)
+
+
+def test_join_is_refused_at_once() -> None:
+    for message in run_workers(under_join, 2):
+        assert message.startswith("torch's Join (accelerate's join_uneven_inputs) and votes do not go together")
+
+
+def alone_among_two(rank: int) -> None:
+    with pytest.raises(ValueError, match=r"2 processes were launched together.*knows of 1.*Accelerator\(cpu=True\)"):
+        keep_gradients_local(Accelerator())  # without a GPU, and not told to compute on the CPU
+
+
+def test_an_accelerator_that_knows_of_no_other_process_is_refused() -> None:
+    run_workers(alone_among_two, 2)
 
 
 def too_late(rank: int) -> str:

@@ -21,8 +21,9 @@ from torch.optim import Optimizer
 from ..bits.hashing import digest
 from ..optim.renamed import renamed_keywords
 from ..optim.replica import STEP
+from ..optim.states import all_parameters
 from ..optim.tensors import local
-from ..optim.workers import WorkersOptimizer, all_parameters, members_of
+from ..optim.workers import WorkersOptimizer, members_of
 from ..wire.groups import make_channel
 from ..wire.ledger import Ledger
 from .manifest import (

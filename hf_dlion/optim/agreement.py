@@ -5,10 +5,13 @@ What does not fit together is known to all ranks at once, and all raise the same
 
 from __future__ import annotations
 
+import functools
 import logging
+import operator
 import os
+import struct
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import torch
@@ -26,6 +29,30 @@ ON_BAD_GRADIENT = ("abstain", "raise")
 _SHOWN = 4
 # Of a gradient scaler, steps in a row in which all workers overflow; from 65536, its scale is 6e-8 then.
 _MOST_OVERFLOWS = 40
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What one step works with.
+
+    Attributes:
+        replica: as it describes itself.
+        gradients: this worker's, flat, in the memory order of the parameters; None where there is none.
+        bad_gradient: index of the first parameter with a NaN or Inf in its gradient; -1 if there is none. This worker
+            abstains then, and has no gradients.
+        changed: whether the parameters are laid out otherwise than the votes. This worker then has no gradients, and
+            learns whether it is so on all ranks.
+    """
+
+    replica: Replica
+    gradients: list[Tensor | None]
+    bad_gradient: int
+    changed: bool = False
+
+    @property
+    def step(self) -> int:
+        """Its number."""
+        return self.replica.step
 
 
 @dataclass(frozen=True)
@@ -53,20 +80,37 @@ class Header:
         hyperparameters: digest of the step number and of every group's hyperparameters.
         bad_gradient: index of the first parameter with a NaN or Inf in its gradient; -1 if there is none.
         parameters: checksum of the parameters; 0 where it is not this step's turn to be compared.
+        changed: digest of the layout, where it is another one than the votes were laid out for; else 0.
+        present: bit i is set where parameter i has a gradient.
     """
 
     hyperparameters: int
     bad_gradient: int
     parameters: int
+    changed: int
+    present: int
 
-    def pack(self, device: torch.device) -> Tensor:
-        """As int32 ``[6]``."""
-        return torch.tensor(astuple(self), dtype=torch.int64, device=device).view(torch.int32)
+    def pack(self, parameters: int, device: torch.device) -> Tensor:
+        """As int32 ``[H]``: 32 bytes, and a bit for each of so many parameters in whole words of 64."""
+        *numbers, present = astuple(self)
+        size = 8 * -(-parameters // 64)
+        packed = bytearray(struct.pack(f"<{len(numbers)}q", *numbers) + present.to_bytes(size, "little"))
+        return torch.frombuffer(packed, dtype=torch.int32).to(device)
 
     @classmethod
     def unpack(cls, headers: Tensor) -> list[Header]:
-        """Everyone's, by rank, from int32 ``[N, 6]``."""
-        return [cls(*row) for row in headers.contiguous().view(torch.int64).tolist()]
+        """Everyone's, by rank, from int32 ``[N, H]``."""
+        rows = [row.tobytes() for row in headers.cpu().contiguous().numpy()]
+        return [cls(**cls._numbers(row), present=int.from_bytes(row[32:], "little")) for row in rows]
+
+    @staticmethod
+    def _numbers(packed: bytes) -> dict[str, int]:
+        names = [field.name for field in fields(Header)[:4]]
+        return dict(zip(names, struct.unpack_from("<4q", packed), strict=True))
+
+
+class LayoutChangedError(RuntimeError):
+    """The parameters are laid out otherwise than the votes, alike on all ranks: lay out anew, and step again."""
 
 
 class Agreement:
@@ -80,6 +124,8 @@ class Agreement:
         handshake_done: whether the workers have found that they fit together; not so before the first step.
         bad_gradients: workers left out of a step for a bad gradient, over all steps.
         scaled: whether a gradient scaler calls, which handles overflows itself.
+        absent: indices of the parameters that no worker whose vote counts has a gradient for, in this step. They are
+            left alone, as torch's optimizers do.
     """
 
     def __init__(self, on_bad_gradient: str, check_replicas_steps: int) -> None:
@@ -88,6 +134,7 @@ class Agreement:
         self.handshake_done = False
         self.bad_gradients = 0
         self.scaled = False
+        self.absent: frozenset[int] = frozenset()
         self._comparing_gradients = True
         self._overflows = 0
         self._voters: list[int] = []
@@ -164,18 +211,18 @@ class Agreement:
         self.handshake_done = True
         return all(other.compiled for other in everyone)
 
-    def header(self, replica: Replica, bad_gradient: int) -> Tensor:
-        """The header of this rank, packed.
-
-        Args:
-            replica: this rank's.
-            bad_gradient: index of the first parameter with a bad gradient; -1 if there is none.
-        """
-        every = self.check_replicas_steps
+    def header(self, inputs: StepInputs) -> Tensor:
+        """The header of this rank, packed."""
+        replica, every = inputs.replica, self.check_replicas_steps
         due = every and replica.step and replica.step % every == 0
-        compared = checksum(replica.parameters) if due else 0
-        own = Header(digest(replica.describe_hyperparameters()), bad_gradient, compared)
-        return own.pack(replica.parameters[0].device)
+        own = Header(
+            digest(replica.describe_hyperparameters()),
+            inputs.bad_gradient,
+            checksum(replica.parameters) if due else 0,
+            digest(replica.describe_layout()) if inputs.changed else 0,
+            sum(1 << index for index, gradient in enumerate(inputs.gradients) if gradient is not None),
+        )
+        return own.pack(len(replica.parameters), replica.parameters[0].device)
 
     def voters(self, channel: Channel, replica: Replica, headers: Tensor) -> list[int]:
         """The ranks that do not abstain, the same on all ranks; none, where a gradient scaler overflowed on all.
@@ -186,19 +233,19 @@ class Agreement:
             headers: everyone's, with the first bucket of a step; ``[N, 0]`` with the others, where the same ranks vote.
 
         Raises:
-            RuntimeError: hyperparameters or parameters differ between the ranks.
+            LayoutChangedError: the parameters of all ranks are laid out otherwise than the votes.
+            RuntimeError: hyperparameters, parameters or their layout differ between the ranks.
             FloatingPointError: a bad gradient is to be raised, or all ranks have one and no gradient scaler.
         """
         if headers.shape[1]:
             self._voters = self._hear(channel, replica, Header.unpack(headers))
         return self._voters
 
-    def check_alone(self, replica: Replica, bad_gradient: int, default_group: bool) -> None:
+    def check_alone(self, inputs: StepInputs, default_group: bool) -> None:
         """What is checked at a step of one worker alone.
 
         Args:
-            replica: its own.
-            bad_gradient: as of :meth:`header`.
+            inputs: of the step.
             default_group: whether the optimizer was given no process group.
 
         Raises:
@@ -212,7 +259,8 @@ class Agreement:
                 "would train for itself. First create an accelerate.Accelerator, or call "
                 "torch.distributed.init_process_group."
             )
-        self._raise_for_bad(replica, {0: bad_gradient} if bad_gradient >= 0 else {}, 1)
+        self._raise_for_bad(inputs.replica, {0: inputs.bad_gradient} if inputs.bad_gradient >= 0 else {}, 1)
+        self.absent = frozenset(index for index, gradient in enumerate(inputs.gradients) if gradient is None)
 
     def _compare_gradients(self, checksums: Sequence[int]) -> None:
         """At the first step at which not all are zero."""
@@ -228,6 +276,13 @@ class Agreement:
         self._comparing_gradients = False
 
     def _hear(self, channel: Channel, replica: Replica, headers: Sequence[Header]) -> list[int]:
+        if any(header.changed for header in headers):
+            if all(header.changed == headers[0].changed for header in headers):
+                raise LayoutChangedError
+            raise RuntimeError(
+                f"a parameter was changed on some ranks only: {differing(channel, replica.describe_layout())}. Resize, "
+                "convert or move a model alike on every rank, between two steps."
+            )
         if any(header.hyperparameters != headers[0].hyperparameters for header in headers):
             raise RuntimeError(
                 f"the ranks have different hyperparameters: {differing(channel, replica.describe_hyperparameters())}. "
@@ -242,7 +297,13 @@ class Agreement:
         bad = {rank: header.bad_gradient for rank, header in enumerate(headers) if header.bad_gradient >= 0}
         self._raise_for_bad(replica, bad, len(headers))
         self.bad_gradients += len(bad)
-        return [rank for rank in range(len(headers)) if rank not in bad]
+        voters = [rank for rank in range(len(headers)) if rank not in bad]
+        present = functools.reduce(operator.or_, (headers[rank].present for rank in voters), 0)
+        everywhere = (1 << len(replica.parameters)) - 1
+        self.absent = frozenset(
+            index for index in range(len(replica.parameters)) if present != everywhere and not present >> index & 1
+        )
+        return voters
 
     def _raise_for_bad(self, replica: Replica, bad: dict[int, int], workers: int) -> None:
         """Raise FloatingPointError where these bad gradients, by rank, do not only lead to abstentions."""

@@ -11,10 +11,11 @@ from typing_extensions import Unpack, override
 
 from ..wire.collectives import Channel
 from ..wire.conversation import Conversation
+from .agreement import StepInputs
 from .mean_gradient import MeanGradient, RuleOptions, Share
 from .replica import STEP
 from .sparse import RESIDUAL, sum_largest
-from .workers import StepInputs, check_range
+from .workers import check_range
 
 VELOCITY = "velocity"
 

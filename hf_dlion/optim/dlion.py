@@ -26,16 +26,16 @@ from ..wire.exchange import (
     highest_level,
     make_exchange,
 )
+from .agreement import StepInputs
 from .layout import Bucket, last_buckets, make_buckets
+from .states import all_parameters
 from .tensors import local
 from .views import SegmentViews
 from .workers import (
     Plan,
-    StepInputs,
     VoteShares,
     WorkersOptimizer,
     WorkersOptions,
-    all_parameters,
     check_betas,
     check_known,
 )
@@ -107,12 +107,12 @@ class DistributedLion(WorkersOptimizer):
         x   = x - lr * (D + weight_decay * x)              # the same on every worker, bit for bit
 
     The gradients must be each worker's own: under DDP, call :func:`hf_dlion.keep_gradients_local`. With one worker,
-    or without a process group, this is Lion (Chen et al., 2023, arXiv 2302.06675), and a parameter without a gradient
-    is left alone.
+    or without a process group, this is Lion (Chen et al., 2023, arXiv 2302.06675).
 
     One bit cannot say zero, so where a worker's u_i is exactly 0 (a token it never met), or where it has no gradient
-    at all, its bit alternates over ranks, steps and elements: such votes cancel, and a parameter that no worker has a
-    gradient for only decays, to within 2 * lr. A worker without a gradient for a parameter keeps its momentum.
+    at all, its bit alternates over ranks, steps and elements: such votes cancel. A worker without a gradient for a
+    parameter keeps its momentum. A parameter that no worker has a gradient for (``grad`` is None on all: frozen, say)
+    is left alone.
 
     The state is a float32 momentum for each parameter, of whatever dtype; it differs between the workers. bfloat16
     and float16 parameters are updated in float32. An update of lr is less than half a unit in the last place of most
@@ -202,7 +202,7 @@ class DistributedLion(WorkersOptimizer):
         zero_votes = ((lanes + channel.rank + inputs.step) & 1).bool()
         voters = partial(self.agreement.voters, channel, inputs.replica)
         ballots = self._ballots(plan, Ballots(inputs, hypers, zero_votes, voters))
-        header = self.agreement.header(inputs.replica, inputs.bad_gradient)
+        header = self.agreement.header(inputs)
         for bucket in plan.buckets:
             yield self._vote(plan, plan.exchange, bucket, ballots, header)
             header = header[:0]  # it travels with the first
@@ -227,7 +227,8 @@ class DistributedLion(WorkersOptimizer):
 
     def _apply(self, plan: VotePlan, bucket: Bucket, decision: Decision, ballots: Ballots) -> None:
         kernels = plan.kernels_for(decision)
-        plan.views.apply(bucket, kernels, decision, ballots.hypers, ballots.inputs.step)
+        absent = self.agreement.absent
+        plan.views.apply(bucket, kernels, decision, ballots.hypers, ballots.inputs.step, absent)
 
     def _step_alone(self, plan: VotePlan, inputs: StepInputs, hypers: Sequence[Tensor]) -> None:
         """The update of one worker alone; a parameter without a gradient is left alone."""

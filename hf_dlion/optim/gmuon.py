@@ -12,8 +12,9 @@ from ..bits.orthogonal import orthogonalize_into
 from .hidden import ORTHOGONAL, UPDATE_RMS, HiddenMatricesMixin, begin_direction
 from .layout import Span
 from .mean_gradient import DenseMean
+from .states import all_parameters
 from .tensors import flatten, local, memory_order
-from .workers import WorkersOptions, all_parameters
+from .workers import WorkersOptions
 
 
 class GlobalMuon(HiddenMatricesMixin, DenseMean):

@@ -16,16 +16,16 @@ from ..bits.rounding import round_at_random, rounding_seed
 from ..wire.collectives import Channel
 from ..wire.conversation import Conversation
 from ..wire.sums import sum_dense
+from .agreement import StepInputs
 from .layout import Span, batches, cut
 from .rules import RULES
+from .states import all_parameters
 from .tensors import local
 from .views import Views
 from .workers import (
     Plan,
-    StepInputs,
     WorkersOptimizer,
     WorkersOptions,
-    all_parameters,
     check_betas,
     check_known,
     check_range,
@@ -78,8 +78,9 @@ class Share:
 class MeanGradient(WorkersOptimizer):
     """Every worker sends its gradient in some code; the mean of what arrives is the gradient of a rule.
 
-    A parameter without a gradient on a worker counts as a gradient of zero. As with :class:`DistributedLion`,
-    gradients must be each worker's own, and parameters are the same on all workers, bit for bit, after every step.
+    A parameter without a gradient on a worker counts as a gradient of zero; without one on all, it is left alone. As
+    with :class:`DistributedLion`, gradients must be each worker's own, and parameters are the same on all workers, bit
+    for bit, after every step.
 
     Args:
         params: parameters, named parameters or param groups; dense, real floating point, on one device.
@@ -172,13 +173,14 @@ class MeanGradient(WorkersOptimizer):
         if not voters:
             return
         shared = self._prepare(plan.channel, voters, inputs)
-        for spans in plan.buckets:
-            yield self._average(plan, voters, spans, inputs, shared)
+        for bucket in plan.buckets:
+            if spans := [span for span in bucket if span.parameter not in self.agreement.absent]:
+                yield self._average(plan, voters, spans, inputs, shared)
 
     def _voters(self, channel: Channel | None, inputs: StepInputs) -> list[int]:
         if channel is None:
             return [0] if inputs.bad_gradient < 0 else []
-        headers, work = channel.all_gather(self.agreement.header(inputs.replica, inputs.bad_gradient))
+        headers, work = channel.all_gather(self.agreement.header(inputs))
         work.wait()
         return self.agreement.voters(channel, inputs.replica, headers)
 

@@ -14,11 +14,13 @@ from ..bits.counting import popcount
 from ..bits.orthogonal import orthogonalize_into
 from ..bits.packing import LANES, unpack_bits
 from ..wire.exchange import Decision
+from .agreement import StepInputs
 from .dlion import MOMENTUM, Ballots, DistributedLion, VotePlan
 from .hidden import ORTHOGONAL, UPDATE_RMS, HiddenMatricesMixin, begin_direction
 from .layout import Bucket, Segment
+from .states import all_parameters
 from .tensors import flatten, local, memory_order
-from .workers import StepInputs, WorkersOptions, all_parameters
+from .workers import WorkersOptions
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,8 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         for index, squares in ballots.squares.items():  # none where all of D is 1 or -1
             scales[index] = _scale(squares, decision.highest, len(plan.views.parameters[index]))
         inputs = ballots.inputs
-        plan.views.apply(bucket, plan.kernels_for(decision), decision, ballots.hypers, inputs.step, scales)
+        kernels, absent = plan.kernels_for(decision), self.agreement.absent
+        plan.views.apply(bucket, kernels, decision, ballots.hypers, inputs.step, absent, scales)
 
 
 def _scale(squares: Tensor, highest: int, elements: int) -> Tensor:

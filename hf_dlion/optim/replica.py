@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..bits.hashing import checksum
+from .tensors import check_parameter
 
 STEP = "step"
+
+Layout = Sequence[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]]
 
 
 @dataclass(frozen=True)
@@ -32,10 +38,31 @@ class Replica:
     parameters: list[Tensor]
     names: list[str]
 
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """What of the parameters their votes are laid out by."""
+        return layout_of(self.parameters)
+
     @property
     def step(self) -> int:
         """How many steps were made."""
         return int(self.groups[0][STEP])
+
+    def check(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Raise ValueError where a parameter cannot be voted on, or is no longer of the shape of its state.
+
+        Args:
+            states: by parameter; empty where there is none yet.
+        """
+        for index, (parameter, state) in enumerate(zip(self.parameters, states, strict=True)):
+            check_parameter(parameter, self.parameters[0].device, self.name(index))
+            for name, tensor in state.items():
+                if tensor.shape != parameter.shape:
+                    raise ValueError(
+                        f"{self.name(index)} has shape {tuple(parameter.shape)}, and its {name} {tuple(tensor.shape)}: "
+                        "it was resized after the optimizer had stepped. Make a new optimizer for the resized model, "
+                        "or resize before the first step."
+                    )
 
     def describe_layout(self) -> dict[str, Any]:
         """Method, options, and the shapes of the parameters."""
@@ -73,3 +100,8 @@ class Replica:
         names = self.names or [name for group in self.groups for name in group.get("param_names", ())]
         name = next(iter(names[index : index + 1]), "")
         return f"parameter {index} ({name})" if name else f"parameter {index}"
+
+
+def layout_of(tensors: Sequence[Tensor]) -> Layout:
+    """Shape, strides, dtype and device of each."""
+    return [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors]

@@ -30,20 +30,28 @@ def local(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def check_parameter(parameter: Tensor, device: torch.device) -> None:
-    """Raise ValueError unless the parameter can be voted on, and is on that device."""
+def check_parameter(parameter: Tensor, device: torch.device, name: str = "a parameter") -> None:
+    """Raise ValueError unless the parameter, of that name, can be voted on, and is on that device."""
     parameter = local(parameter)
     if parameter.layout != torch.strided or not parameter.is_floating_point():
         raise ValueError(
-            f"a parameter of dtype {parameter.dtype}, layout {parameter.layout}, shape {tuple(parameter.shape)}: the "
+            f"{name} has dtype {parameter.dtype}, layout {parameter.layout}, shape {tuple(parameter.shape)}: the "
             "sign of an update is defined for dense, real floating-point parameters. Leave others out of the optimizer."
+        )
+    if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"{name} has dtype {parameter.dtype}: updates are computed in float32, and would cut it to that. Convert "
+            "the model: model.float()."
         )
     if parameter.device != device:
         raise ValueError(
-            f"parameters on {device} and on {parameter.device}: one worker holds all its parameters on one device. "
-            "Models spread over devices are not supported; use more workers, or LoRA."
+            f"{name} is on {parameter.device}, and the first on {device}: one worker holds all its parameters on one "
+            "device. Models spread over devices are not supported; use more workers, or LoRA."
         )
-    memory_order(parameter)
+    try:
+        memory_order(parameter)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def local_gradient(parameter: Tensor, owner: str) -> Tensor | None:
@@ -74,10 +82,12 @@ def float32_state(parameter: Tensor) -> Tensor:
 
 
 def laid_out_state(parameter: Tensor, state: Tensor | None) -> Tensor:
-    """A state in the memory order of its parameter, itself if it has that; zeros if there is none."""
+    """A state in the memory order of its parameter and on its device, itself if it is so; zeros if there is none."""
     if state is None:
         return float32_state(parameter)
-    return state if state.stride() == local(parameter).stride() else float32_state(parameter).copy_(state)
+    held = local(parameter)
+    in_place = state.stride() == held.stride() and state.device == held.device
+    return state if in_place else float32_state(parameter).copy_(state)
 
 
 def memory_order(tensor: Tensor) -> Order:

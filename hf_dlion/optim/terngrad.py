@@ -14,8 +14,9 @@ from ..bits.hashing import digest
 from ..wire.collectives import Channel
 from ..wire.conversation import Conversation
 from ..wire.sums import sum_ternary
+from .agreement import StepInputs
 from .mean_gradient import MeanGradient, RuleOptions, Share
-from .workers import StepInputs, check_range
+from .workers import check_range
 
 
 @dataclass(frozen=True)

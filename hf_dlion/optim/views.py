@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -114,6 +114,7 @@ class SegmentViews(Views):
         decision: Decision,
         hypers: Sequence[Tensor],
         step: int,
+        absent: Container[int],
         scales: Sequence[Tensor] | None = None,
     ) -> None:
         """Update the parameters of a bucket.
@@ -124,6 +125,7 @@ class SegmentViews(Views):
             decision: on its words.
             hypers: for each param group, as the kernels take it.
             step: rounding depends on it.
+            absent: indices of parameters that are left alone.
             scales: for each parameter, float32 ``[1]``, what its decision is multiplied by; None is 1.
         """
         planes = [plane.view(-1, LANES) for plane in decision.planes]
@@ -134,6 +136,9 @@ class SegmentViews(Views):
             one_scale = scale is None or scale.dim() == 1
             apply = (_for_size(kernels, segment) if one_scale else EAGER).apply
             part = tuple(plane[segment.rows] for plane in planes)
+            present = [i for i, span in enumerate(segment.spans) if span.parameter not in absent]
+            if not present:
+                continue
             if not segment.staged:
                 apply(parameters[0], hypers[segment.group], seed, scale, decision.highest, part)
                 continue
@@ -141,7 +146,7 @@ class SegmentViews(Views):
             slices = [staged[one] for one in segment.slices]
             _copy(parameters, slices)
             apply(staged.view(-1, LANES, LANES), hypers[segment.group], seed, scale, decision.highest, part)
-            _copy(slices, parameters)
+            _copy([slices[i] for i in present], [parameters[i] for i in present])
 
     def step_alone(
         self,

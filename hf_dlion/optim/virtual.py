@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from ..bits.hashing import digest
 from ..wire.ledger import Ledger
 from ..wire.local import LocalGroup, LocalWorker
-from .replica import STEP
-from .workers import VoteShares, WorkersOptimizer, all_parameters, check_known
+from .replica import STEP, layout_of
+from .states import all_parameters, copyable
+from .workers import VoteShares, WorkersOptimizer, check_known
 
 ADVERSARIES = ("flip", "random")
 
@@ -94,6 +95,9 @@ class VirtualWorkers(Optimizer):
         """By worker that has had its turn, its gradients, by parameter; until the step."""
         return self._turns
 
+    def __getstate__(self) -> dict[str, Any]:
+        return copyable(self)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with a state of zeros."""
         if not self.members:
@@ -145,6 +149,7 @@ class VirtualWorkers(Optimizer):
         for member in others:
             for group, shared in zip(member.param_groups, first.param_groups, strict=True):
                 group.update({name: value for name, value in shared.items() if name not in _NOT_SHARED})
+            _follow(all_parameters(member), all_parameters(first))
         if not first.agreement.handshake_done:
             # As DistributedDataParallel does: all start with the first one's.
             for member in others:
@@ -192,6 +197,13 @@ class VirtualWorkers(Optimizer):
             return -gradient
         heads = torch.rand(gradient.shape, generator=generator, device=gradient.device) < 0.5
         return torch.where(heads, gradient, -gradient)
+
+
+def _follow(copies: list[Tensor], parameters: list[Tensor]) -> None:
+    """Resized, converted or moved, as the model was since the last step."""
+    for copy, parameter in zip(copies, parameters, strict=True):
+        if layout_of([copy]) != layout_of([parameter]):
+            copy.data = parameter.detach().clone()
 
 
 def _copied(group: dict[str, Any], clone: bool) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -17,10 +16,11 @@ from ..wire.collectives import Channel
 from ..wire.conversation import Conversation, side_by_side
 from ..wire.groups import Group, group_size, make_channel, rank_in
 from ..wire.ledger import Ledger
-from .agreement import ON_BAD_GRADIENT, Agreement
+from .agreement import ON_BAD_GRADIENT, Agreement, LayoutChangedError, StepInputs
 from .renamed import renamed_keywords
-from .replica import STEP, Replica
-from .tensors import check_parameter, float32_state, laid_out_state, local, local_gradient
+from .replica import STEP, Layout, Replica
+from .states import StatefulOptimizer, all_parameters
+from .tensors import check_parameter, local, local_gradient
 from .views import Views
 
 
@@ -53,41 +53,21 @@ class Plan:
         workers: N.
         channel: this worker's place among them; None for one alone.
         views: of the parameters and their states.
+        layout: of the parameters that it was made for.
         compiled: whether this worker steps by compiled kernels.
     """
 
     workers: int
     channel: Channel | None
     views: Views
+    layout: Layout = ()
     compiled: bool = False
 
 
-@dataclass(frozen=True)
-class StepInputs:
-    """What one step works with.
-
-    Attributes:
-        replica: as it describes itself.
-        gradients: this worker's, flat, in the memory order of the parameters; None where there is none.
-        bad_gradient: index of the first parameter with a NaN or Inf in its gradient; -1 if there is none. This worker
-            abstains then, and has no gradients.
-    """
-
-    replica: Replica
-    gradients: list[Tensor | None]
-    bad_gradient: int
-
-    @property
-    def step(self) -> int:
-        """Its number."""
-        return self.replica.step
-
-
-class WorkersOptimizer(Optimizer, ABC):
+class WorkersOptimizer(StatefulOptimizer):
     """An optimizer of several workers that hold the same parameters and each its own gradients.
 
-    The state of a parameter is float32 tensors of its shape, by the names of ``state_names``, made at the first step
-    or when a state is loaded. The step number is an entry of every param group.
+    The step number is an entry of every param group.
 
     A ``torch.amp.GradScaler`` hands over its scale: the worker whose gradient overflowed abstains and its scale falls,
     while the others step; where all overflow, the step changes no parameter, and after 40 such steps in a row, which no
@@ -185,25 +165,6 @@ class WorkersOptimizer(Optimizer, ABC):
             raise
         self.state_changed()
 
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave, of this worker. The state stays float32.
-
-        Raises:
-            ValueError: the param groups do not fit, or a tensor is missing or of another shape; nothing was loaded.
-        """
-        states = fitting_states(state_dict, all_parameters(self), self.state_names, self.hyperparameters())
-        super().load_state_dict(state_dict)
-        # torch casts state to the dtype of its parameter; ours keeps its own.
-        self.state.clear()
-        self.state.update(zip(all_parameters(self), states, strict=False))
-        self.state_changed()
-
-    def make_state(self) -> None:
-        """Zeros for parameters that have no state yet, and each state in the memory order of its parameter."""
-        for parameter, name in itertools.product(all_parameters(self), self.state_names):
-            self.state[parameter][name] = laid_out_state(parameter, self.state[parameter].get(name))
-
     @overload
     def step(self, closure: None = None) -> None: ...
 
@@ -229,15 +190,15 @@ class WorkersOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plan, replica = self._current_plan(), self._replica()
+        replica = self._replica()
         gradients = [local_gradient(parameter, replica.method) for parameter in all_parameters(self)]
         scaler = [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
         gradients, bad = self.agreement.own_gradients(gradients, replica, self.rank, *scaler)
-        if plan.channel is None:
-            self.agreement.check_alone(replica, bad, self.process_group is None)
-        else:
-            plan.compiled = self.agreement.shake_hands(plan.channel, replica, gradients, plan.compiled)
-        side_by_side(self._conversations(plan, StepInputs(replica, plan.views.flatten(gradients), bad)))
+        try:
+            self._exchange(replica, gradients, bad)
+        except LayoutChangedError:
+            self.state_changed()
+            self._exchange(replica, gradients, bad)
         for group in self.param_groups:
             group[STEP] += 1
         self.ledger.steps += 1
@@ -258,10 +219,6 @@ class WorkersOptimizer(Optimizer, ABC):
         return self.agreement.options()
 
     @abstractmethod
-    def hyperparameters(self) -> tuple[str, ...]:
-        """Names of the hyperparameters that must be the same on all ranks at every step."""
-
-    @abstractmethod
     def _make_plan(self, channel: Channel | None) -> Any:
         """Lay out the parameters for these workers, as a :class:`Plan`."""
 
@@ -269,24 +226,36 @@ class WorkersOptimizer(Optimizer, ABC):
     def _conversations(self, plan: Any, inputs: StepInputs) -> Iterable[Conversation[None]]:
         """What is said in a step, bucket by bucket, and done with it."""
 
-    def _current_plan(self) -> Plan:
-        self.make_state()
-        if self._plan is None or self._plan.workers != self.workers:
-            self._plan = self._make_plan(make_channel(self.process_group, self.ledger))
+    def _exchange(self, replica: Replica, gradients: list[Tensor | None], bad: int) -> None:
+        """Exchange and update, or find out with the others that the parameters are laid out otherwise by now."""
+        plan = self._plan = self._current_plan(replica)
+        changed = plan.layout != replica.layout
+        if changed:
+            gradients = [None] * len(gradients)
+        else:
+            self.make_state()
+            plan.views.follow(replica.parameters, [self.state[parameter] for parameter in all_parameters(self)])
+            gradients = plan.views.flatten(gradients)
+        inputs = StepInputs(replica, gradients, bad, changed)
+        if plan.channel is None:
+            self.agreement.check_alone(inputs, self.process_group is None)
+        else:
+            plan.compiled = self.agreement.shake_hands(plan.channel, replica, gradients, plan.compiled)
+        side_by_side(self._conversations(plan, inputs))
+
+    def _current_plan(self, replica: Replica) -> Plan:
+        plan = self._plan
+        if plan is None or plan.workers != self.workers or (plan.channel is None and plan.layout != replica.layout):
+            replica.check([self.state.get(parameter, {}) for parameter in all_parameters(self)])
+            plan = self._make_plan(make_channel(self.process_group, self.ledger))
+            plan.layout = replica.layout
             self.agreement.handshake_done = False
-        parameters = all_parameters(self)
-        self._plan.views.follow([local(p) for p in parameters], [self.state[p] for p in parameters])
-        return self._plan
+        return plan
 
     def _replica(self) -> Replica:
         held = [local(parameter) for parameter in all_parameters(self)]
         method, names = type(self).__name__, self.parameter_names
         return Replica(method, self.options(), self.param_groups, self.hyperparameters(), held, names)
-
-
-def all_parameters(optimizer: Optimizer) -> list[Tensor]:
-    """Those of all param groups, in order."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def members_of(optimizer: Optimizer) -> Sequence[WorkersOptimizer]:
@@ -296,37 +265,6 @@ def members_of(optimizer: Optimizer) -> Sequence[WorkersOptimizer]:
         optimizer: as it is, or prepared by accelerate.
     """
     return getattr(getattr(optimizer, "optimizer", optimizer), "members", ())
-
-
-def fitting_states(
-    state_dict: dict[str, Any], parameters: Sequence[Tensor], names: Sequence[str], hyperparameters: Sequence[str]
-) -> list[dict[str, Tensor]]:
-    """The state of each parameter, from a state dict; none, if it has none yet.
-
-    Raises:
-        ValueError: a tensor is missing or of another shape, or a param group has not these hyperparameters.
-    """
-    groups = state_dict["param_groups"]
-    absent = [name for name in hyperparameters for group in groups if STEP in group and name not in group]
-    if absent:
-        raise ValueError(f"no {absent[0]} in a param group of this state: it is of another optimizer.")
-    if not state_dict["state"] and all(STEP in group for group in groups):  # of this package, before its first step
-        return []
-    states = []
-    for index, parameter in zip([i for group in groups for i in group["params"]], parameters, strict=False):
-        found = state_dict["state"].get(index, {})
-        states.append({name: _fitting(found.get(name), name, index, parameter) for name in names})
-    return states
-
-
-def _fitting(found: Tensor | None, name: str, index: int, parameter: Tensor) -> Tensor:
-    if found is None or found.shape != parameter.shape:
-        what = "there is none" if found is None else f"it has shape {tuple(found.shape)}"
-        raise ValueError(
-            f"no {name} of shape {tuple(parameter.shape)} for parameter {index}: {what}. This state is of "
-            "another model or optimizer."
-        )
-    return float32_state(parameter).copy_(found)
 
 
 def check_known(name: str, given: str, known: Sequence[str]) -> None:

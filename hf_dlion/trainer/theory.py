@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..optim.states import all_parameters
 from ..optim.tensors import local
-from ..optim.workers import all_parameters, members_of
+from ..optim.workers import members_of
 from ..wire.conversation import run
 from ..wire.groups import make_channel
 from ..wire.ledger import Ledger

@@ -26,8 +26,9 @@ from ..checkpoint.manifest import CheckpointError
 from ..checkpoint.workers import load_workers, remove_manifest, save_workers
 from ..local_gradients import keep_gradients_local
 from ..optim.hidden import hidden_matrices
+from ..optim.states import all_parameters
 from ..optim.virtual import VirtualWorkers
-from ..optim.workers import all_parameters, members_of
+from ..optim.workers import members_of
 from ..wire.collectives import drain_gloo
 from ..wire.ledger import Ledger, fp32_all_reduce_bytes
 from ..wire.liveness import report_lost_workers

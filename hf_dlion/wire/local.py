@@ -34,10 +34,13 @@ class LocalGroup:
     def __init__(self, size: int) -> None:
         self.size = size
         self._threads = ThreadPoolExecutor(size, thread_name_prefix="worker")
-        self._turns = [Semaphore(0) for _ in range(size)]
-        self._ended = [False] * size
-        self._met = [0] * size
+        self._turns: list[Semaphore] = []
+        self._ended: list[bool] = []
+        self._met: list[int] = []
         self._values: dict[int, dict[int, Any]] = {}
+
+    def __reduce__(self) -> tuple[type[LocalGroup], tuple[int]]:
+        return LocalGroup, (self.size,)  # threads cannot be copied, and need not be between two runs
 
     def run(self, work: Callable[[int], T]) -> list[T]:
         """``work(rank)`` of every rank.

@@ -1,0 +1,148 @@
+"""What the optimizers here owe to ``torch.optim.Optimizer``: state dicts, copies, pickles."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .replica import STEP
+from .tensors import float32_state, laid_out_state
+
+logger = logging.getLogger(__name__)
+
+WORKER = "worker"
+"""Entry of a param group in a state dict: whose state it is."""
+
+_OF_ANOTHER = (
+    "worker %d of %d has loaded the %s of worker %d: the state differs between the workers, and whoever saved it kept "
+    "that of one. Save and load by hf_dlion.save_workers and load_workers, beside accelerate's save_state."
+)
+
+
+class StatefulOptimizer(Optimizer, ABC):
+    """An optimizer whose workers have a state each.
+
+    The state of a parameter is float32 tensors of its shape, by the names of ``state_names``, made at the first step
+    or when a state is loaded.
+
+    Attributes:
+        state_names: keys of a parameter's state.
+        local_state_names: those of them that each worker has for itself.
+    """
+
+    state_names: tuple[str, ...]
+    local_state_names: tuple[str, ...]
+
+    @property
+    @abstractmethod
+    def workers(self) -> int:
+        """How many there are."""
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """The number of this worker, from 0."""
+
+    @abstractmethod
+    def hyperparameters(self) -> tuple[str, ...]:
+        """Names of the hyperparameters that must be the same on all ranks at every step."""
+
+    @abstractmethod
+    def state_changed(self) -> None:
+        """Start over; to be called when parameters or state were changed from outside."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return copyable(self) | {"_plan": None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the param groups, with the number of this worker in each."""
+        return marked(super().state_dict(), self.rank)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, of this worker; of another one, with a warning. The state stays float32.
+
+        Raises:
+            ValueError: the param groups do not fit, or a tensor is missing or of another shape; nothing was loaded.
+        """
+        states = fitting_states(state_dict, all_parameters(self), self.state_names, self.hyperparameters())
+        super().load_state_dict(state_dict)
+        check_owner(self.param_groups, self.rank, self.workers, self.local_state_names)
+        # torch casts state to the dtype of its parameter; ours keeps its own.
+        self.state.clear()
+        self.state.update(zip(all_parameters(self), states, strict=False))
+        self.state_changed()
+
+    def make_state(self) -> None:
+        """Zeros for parameters that have no state yet, and each state in the memory order of its parameter."""
+        for parameter, name in itertools.product(all_parameters(self), self.state_names):
+            self.state[parameter][name] = laid_out_state(parameter, self.state[parameter].get(name))
+
+
+def all_parameters(optimizer: Optimizer) -> list[Tensor]:
+    """Those of all param groups, in order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def copyable(optimizer: Optimizer) -> dict[str, Any]:
+    """What copying and pickling takes along: as with torch's optimizers, no hooks."""
+    return {name: value for name, value in vars(optimizer).items() if not name.endswith("_hooks")}
+
+
+def marked(state_dict: dict[str, Any], worker: int) -> dict[str, Any]:
+    """A state dict that says whose it is."""
+    for group in state_dict["param_groups"]:
+        group[WORKER] = worker
+    return state_dict
+
+
+def check_owner(groups: list[dict[str, Any]], rank: int, workers: int, local_states: Sequence[str]) -> None:
+    """Take the mark off param groups that were loaded; warn if they are of another worker, and it matters.
+
+    Args:
+        groups: as loaded.
+        rank: this worker's number.
+        workers: how many there are.
+        local_states: names of states that differ between the workers.
+    """
+    owners = [group.pop(WORKER, rank) for group in groups]
+    if local_states and owners[0] != rank:
+        logger.warning(_OF_ANOTHER, rank, workers, local_states[0], owners[0])
+
+
+def fitting_states(
+    state_dict: dict[str, Any], parameters: Sequence[Tensor], names: Sequence[str], hyperparameters: Sequence[str]
+) -> list[dict[str, Tensor]]:
+    """The state of each parameter, from a state dict; none, if it has none yet.
+
+    Raises:
+        ValueError: a tensor is missing or of another shape, or a param group has not these hyperparameters.
+    """
+    groups = state_dict["param_groups"]
+    absent = [name for name in hyperparameters for group in groups if STEP in group and name not in group]
+    if absent:
+        raise ValueError(f"no {absent[0]} in a param group of this state: it is of another optimizer.")
+    if not state_dict["state"] and all(STEP in group for group in groups):  # of this package, before its first step
+        return []
+    states = []
+    for index, parameter in zip([i for group in groups for i in group["params"]], parameters, strict=False):
+        found = state_dict["state"].get(index, {})
+        states.append({name: _fitting(found.get(name), name, index, parameter) for name in names})
+    return states
+
+
+def _fitting(found: Tensor | None, name: str, index: int, parameter: Tensor) -> Tensor:
+    if found is None or found.shape != parameter.shape:
+        what = "there is none" if found is None else f"it has shape {tuple(found.shape)}"
+        raise ValueError(
+            f"no {name} of shape {tuple(parameter.shape)} for parameter {index}: {what}. This state is of "
+            "another model or optimizer."
+        )
+    return float32_state(parameter).copy_(found)
