@@ -71,6 +71,7 @@ FIELDS = [
     "muon_beta2",
     "vote_tie",
     "vote_exchange",
+    "norm_gradients",
     "signum_momentum",
     "base_rule",
     "sgd_momentum",
@@ -87,7 +88,17 @@ FIELDS = [
 ]
 
 ARGUMENTS: dict[Callable[..., Any], list[str]] = {
-    DistributedLion: ["params", "lr", "betas", "weight_decay", "aggregation", "tie", "exchange", "options"],
+    DistributedLion: [
+        "params",
+        "lr",
+        "betas",
+        "weight_decay",
+        "aggregation",
+        "tie",
+        "exchange",
+        "norm_gradients",
+        "options",
+    ],
     DistributedMuon: [
         "params",
         "lr",

@@ -46,6 +46,12 @@ COMPILE_FROM = 1 << 22
 """Parameters from which on compiling, some 10 seconds once, pays."""
 
 
+class VoteOptions(WorkersOptions, total=False):
+    """Keyword arguments that all votes have; see :class:`DistributedLion`."""
+
+    norm_gradients: bool
+
+
 @dataclass(kw_only=True)
 class VotePlan(Plan):
     """What stays the same from step to step.
@@ -133,6 +139,8 @@ class DistributedLion(WorkersOptimizer):
             back.
         exchange: ``"gather"``, everyone counts all votes, (N-1) bits sent per parameter; ``"sharded"``, each rank
             counts its part, (N-1)/N * (1 + bits of the decision); ``"auto"``, the one that sends less.
+        norm_gradients: divide the gradient of each parameter by its root mean square first, in place, so that all steps
+            weigh the same in a momentum. Clipping then changes nothing.
         process_group, on_bad_gradient, check_replicas_steps: as in :class:`hf_dlion.optim.workers.WorkersOptimizer`.
 
     Raises:
@@ -154,6 +162,7 @@ class DistributedLion(WorkersOptimizer):
         aggregation: str = "mavo",
         tie: str = "zero",
         exchange: str = "auto",
+        norm_gradients: bool = False,
         **options: Unpack[WorkersOptions],
     ) -> None:
         check_known("aggregation", aggregation, AGGREGATIONS)
@@ -162,6 +171,7 @@ class DistributedLion(WorkersOptimizer):
         self.aggregation = aggregation
         self.tie = tie
         self.exchange = exchange
+        self.norm_gradients = norm_gradients
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, (), (MOMENTUM,), **options)
 
     @override
@@ -185,7 +195,8 @@ class DistributedLion(WorkersOptimizer):
 
     @override
     def options(self) -> dict[str, Any]:
-        return super().options() | {"aggregation": self.aggregation, "tie": self.tie, "exchange": self.exchange}
+        names = ("aggregation", "tie", "exchange", "norm_gradients")
+        return super().options() | {name: getattr(self, name) for name in names}
 
     @override
     def hyperparameters(self) -> tuple[str, ...]:
@@ -194,6 +205,8 @@ class DistributedLion(WorkersOptimizer):
     @override
     def _conversations(self, plan: VotePlan, inputs: StepInputs) -> Iterator[Conversation[None]]:
         hypers = [_hyper(group, plan.views.device) for group in self.param_groups]
+        if self.norm_gradients:
+            _norm(inputs.gradients)
         if plan.exchange is None:  # nothing to say
             self._step_alone(plan, inputs, hypers)
             return
@@ -268,6 +281,14 @@ class DistributedLion(WorkersOptimizer):
     def _vote_states(self, group: dict[str, Any]) -> tuple[str, ...]:
         """What the vote of a group's parameters reads and changes; none, where its direction is given."""
         return (MOMENTUM,)
+
+
+def _norm(gradients: Iterable[Tensor | None]) -> None:
+    """Divide each by its root mean square, in place; zeros stay."""
+    for gradient in gradients:
+        if gradient is not None and len(gradient):
+            rms = torch.linalg.vector_norm(gradient, dtype=torch.float32) / len(gradient) ** 0.5
+            gradient.div_(torch.where(rms > 0, rms, 1.0))
 
 
 def _hyper(group: dict[str, Any], device: torch.device) -> Tensor:

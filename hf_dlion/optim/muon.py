@@ -15,12 +15,11 @@ from ..bits.orthogonal import orthogonalize_into
 from ..bits.packing import LANES, unpack_bits
 from ..wire.exchange import Decision
 from .agreement import StepInputs
-from .dlion import MOMENTUM, Ballots, DistributedLion, VotePlan
+from .dlion import MOMENTUM, Ballots, DistributedLion, VoteOptions, VotePlan
 from .hidden import ORTHOGONAL, UPDATE_RMS, HiddenMatricesMixin, begin_direction
 from .layout import Bucket, Segment
 from .states import all_parameters
 from .tensors import flatten, local, memory_order
-from .workers import WorkersOptions
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,7 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         weight_decay: decoupled, as of AdamW.
         aggregation, exchange: as in :class:`DistributedLion`.
         tie: as there; by default ``"alternate"``.
+        norm_gradients: as there.
         process_group, on_bad_gradient, check_replicas_steps: as in :class:`hf_dlion.optim.workers.WorkersOptimizer`.
 
     Raises:
@@ -88,7 +88,7 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         aggregation: str = "mavo",
         tie: str = "alternate",
         exchange: str = "auto",
-        **options: Unpack[WorkersOptions],
+        **options: Unpack[VoteOptions],
     ) -> None:
         self.hidden_betas = hidden_betas
         super().__init__(

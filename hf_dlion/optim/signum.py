@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .dlion import DistributedLion
-from .workers import WorkersOptions
+from .dlion import DistributedLion, VoteOptions
 
 
 class DistributedSignum(DistributedLion):
@@ -37,7 +36,7 @@ class DistributedSignum(DistributedLion):
         aggregation: str = "mavo",
         tie: str = "zero",
         exchange: str = "auto",
-        **options: Unpack[WorkersOptions],
+        **options: Unpack[VoteOptions],
     ) -> None:
         super().__init__(
             params,

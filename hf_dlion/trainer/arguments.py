@@ -64,6 +64,13 @@ class DLionArgumentsMixin:
         },
     )
 
+    norm_gradients: bool = field(
+        default=False,
+        metadata={
+            "help": "Of dlion, dsignum and dmuon: divide the gradient of each parameter by its root mean square, so "
+            "that all steps weigh the same in a momentum. Clipping, max_grad_norm, then changes nothing."
+        },
+    )
     signum_momentum: float = field(default=0.9, metadata={"help": "Signum's decay of the momentum that is voted on."})
     base_rule: str = field(
         default="sgd",

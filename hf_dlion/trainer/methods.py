@@ -44,7 +44,11 @@ class Method:
 def _vote_options(arguments: Any, tie: str = "zero") -> dict[str, Any]:
     """With what ``auto`` is for this method."""
     given = arguments.vote_tie
-    return {"tie": tie if given == "auto" else given, "exchange": arguments.vote_exchange}
+    return {
+        "tie": tie if given == "auto" else given,
+        "exchange": arguments.vote_exchange,
+        "norm_gradients": arguments.norm_gradients,
+    }
 
 
 def _lion_options(arguments: Any) -> dict[str, Any]:

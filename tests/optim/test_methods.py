@@ -438,3 +438,32 @@ def test_more_entries_than_indices_are_refused(name: str, monkeypatch: pytest.Mo
     parameter.grad = torch.ones(5)
     with pytest.raises(ValueError, match="5 parameters: entries travel with an index of 32 bits"):
         METHODS[name].optimizer([parameter]).step()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("name", [name for name in METHODS if name.startswith(("dlion", "dsignum", "dmuon"))])
+def test_normed_gradients(name: str, workers: int) -> None:
+    """As gradients that were divided by their root mean square, at every scale, before they were given."""
+
+    def trained(scale: float | None) -> list[torch.nn.Parameter]:
+        params = parameters()
+        method, options = METHODS[name], METHODS[name].fixed | {"norm_gradients": scale is not None, "lr": LR}
+        chosen = (
+            method.optimizer(groups(name, params), **options)
+            if workers == 1
+            else VirtualWorkers(groups(name, params), workers, method.optimizer, **options)
+        )
+        for step in range(3):
+            for rank in range(workers):
+                for index, parameter in enumerate(params):
+                    gradient = gradients(rank, step)[index] * (0 if index == 4 and step == 1 else 1)
+                    rms = torch.linalg.vector_norm(gradient) / max(gradient.numel(), 1) ** 0.5
+                    parameter.grad = gradient * scale if scale else gradient / (rms if rms > 0 else 1)
+                if workers > 1:
+                    chosen.next_worker()
+            chosen.step()
+        return params
+
+    given = trained(None)
+    for scale in (1.0, 0.25, 64.0):
+        assert all(map(torch.equal, trained(scale), given))
