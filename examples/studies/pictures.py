@@ -50,6 +50,9 @@ def draw(summary: Mapping[str, Any], folder: Path) -> dict[str, str]:
     drawn: dict[str, tuple[Figure, str]] = {}
     if ordinary and measure.name == "loss":
         drawn["curves.png"] = _over_steps(ordinary, looks), "Validation loss over steps"
+        if any(run["bits_sent"] for run in ordinary):
+            shown = "Validation loss over the bits that a worker had sent by then, as counted"
+            drawn["loss_over_bits.png"] = _over_steps(ordinary, looks, in_bits=True), shown
     elif ordinary:
         shown = "Test accuracy over epochs, by number of workers (the paper's Figure 2)"
         drawn["accuracy_over_epochs.png"] = _over_epochs(ordinary, looks), shown
@@ -97,16 +100,22 @@ def _finals(runs: Sequence[Mapping[str, Any]], measure: Measure) -> list[float]:
     return [value for run in runs if (value := measure.of(run)) is not None]
 
 
-def _over_steps(runs: Sequence[Mapping[str, Any]], looks: Mapping[str, Any]) -> Figure:
+def _over_steps(runs: Sequence[Mapping[str, Any]], looks: Mapping[str, Any], in_bits: bool = False) -> Figure:
+    """Loss curves; in bits, of the runs that sent some, as counted."""
+    runs = [run for run in runs if run["bits_sent"] or not in_bits]
     figure, (axes,) = _panels(1)
     figure.set_size_inches(_PANEL * 1.5 + _LEGEND, _HEIGHT)
     numbers = {label: {run["workers"] for run in group} for (label,), group in grouped(runs, "method").items()}
     for (label, workers), group in grouped(runs, "method", "workers").items():
         curves = [dict(run["losses"]) for run in group]
-        points = {step: [curve[step] for curve in curves] for step in set.intersection(*map(set, curves))}
+        scale = statistics.fmean(run["bits_sent"] for run in group) if in_bits else 1
+        steps = [step for step in set.intersection(*map(set, curves)) if step or not in_bits]
+        points = {scale * step: [curve[step] for curve in curves] for step in steps}
         rank = sorted(numbers[label]).index(workers)
         _line(axes, points, looks[label], markersize=4, lw=1.2, ls=_STYLES[rank % len(_STYLES)])
-    axes.set(xlabel="step", ylabel="validation loss, nats")
+    axes.set(xlabel="bits sent per parameter and worker" if in_bits else "step", ylabel="validation loss, nats")
+    if in_bits:
+        axes.set_xscale("log")
     _legend(figure, looks, [run["method"] for run in runs])
     return figure
 

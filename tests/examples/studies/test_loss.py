@@ -114,7 +114,7 @@ def test_a_study(bench: Bench) -> None:
     assert first.stdout.count("running") == 8
     published = sorted(str(path.relative_to(bench.folder / "published")) for path in published_files(bench))
     cards = [f"{name}/{file}" for name in ("base", "worse_by_a_lot") for file in ("README.md", "results.json")]
-    assert published == sorted(["README.md", "summary.json", "curves.png", *cards])
+    assert published == sorted(["README.md", "summary.json", "curves.png", "loss_over_bits.png", *cards])
 
     (bench.output / "base/workers_1/lr_0.1/seed_1/results.json").unlink()
     assert bench.compare("--tune").stdout.count("running") == 1
