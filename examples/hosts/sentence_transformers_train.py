@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 
 from hf_dlion import DLionArgumentsMixin, DLionTrainerMixin
 
-WORDS = "zero one two three four five six seven eight nine".split()
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
 @dataclass

@@ -26,12 +26,15 @@ class DLionPlugin(BasePlugin):
     """Makes ``optimizer: dlion_mavo`` and the other names of this package work; the YAML takes their options too."""
 
     def get_input_args(self) -> str:
+        """Where the keys are that the YAML may have."""
         return f"{__name__}.DLionInput"
 
     def get_training_args_mixin(self) -> str:
+        """Where the fields are that the training arguments get."""
         return "hf_dlion.DLionArgumentsMixin"
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
+        """The options that the YAML has."""
         return {name: cfg[name] for name in OPTIONS if cfg.get(name) is not None}
 
     def get_trainer_cls(self, cfg: Any) -> type | None:
@@ -51,7 +54,7 @@ class DLionPlugin(BasePlugin):
             )
         from axolotl.core.trainers import AxolotlTrainer  # once all plugins are registered: it merges their arguments
 
-        class DLionAxolotlTrainer(DLionTrainerMixin, AxolotlTrainer):  # type: ignore[misc]
+        class DLionAxolotlTrainer(DLionTrainerMixin, AxolotlTrainer):
             pass
 
         return DLionAxolotlTrainer

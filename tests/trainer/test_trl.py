@@ -10,34 +10,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_dlion import DistributedLion, DLionArgumentsMixin, DLionTrainerMixin
 from tests.harness import run_workers
 from tests.trainer.tiny import act_as_launched
+from tests.trainer.tiny_llama import counting, model, tokenizer
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install 'hf-dlion[trl]'")
-
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(40))]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
-def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), num_attention_heads=2, pad_token_id=0, **shape))
-
-
-def counting(start: int) -> str:
-    return " ".join(f"w{(start + i) % 40}" for i in range(6))
 
 
 def settings(folder: str, optim: str) -> dict[str, Any]:
