@@ -60,7 +60,7 @@ dist: $(VENV)/.installed
 soak: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
 
-# The measurements in the README; as root on Linux for limited links.
+# The measurements of docs/benchmarks.md; as root on Linux for limited links.
 benchmark: $(VENV)/.installed
 	$(BIN)/python -m examples.benchmarks.network --workers 4 --output model_cards/network/4_workers
 	$(BIN)/python -m examples.benchmarks.network --workers 2 --output model_cards/network/2_workers

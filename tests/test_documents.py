@@ -44,9 +44,6 @@ NAME = {"ids": lambda path: str(path.relative_to(ROOT))}
 SCRIPTS = {"your_script.py": "minimal_trainer"}
 # Their parsers are those of programs that are not installed here.
 FOREIGN = ("examples/hosts/",)
-OF_OTHERS = {
-    "--cpu", "--help", "--save_on_each_node", "--streaming", "--constraint", "--editable", "--use_cpu", "--strict",
-}  # fmt: skip
 
 
 # Links
@@ -91,7 +88,7 @@ def test_paths_exist(document: Path) -> None:
 def test_options_and_optimizers_exist(document: Path) -> None:
     text = re.sub(r"^```diff.*?^```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     given = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
-    assert sorted(given - known_options() - OF_OTHERS) == []
+    assert sorted(given - known_options()) == []
     names = re.findall(
         r"\boptim(?:=|: )\"?(\w+)|--optim (\w+)|^optimizer: (\w+)|`((?:dlion|dsignum|dmuon)_\w+)`", text, re.M
     )
