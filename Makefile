@@ -52,8 +52,10 @@ dist: $(VENV)/.installed
 	out/dist/bin/pip install --quiet --no-deps dist/*.whl
 	$(SITE_PACKAGES:PYTHON=$(BIN)/python) > "$$($(SITE_PACKAGES:PYTHON=out/dist/bin/python))/dependencies.pth"
 	cp examples/minimal_trainer.py out/dist
-	cd out/dist && unset PYTHONPATH && bin/hf_dlion env && bin/python -m torch.distributed.run --nproc-per-node 2 \
-		minimal_trainer.py --use_cpu --optim dlion_mavo --max_steps 3 --logging_steps 1 --output_dir out
+	cd out/dist && unset PYTHONPATH && bin/hf_dlion env && \
+		bin/python -c "import hf_dlion, sys; assert hf_dlion.__file__.startswith(sys.prefix), hf_dlion.__file__" && \
+		bin/python -m torch.distributed.run --nproc-per-node 2 minimal_trainer.py --use_cpu \
+		--optim dlion_mavo --max_steps 3 --logging_steps 1 --output_dir out
 
 # What takes too long for each change: above all, half an hour of training in which every 20 to 60 seconds a worker is
 # killed, frozen, out of space or, as root, cut off.

@@ -131,7 +131,7 @@ def test_two_workers_vote(trains: Any, tmp_path: Path) -> None:
 
 
 def test_the_other_trainers_vote(tmp_path: Path) -> None:
-    pytest.importorskip("trl", minversion="1.0", reason="with TRL before 1.0, only SFT and DPO are tested")
+    pytest.importorskip("trl", minversion="1.16", reason="with TRL before 1.16, only SFT and DPO are tested")
     model().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     for (first, log, voted), (second, _, _) in zip(*run_workers(others, 2, str(tmp_path), timeout=240), strict=True):
