@@ -1,18 +1,26 @@
-# make demo: pretrain a small GPT-2 with two workers on this machine. make test: lint, types and tests.
-# Both set up their environment in .venv at the first call. make test-oldest: the tests with the lowest versions that
-# pyproject.toml admits, in .venv-oldest.
+# Everything sets up its environment in .venv at the first call.
+#
+#     make demo   pretrain a small GPT-2 with two workers on this machine
+#     make test   lint, types and tests
+#     make docs   the pages, into out/docs
+#     make dist   a wheel and an sdist, checked
+#
+# make test-oldest: the tests with the lowest versions that pyproject.toml admits, in .venv-oldest.
 
 VENV := .venv
 OLDEST := .venv-oldest
 PYTHON ?= python3
 BIN := $(VENV)/bin
+SITE_PACKAGES = PYTHON -c "import site; print(site.getsitepackages()[0])"
 
-.PHONY: demo test test-oldest lint types smoke soak benchmark clean
+.PHONY: demo test test-oldest lint types smoke docs dist soak benchmark clean
+
+DEMO := --max_steps 1200 --output_dir out/demo
 
 demo: $(VENV)/.installed
 	$(BIN)/accelerate launch --config_file examples/launch/cpu_2.yaml examples/pretrain_gpt2.py \
 		--use_cpu --optim dlion_mavo --learning_rate 7e-4 --weight_decay 0.1 \
-		--per_device_train_batch_size 4 --max_steps 1200 --save_strategy no --model_card true --output_dir out/demo
+		--per_device_train_batch_size 4 --save_strategy no --model_card true $(DEMO)
 
 test: lint types
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
@@ -28,17 +36,33 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/mypy
 
-# A few steps of the examples, with two processes where processes matter.
-smoke: $(VENV)/.installed
-	$(BIN)/accelerate launch --config_file examples/launch/cpu_2.yaml examples/pretrain_gpt2.py --use_cpu \
-		--optim dlion_avg --max_steps 6 --eval_steps 3 --logging_steps 2 --max_eval_blocks 32 --output_dir out/smoke
+# The demo, but a few steps of it.
+smoke:
+	$(MAKE) demo DEMO="--max_steps 6 --eval_steps 3 --logging_steps 2 --max_eval_blocks 32 --output_dir out/smoke"
+
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# A wheel and an sdist; and the wheel alone, in an environment that has only the dependencies, used from another folder.
+dist: $(VENV)/.installed
+	rm -rf build dist out/dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m venv out/dist
+	out/dist/bin/pip install --quiet --no-deps dist/*.whl
+	$(SITE_PACKAGES:PYTHON=$(BIN)/python) > "$$($(SITE_PACKAGES:PYTHON=out/dist/bin/python))/dependencies.pth"
+	cp examples/minimal_trainer.py out/dist
+	cd out/dist && unset PYTHONPATH && bin/hf_dlion env && \
+		bin/python -c "import hf_dlion, sys; assert hf_dlion.__file__.startswith(sys.prefix), hf_dlion.__file__" && \
+		bin/python -m torch.distributed.run --nproc-per-node 2 minimal_trainer.py --use_cpu \
+		--optim dlion_mavo --max_steps 3 --logging_steps 1 --output_dir out
 
 # What takes too long for each change: above all, half an hour of training in which every 20 to 60 seconds a worker is
 # killed, frozen, out of space or, as root, cut off.
 soak: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
 
-# The measurements in the README; as root on Linux for limited links.
+# The measurements of docs/benchmarks.md; as root on Linux for limited links.
 benchmark: $(VENV)/.installed
 	$(BIN)/python -m examples.benchmarks.network --workers 4 --output model_cards/network/4_workers
 	$(BIN)/python -m examples.benchmarks.network --workers 2 --output model_cards/network/2_workers
@@ -56,4 +80,4 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) out
+	rm -rf $(VENV) $(OLDEST) build dist out

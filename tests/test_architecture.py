@@ -30,7 +30,7 @@ from hf_dlion.trainer.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_dlion"
-LAYERS = ["bits", "wire", "optim", "checkpoint", "trainer"]
+LAYERS = ["bits", "wire", "optim", "checkpoint", "trainer", "integrations"]
 MOST_LINES = 50
 MOST_FLOORS = 5
 

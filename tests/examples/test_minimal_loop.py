@@ -1,4 +1,4 @@
-"""The plain loop: it learns, with two processes, and the README shows its lines."""
+"""The plain loop: it learns, with two processes, and the documents show its lines."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "examples/minimal_loop.py"
@@ -22,8 +24,9 @@ def test_two_processes_learn() -> None:
     assert shares[-1] > 95
 
 
-def test_the_readme_shows_its_lines() -> None:
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("document", ["README.md", "docs/integrations.md"])
+def test_the_documents_show_its_lines(document: str) -> None:
+    text = (ROOT / document).read_text()
     snippet = re.search(r"```python\n(accelerator = .*?)```", text, re.DOTALL)
     assert snippet is not None
     script = _in_form((ROOT / SCRIPT).read_text())

@@ -33,7 +33,10 @@ def _is_module(name: str) -> bool:
     return ROOT.joinpath(*name.split(".")).with_suffix(".py").is_file()
 
 
-ENTRIES = ("studies/run.py", "benchmarks/network.py", "benchmarks/step.py", "benchmarks/checks.py")
+ENTRIES = (
+    *("hosts/llamafactory_train.py", "hosts/sentence_transformers_train.py", "hosts/lightning_fit.py"),
+    *("studies/run.py", "benchmarks/network.py", "benchmarks/step.py", "benchmarks/checks.py"),
+)
 
 
 def test_the_readme_has_a_row_for_each_script() -> None:

@@ -10,34 +10,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_dlion import DistributedLion, DLionArgumentsMixin, DLionTrainerMixin
 from tests.harness import run_workers
 from tests.trainer.tiny import act_as_launched
+from tests.trainer.tiny_llama import counting, model, tokenizer
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install 'hf-dlion[trl]'")
-
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(40))]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
-def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), num_attention_heads=2, pad_token_id=0, **shape))
-
-
-def counting(start: int) -> str:
-    return " ".join(f"w{(start + i) % 40}" for i in range(6))
 
 
 def settings(folder: str, optim: str) -> dict[str, Any]:
@@ -98,6 +77,43 @@ def dpo(rank: int, folder: str) -> Any:
     return outcome(DLionDPOTrainer(model=f"{folder}/model", args=args, train_dataset=rows))
 
 
+def others(rank: int, folder: str) -> list[Any]:
+    """KTO, rewards, GRPO and RLOO, one after the other: what each of them made of its model."""
+    act_as_launched(rank)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    pairs = [
+        {"prompt": f"w{start % 40}", "chosen": f" {counting(start)}", "rejected": f" {counting(start + 7)}"}
+        for start in range(64)
+    ]
+    labelled = [
+        {"prompt": f"w{start % 40}", "completion": f" {counting(start)}", "label": start % 2 == 0}
+        for start in range(64)
+    ]
+    prompts = [{"prompt": f"w{start % 40}"} for start in range(64)]
+    generates = {"max_completion_length": 4, "num_generations": 4}
+    return [
+        outcome(_mixed("KTO", folder, labelled, {"max_length": 24})),
+        outcome(_mixed("Reward", folder, pairs, {"max_length": 24})),
+        outcome(_mixed("GRPO", folder, prompts, generates, reward_funcs=_reward)),
+        outcome(_mixed("RLOO", folder, prompts, generates, reward_funcs=_reward)),
+    ]
+
+
+def _mixed(name: str, folder: str, rows: list[dict[str, Any]], options: dict[str, Any], **keywords: Any) -> Any:
+    """TRL's Trainer of that name with the mixin, by the name of ours."""
+    import trl
+
+    base, config = getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
+    mixed = type(f"DLion{name}Trainer", (DLionTrainerMixin, base), {})
+    arguments = dataclass(type(f"DLion{name}Config", (DLionArgumentsMixin, config), {}))
+    given = arguments(**settings(f"{folder}/{name}", "dlion_mavo"), **options)
+    return mixed(model=f"{folder}/model", args=given, train_dataset=Dataset.from_list(rows), **keywords)
+
+
+def _reward(completions: list[str], **_: Any) -> list[float]:
+    return [float(len(set(text.split()))) for text in completions]
+
+
 @pytest.mark.parametrize("trains", [sft, dpo])
 def test_two_workers_vote(trains: Any, tmp_path: Path) -> None:
     model().save_pretrained(tmp_path / "model")
@@ -112,3 +128,15 @@ def test_two_workers_vote(trains: Any, tmp_path: Path) -> None:
     steps = [entry for entry in log if "bits_sent_per_param" in entry]
     assert len(steps) == 4
     assert all(1 <= entry["bits_sent_per_param"] < 1.5 for entry in steps[1:])
+
+
+def test_the_other_trainers_vote(tmp_path: Path) -> None:
+    pytest.importorskip("trl", minversion="1.16", reason="with TRL before 1.16, only SFT and DPO are tested")
+    model().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    for (first, log, voted), (second, _, _) in zip(*run_workers(others, 2, str(tmp_path), timeout=240), strict=True):
+        assert voted
+        assert torch.equal(first, second)
+        steps = [entry for entry in log if "bits_sent_per_param" in entry]
+        assert len(steps) == 4
+        assert all(1 <= entry["bits_sent_per_param"] < 2 for entry in steps[1:])
