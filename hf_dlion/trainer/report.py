@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from ..optim.workers import members_of
 from ..wire.ledger import fp32_all_reduce_bytes
+from .arguments import DLionArgumentsMixin
 from .methods import METHODS, name_of
 
 _PACKAGES = ("hf-dlion", "torch", "transformers", "accelerate", "datasets", "peft")
@@ -72,12 +73,17 @@ def method_name(args: Any) -> str:
 
 
 def method_options(args: Any, optimizer: Any = None) -> dict[str, Any]:
-    """What an optimizer of ours is made with, here or elsewhere; of the others, what Adam takes if they are named so."""
-    name = name_of(optimizer) or method_name(args)
+    """What an optimizer of ours is made with, here or elsewhere; of others, what Adam takes, if they are named so."""
+    for worker in members_of(optimizer)[:1]:
+        made_with = {**worker.defaults, **worker.options()}
+        method = METHODS.get(name_of(optimizer) or "")
+        if method is None or not isinstance(args, DLionArgumentsMixin):
+            return made_with
+        known = {"lr": args.learning_rate, **method.fixed, **method.options(args)}
+        return {name: made_with.get(name, value) for name, value in known.items()}
+    name = method_name(args)
     if name in METHODS:
-        known = METHODS[name].keywords(args)
-        own = next(({**one.defaults, **one.options()} for one in members_of(optimizer)), known)
-        return {key: own.get(key, value) for key, value in known.items()}
+        return METHODS[name].keywords(args)
     if "adam" in name:
         return {"betas": [args.adam_beta1, args.adam_beta2], "eps": args.adam_epsilon}
     return {}

@@ -10,11 +10,9 @@ import datasets
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from hf_dlion import DLionTrainer
-from hf_dlion.trainer.rounds import Round, in_rounds
 from tests.harness import run_workers
 from tests.trainer import tiny
 from tests.trainer.test_trainer import weights
