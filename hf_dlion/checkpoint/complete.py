@@ -10,29 +10,58 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .manifest import ANY_PART, ELSEWHERE, CheckpointError, Manifest, check_file
+from .manifest import ANY_PART, ELSEWHERE, CheckpointError, Manifest, check_file, has_workers
 
 logger = logging.getLogger(__name__)
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_NUMBERED = re.compile(r"(.*[-_])(\d+)")
+_CHECKPOINT = re.compile(r"checkpoint[-_]\d+")
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
-    """The newest ``checkpoint-...`` in the folder that is whole, the same on all ranks; None if there is none.
+    """The newest checkpoint in the folder that is whole, the same on all ranks; None if there is none.
 
-    Those that are not are passed over with a warning. A collective, if torch.distributed is initialized.
+    Of all subfolders with a manifest, whatever their names: ``checkpoint-500`` of a Trainer, accelerate's
+    ``checkpoint_0``, ``epoch_1``; the newest is the one with the most steps. Those that are not whole, and those that
+    are named ``checkpoint`` but have no manifest, are passed over with a warning. A collective, if torch.distributed is
+    initialized.
     """
-    folder = Path(folder)
-    found = {int(match[1]): path for path in _subfolders(folder) if (match := _CHECKPOINT.fullmatch(path.name))}
-    everyone = _gather(sorted(found))
+    return newest_complete(folder)[0]
+
+
+def newest_complete(folder: str | Path) -> tuple[str | None, list[str]]:
+    """As :func:`last_complete_checkpoint`, with what is wrong with those that were passed over, newest first."""
+    found = {path.name: path for path in _subfolders(Path(folder))}
+    everyone = _gather({name: step for name, path in found.items() if (step := _step_of(path)) is not None})
     # Of folders of its own, a node may lack the newest.
-    for step in sorted(set.intersection(*map(set, everyone)), reverse=True):
-        why = _why_incomplete_anywhere(found[step])
+    common = {name: max(one[name] for one in everyone) for name in set.intersection(*map(set, everyone))}
+    wrong: list[str] = []
+    for name in _newest_first(common):
+        why = _why_incomplete_anywhere(found[name])
         if why is None:
-            return str(found[step])
+            return str(found[name]), wrong
+        wrong.append(why)
         if not dist.is_initialized() or dist.get_rank() == 0:
             logger.warning("passed over: %s", why)
-    return None
+    return None, wrong
+
+
+def _step_of(folder: Path) -> int | None:
+    """Of a checkpoint; -1 where it does not say, None where it is no checkpoint."""
+    try:
+        return Manifest.read(folder).step
+    except CheckpointError:
+        return -1 if has_workers(folder) or _CHECKPOINT.fullmatch(folder.name) else None
+
+
+def _newest_first(steps: dict[str, int]) -> list[str]:
+    """By the steps made. One that does not say is newer than the one numbered before it."""
+    ages, latest = {}, dict[str, int]()
+    numbered = [(match[1], int(match[2]), name) for name in steps if (match := _NUMBERED.fullmatch(name))]
+    for kind, number, name in sorted(numbered):
+        latest[kind] = max(latest.get(kind, -1), steps[name])
+        ages[name] = (steps[name] if steps[name] >= 0 else latest[kind], number)
+    return sorted(steps, key=lambda name: (ages.get(name, (steps[name], -1)), name), reverse=True)
 
 
 def check_complete(folder: str | Path) -> None:

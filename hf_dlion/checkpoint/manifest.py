@@ -1,7 +1,8 @@
 """The manifest of a checkpoint: which files it is made of, each with size and hash.
 
 Everything is written under a temporary name, flushed to disk, and renamed; the manifest last. A folder whose manifest
-is missing, or does not fit the files, is no checkpoint.
+is missing, or does not fit the files that a run goes on from, is no checkpoint. Other files (configuration, tokenizer,
+README) may change, and more may come, after it was written: a callback may want to.
 """
 
 from __future__ import annotations
@@ -21,6 +22,12 @@ MANIFEST = "hf_dlion_manifest.json"
 TEMPORARY = ".hf_dlion_part"
 ANY_PART = "worker_*_of_*.safetensors"
 ELSEWHERE = "Resume from another checkpoint."
+
+_TRAINER_STATE = "trainer_state.json"
+_SCHEDULER = ("scheduler.pt", "scheduler.bin")
+_OPTIMIZER = ("optimizer.pt", "optimizer.bin")
+_STATE = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".distcp", ".index.json")
+"""Ends of the names of files that a run goes on from: weights, states of workers, schedulers and generators."""
 
 _FORMAT = 2
 _MAX_MANIFEST_BYTES = 1 << 26
@@ -80,9 +87,7 @@ class Manifest:
                 raise CheckpointError(f"{path} is too large for a manifest. {ELSEWHERE}")
             found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise CheckpointError(
-                f"{folder} has no {MANIFEST}: its writing was interrupted, or hf_dlion did not write it. {ELSEWHERE}"
-            ) from None
+            raise CheckpointError(_why_no_manifest(folder)) from None
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}). {ELSEWHERE}") from error
         try:
@@ -120,6 +125,43 @@ class Manifest:
         return manifest
 
 
+def has_workers(folder: str | Path) -> bool:
+    """Whether there is anything of our workers in it, whole or not."""
+    return (Path(folder) / MANIFEST).exists() or any(Path(folder).glob(ANY_PART))
+
+
+def written_by_others(folder: str | Path, wanted: str, written: str = "an optimizer of hf_dlion") -> str:
+    """What is wrong where a checkpoint of one optimizer is to be resumed from by another."""
+    return (
+        f"{folder} was written by {written}, whose state is not that of {wanted}. Go on with the same method, or "
+        f"begin anew from the model in it: from_pretrained({str(folder)!r}), and no resume_from_checkpoint."
+    )
+
+
+def _why_no_manifest(folder: Path) -> str:
+    """From what else is there."""
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set[str]()
+    anew = f"Begin anew from it: from_pretrained({str(folder)!r}), and no resume_from_checkpoint."
+    if not has_workers(folder) and there.intersection(_OPTIMIZER):
+        return (
+            f"{folder} has no {MANIFEST} and no worker's state, but {min(there.intersection(_OPTIMIZER))}: it is of a "
+            f"run with another optimizer, or was written without save_workers. The model in it is all that can be "
+            f"used. {anew}"
+        )
+    if not has_workers(folder) and _TRAINER_STATE in there and not there.intersection(_SCHEDULER):
+        return (
+            f"{folder} has no {MANIFEST}, no worker's state and no scheduler: only the model was saved "
+            f"(save_only_model=True), and a run cannot go on from that. {anew}"
+        )
+    return f"{folder} has no {MANIFEST}: its writing was interrupted, or hf_dlion did not write it. {ELSEWHERE}"
+
+
+def may_change(name: str) -> bool:
+    """Whether a run does not go on from this file, so that it may be edited after the checkpoint was written."""
+    base = PurePosixPath(name).name
+    return base == "training_args.bin" or not (base == _TRAINER_STATE or base.endswith(_STATE))
+
+
 def _from_format_1(found: dict[str, Any]) -> dict[str, Any]:
     """With the names of today."""
     options = dict(found["settings"])
@@ -139,7 +181,7 @@ def part_name(rank: int, workers: int) -> str:
 
 
 def check_file(folder: Path, name: str, entry: Entry) -> None:
-    """Raise CheckpointError unless the file is there and is what was written."""
+    """Raise CheckpointError unless the file is there, and is what was written or may change."""
     path = folder / name
     if not os.path.isfile(path):  # False for a name that no file can have
         raise CheckpointError(
@@ -147,12 +189,18 @@ def check_file(folder: Path, name: str, entry: Entry) -> None:
             "workers the parts of all), take resume_world_size_policy reset to start it at zero with another number of "
             "workers, or resume from another checkpoint."
         )
+    if may_change(name):
+        return
     try:
         found = entry_of(path) if path.stat().st_size == entry.size else None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error}). {ELSEWHERE}") from error
     if found != entry:
-        raise CheckpointError(f"{path} is not what was written: its size or hash differs. {ELSEWHERE}")
+        raise CheckpointError(
+            f"{path} is not what was written: its size or hash differs. A run goes on from this file, so it may not "
+            "change (configuration, tokenizer and text files may). Where a callback changes it on purpose, let it call "
+            f"save_workers(folder, trainer.optimizer) afterwards, on all ranks. {ELSEWHERE}"
+        )
 
 
 def entry_of(path: Path, flush: bool = False) -> Entry:

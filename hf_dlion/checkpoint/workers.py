@@ -38,6 +38,7 @@ from .manifest import (
     entry_of,
     part_name,
     write_whole,
+    written_by_others,
 )
 
 logger = logging.getLogger(__name__)
@@ -252,9 +253,12 @@ def _taken_over(group: dict[str, Any], saved: dict[str, Any]) -> list[str]:
 
 
 def _as_before(value: Any, before: Any) -> Any:
+    """A hyperparameter from JSON, which has lists only, in the form of the one that it replaces."""
     if isinstance(before, Tensor):
         return before.fill_(float(value))
-    return tuple(value) if isinstance(value, list) else value
+    if isinstance(before, (list, tuple)):
+        return type(before)(map(_as_before, value, before))
+    return value
 
 
 def _needed(folder: Path, manifest: Manifest, members: Sequence[WorkersOptimizer], policy: str) -> list[str]:
@@ -269,10 +273,7 @@ def _needed(folder: Path, manifest: Manifest, members: Sequence[WorkersOptimizer
 
 def _check_fits(folder: Path, manifest: Manifest, member: WorkersOptimizer, policy: str) -> None:
     if manifest.method != type(member).__name__:
-        raise CheckpointError(
-            f"{folder} was written by {manifest.method}, whose state is not that of {type(member).__name__}. Go on "
-            "with the same method, or train from the model in it."
-        )
+        raise CheckpointError(written_by_others(folder, type(member).__name__, manifest.method))
     if manifest.workers != member.workers and policy == "error":
         raise CheckpointError(
             f"{folder} is of {manifest.workers} workers, and here are {member.workers}. Start as many, or say what "

@@ -108,7 +108,6 @@ class VirtualWorkers(Optimizer):
         for member in others:
             member.add_param_group(_copied(first.param_groups[-1], clone=True))
 
-    @torch.no_grad()
     def next_worker(self) -> None:
         """Take the gradients, after a backward, as those of the next worker, and clear them.
 
@@ -118,15 +117,32 @@ class VirtualWorkers(Optimizer):
         rank = len(self._turns)
         if rank == self.workers:
             raise RuntimeError(f"all {rank} workers have had their turn. Call step() before the next one's.")
+        self.take_turn(rank)
+
+    @torch.no_grad()
+    def take_turn(self, rank: int) -> None:
+        """Take the gradients, after a backward, as those of this worker, added to those it has, and clear them.
+
+        Args:
+            rank: of the worker: one that had its turn since the last step, or the next.
+        """
         parameters = all_parameters(self)
         gradients = [parameter.grad for parameter in parameters]
         if rank >= self._honest:
             generator = torch.Generator(parameters[0].device)
             generator.manual_seed(digest((rank, self.param_groups[0][STEP])))
             gradients = [None if g is None else self._tampered(g, generator) for g in gradients]
-        self._turns.append(gradients)
+        if rank == len(self._turns):
+            self._turns.append(gradients)
+        else:
+            before = self._turns[rank]
+            self._turns[rank] = [_sum(one, other) for one, other in zip(before, gradients, strict=True)]
         for parameter in parameters:
             parameter.grad = None
+
+    def forget_turns(self) -> None:
+        """Drop the gradients taken since the last step."""
+        self._turns = []
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -204,6 +220,11 @@ def _follow(copies: list[Tensor], parameters: list[Tensor]) -> None:
     for copy, parameter in zip(copies, parameters, strict=True):
         if layout_of([copy]) != layout_of([parameter]):
             copy.data = parameter.detach().clone()
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Of two gradients; in place, as backward adds."""
+    return other if one is None else one if other is None else one.add_(other)
 
 
 def _copied(group: dict[str, Any], clone: bool) -> dict[str, Any]:

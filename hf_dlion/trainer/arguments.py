@@ -7,7 +7,8 @@ name of ours stands aside while the parent runs.
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
@@ -18,7 +19,25 @@ from ..optim.agreement import ON_BAD_GRADIENT
 from ..optim.virtual import ADVERSARIES
 from ..optim.workers import check_known
 from ..wire.exchange import EXCHANGES, TIES
-from .methods import METHODS
+from .methods import METHODS, Method
+
+logger = logging.getLogger(__name__)
+
+_FOREIGN = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules")
+_OF_METHODS = (
+    "lion_beta1",
+    "lion_beta2",
+    "muon_beta2",
+    "vote_tie",
+    "vote_exchange",
+    "signum_momentum",
+    "base_rule",
+    "sgd_momentum",
+    "terngrad_clip",
+    "drop_share",
+    "dgc_warmup_steps",
+    "dgc_clip",
+)
 
 _NAMES = "; ".join(f"`{name}`: {method.summary}" for name, method in METHODS.items())
 
@@ -28,7 +47,9 @@ class DLionArgumentsMixin:
     """The fields of Distributed Lion, for any subclass of ``TrainingArguments``; put it first among the bases.
 
     With one of our names as ``optim``, ``average_tokens_across_devices`` is turned off: every worker's gradient is the
-    mean over its own batch, as the method has it, and a worker with more tokens does not weigh more.
+    mean over its own batch, as the method has it, and a worker with more tokens does not weigh more. ``optim_args``
+    then has keywords of the optimizer: ``"betas=(0.9,0.98),tie=alternate"``. What transformers' optimizers take and the
+    method does not (``adam_beta1``, ``optim_target_modules``) is refused where it is not left at its default.
     """
 
     # A string: HfArgumentParser would admit only the names of transformers into its enum.
@@ -115,8 +136,8 @@ class DLionArgumentsMixin:
     virtual_workers: int = field(
         default=1,
         metadata={
-            "help": "Workers inside one process, to see what so many would do without having them. A step takes one "
-            "batch for each, so `gradient_accumulation_steps` is their number."
+            "help": "Workers inside one process, to see what so many would do without having them. Batch size and "
+            "`gradient_accumulation_steps` are those of each worker, as with processes."
         },
     )
     adversaries: int = field(default=0, metadata={"help": "How many of the virtual workers send what is not theirs."})
@@ -129,9 +150,30 @@ class DLionArgumentsMixin:
         },
     )
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Raise TypeError where the mixin comes after what it extends, or there is no ``__init__`` for all fields."""
+        super().__init_subclass__(**options)
+        before = cls.__mro__[: cls.__mro__.index(DLionArgumentsMixin)] if DLionArgumentsMixin in cls.__mro__ else ()
+        for base in before:
+            if issubclass(base, TrainingArguments) and not issubclass(base, DLionArgumentsMixin):
+                raise TypeError(
+                    f"class {cls.__name__} has {base.__name__} before DLionArgumentsMixin, which would not see the "
+                    f"arguments. Put the mixin first: class {cls.__name__}(DLionArgumentsMixin, {base.__name__})."
+                )
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """Raise TypeError where a subclass was not made a dataclass, and would take the mixin's fields only."""
+        if cls.__init__ is DLionArgumentsMixin.__init__ and issubclass(cls, TrainingArguments):
+            theirs = next(base for base in cls.__mro__ if not issubclass(base, DLionArgumentsMixin))
+            raise TypeError(
+                f"class {cls.__name__} is not a dataclass of its own, so it would take none of the arguments of "
+                f"{theirs.__name__}. Write @dataclass above it."
+            )
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         name = str(getattr(self.optim, "value", self.optim))
-        self._take_virtual_workers(name)
+        self._check_virtual_workers(name)
         if name not in METHODS:
             self.optim = _known(name)
             super().__post_init__()  # type: ignore[misc]
@@ -139,25 +181,57 @@ class DLionArgumentsMixin:
         self.optim = OptimizerNames.ADAMW_TORCH
         super().__post_init__()  # type: ignore[misc]
         self.optim = name
-        self.average_tokens_across_devices = False
-        self._check_method()
+        self.take_method()
 
-    def _take_virtual_workers(self, name: str) -> None:
-        if self.virtual_workers == 1:
-            return
-        if self.virtual_workers < 1 or name not in METHODS:
+    def set_optimizer(
+        self, name: str | OptimizerNames = TrainingArguments.default_optim, *args: Any, **options: Any
+    ) -> Any:
+        """As the parent, with our names too."""
+        chosen = str(getattr(name, "value", name))
+        ours = chosen in METHODS
+        self._check_virtual_workers(chosen)
+        super().set_optimizer(OptimizerNames.ADAMW_TORCH if ours else _known(chosen), *args, **options)  # type: ignore[misc]
+        if ours:
+            self.optim = chosen
+            self.take_method()
+        return self
+
+    def take_method(self) -> None:
+        """Check what goes with the method that ``optim`` names, and set what follows from it. Once more does no harm.
+
+        Raises:
+            ValueError: an option that the method does not have, or a value that it does not take.
+        """
+        self.average_tokens_across_devices = False
+        self._check_virtual_workers(self.optim)
+        self._check_method()
+        self._check_options(METHODS[self.optim])
+
+    def _check_virtual_workers(self, name: str) -> None:
+        if self.virtual_workers < 1 or (self.virtual_workers > 1 and name not in METHODS):
             raise ValueError(
                 f"virtual_workers={self.virtual_workers} with optim={name!r}: there is at least one worker, and "
                 f"several in one process are for {', '.join(METHODS)}."
             )
-        steps: int = self.gradient_accumulation_steps  # type: ignore[has-type]
-        if steps not in (1, self.virtual_workers):
+        if self.virtual_workers > 1 and getattr(self, "train_sampling_strategy", None) == "batch_rebalance":
             raise ValueError(
-                f"gradient_accumulation_steps={steps} with virtual_workers={self.virtual_workers}: a "
-                "virtual worker takes one batch a step. Leave gradient_accumulation_steps out, and give "
-                "per_device_train_batch_size what a worker should see."
+                f"train_sampling_strategy='batch_rebalance' with virtual_workers={self.virtual_workers}: it deals rows "
+                "out to processes by itself. Take another one."
             )
-        self.gradient_accumulation_steps = self.virtual_workers
+
+    def _check_options(self, method: Method) -> None:
+        """What the method does not read, and is not left at its default: refused, or said, if another of ours would."""
+        read = method.reads(self)
+        method.keywords(self)
+        defaults = {each.name: each.default for each in fields(self)}
+        changed = [name for name in defaults if getattr(self, name) != defaults[name] and name not in read]
+        takes = f"optim={self.optim!r} takes {', '.join(sorted(read & {*_OF_METHODS, *_FOREIGN})) or 'none of these'}"
+        for name in _FOREIGN:
+            if name in changed:
+                raise ValueError(f"{name}={getattr(self, name)!r} would change nothing: {takes}. Leave it out.")
+        unread = [f"{name}={getattr(self, name)!r}" for name in _OF_METHODS if name in changed]
+        if unread and self.process_index == 0:  # type: ignore[attr-defined]
+            logger.warning("%s would be for other methods, and changes nothing: %s.", ", ".join(unread), takes)
 
     def _check_method(self) -> None:
         for given, value, known in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from ..optim.graddrop import GradDrop
 from ..optim.muon import DistributedMuon
 from ..optim.signum import DistributedSignum
 from ..optim.terngrad import TernGrad
-from ..optim.workers import WorkersOptimizer
+from ..optim.workers import WorkersOptimizer, members_of
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,67 @@ class Method:
     takes_hidden_matrices: bool = False
 
     def keywords(self, arguments: Any) -> dict[str, Any]:
-        """The keyword arguments of ``optimizer``, but for the parameters and their weight decay."""
-        return {"lr": arguments.learning_rate, **self.fixed, **self.options(arguments)}
+        """The keyword arguments of ``optimizer``, but for the parameters and their weight decay.
+
+        Those that ``arguments.optim_args`` has take the place of those from the other arguments.
+
+        Raises:
+            ValueError: it has others, or values of another kind.
+        """
+        own = self.options(arguments)
+        given = _keywords_in(arguments.optim_args)
+        for name, value in given.items():
+            if name not in own or not _alike(value, own[name]):
+                known = ", ".join(f"{known}={default!r}" for known, default in own.items())
+                raise ValueError(
+                    f"optim_args has {name}={value!r}; optim={arguments.optim!r} takes {known} there, or values like "
+                    "these. What else there is has arguments of its own: see --help."
+                )
+        return {"lr": arguments.learning_rate, **self.fixed, **own, **given}
+
+    def reads(self, arguments: Any) -> set[str]:
+        """Names of the arguments that its options come from."""
+        reader = _Reader(arguments)
+        self.options(reader)
+        return reader.names
+
+
+class _Reader:
+    """Arguments that note which of them are read."""
+
+    def __init__(self, arguments: Any) -> None:
+        self.arguments, self.names = arguments, set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.names.add(name)
+        return getattr(self.arguments, name)
+
+
+def _keywords_in(text: str | None) -> dict[str, Any]:
+    """``"betas=(0.9, 0.98), tie=alternate"`` as keywords; a bare word is a string."""
+    try:
+        call = ast.parse(f"f({text or ''})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError("not only keywords")
+        return {str(keyword.arg): _value(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"optim_args={text!r} cannot be read ({error}). It is name=value, separated by commas, with values as in "
+            "Python: betas=(0.9,0.98),tie=alternate"
+        ) from error
+
+
+def _value(node: ast.expr) -> Any:
+    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
+
+
+def _alike(value: Any, default: Any) -> bool:
+    """Whether both are numbers, strings, or as many numbers."""
+    if isinstance(default, tuple):
+        return isinstance(value, (tuple, list)) and len(value) == len(default) and all(map(_alike, value, default))
+    if isinstance(default, str):
+        return isinstance(value, str)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _vote_options(arguments: Any, tie: str = "zero") -> dict[str, Any]:
@@ -64,7 +124,8 @@ def _adam_options(arguments: Any) -> dict[str, Any]:
 
 
 def _rule_options(arguments: Any) -> dict[str, Any]:
-    return {"rule": arguments.base_rule, "momentum": arguments.sgd_momentum, **_adam_options(arguments)}
+    rule = arguments.base_rule
+    return {"rule": rule, **(_adam_options(arguments) if rule == "adamw" else {"momentum": arguments.sgd_momentum})}
 
 
 METHODS: dict[str, Method] = {
@@ -140,6 +201,22 @@ METHODS: dict[str, Method] = {
             "warmup_steps": arguments.dgc_warmup_steps,
             "clip": arguments.dgc_clip,
             **_rule_options(arguments),
+            "momentum": arguments.sgd_momentum,  # on the workers, whatever the rule
         },
     ),
 }
+
+
+def method_of(made: type) -> Method | None:
+    """The method that makes such optimizers; None, where the class is not of this package."""
+    return next((method for base in made.__mro__ for method in METHODS.values() if method.optimizer is base), None)
+
+
+def name_of(optimizer: Any) -> str | None:
+    """The name of the method that an optimizer has, wherever it was made; None, if it is not of this package."""
+    for worker in members_of(optimizer)[:1]:
+        for base in type(worker).__mro__:
+            for name, method in METHODS.items():
+                if method.optimizer is base and all(getattr(worker, key) == v for key, v in method.fixed.items()):
+                    return name
+    return None

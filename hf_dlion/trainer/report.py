@@ -14,7 +14,8 @@ from transformers import Trainer
 
 from ..optim.workers import members_of
 from ..wire.ledger import fp32_all_reduce_bytes
-from .methods import METHODS
+from .arguments import DLionArgumentsMixin
+from .methods import METHODS, name_of
 
 _PACKAGES = ("hf-dlion", "torch", "transformers", "accelerate", "datasets", "peft")
 TEXT_GENERATION = "text-generation"
@@ -41,8 +42,8 @@ def run_report(trainer: Trainer, loss_key: str = "eval_loss") -> dict[str, Any]:
     task = _CLASSIFICATION.get(str(getattr(trainer.model, "loss_type", None)), TEXT_GENERATION)
     return {
         "task": task,
-        "method": method_name(args),
-        "method_options": method_options(args),
+        "method": name_of(trainer.optimizer) or method_name(args),
+        "method_options": method_options(args, trainer.optimizer),
         "workers": _workers(args),
         "virtual_workers": _virtual_workers(args),
         "adversaries": getattr(args, "adversaries", 0),
@@ -57,7 +58,7 @@ def run_report(trainer: Trainer, loss_key: str = "eval_loss") -> dict[str, Any]:
         "weight_decay": args.weight_decay,
         "max_grad_norm": args.max_grad_norm,
         "per_device_train_batch_size": args.per_device_train_batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps // _virtual_workers(args),
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "seed": args.seed,
         "command": shlex.join(sys.argv),
@@ -71,8 +72,15 @@ def method_name(args: Any) -> str:
     return str(getattr(args.optim, "value", args.optim))
 
 
-def method_options(args: Any) -> dict[str, Any]:
-    """What the optimizer of ours is made with; of the others, Adam's arguments where they are named so."""
+def method_options(args: Any, optimizer: Any = None) -> dict[str, Any]:
+    """What an optimizer of ours is made with, here or elsewhere; of others, what Adam takes, if they are named so."""
+    for worker in members_of(optimizer)[:1]:
+        made_with = {**worker.defaults, **worker.options()}
+        method = METHODS.get(name_of(optimizer) or "")
+        if method is None or not isinstance(args, DLionArgumentsMixin):
+            return made_with
+        known = {"lr": args.learning_rate, **method.fixed, **method.options(args)}
+        return {name: made_with.get(name, value) for name, value in known.items()}
     name = method_name(args)
     if name in METHODS:
         return METHODS[name].keywords(args)

@@ -1,15 +1,17 @@
 """The Trainer, and the mixin that makes any Trainer vote.
 
 Extension points of transformers 5: ``create_accelerator_and_postprocess``, ``create_optimizer`` with
-``optimizer_cls_and_kwargs``, ``training_step``, ``_clip_grad_norm`` and ``_get_grad_norm``, ``log``, and
-``_save_checkpoint`` and ``_save``, with ``_save_optimizer_and_scheduler``, ``_load_optimizer_and_scheduler``,
-``_save_scaler`` and ``_load_scaler``.
+``get_optimizer_cls_and_kwargs``, ``_wrap_model``, ``set_initial_training_values``, ``_clip_grad_norm`` and
+``_get_grad_norm``, ``_maybe_log_save_evaluate`` and ``log``, and ``_save_checkpoint`` and ``_save``, with
+``_save_optimizer_and_scheduler``, ``_load_optimizer_and_scheduler``, ``_save_scaler`` and ``_load_scaler``.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,31 +20,37 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from transformers import Trainer
-from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
-from ..checkpoint.complete import check_complete, last_complete_checkpoint
-from ..checkpoint.manifest import CheckpointError
+from ..checkpoint.complete import check_complete, newest_complete
+from ..checkpoint.manifest import CheckpointError, has_workers, written_by_others
 from ..checkpoint.workers import load_workers, remove_manifest, save_workers
-from ..local_gradients import keep_gradients_local
+from ..local_gradients import LocalGradients, keep_gradients_local
 from ..optim.hidden import hidden_matrices
 from ..optim.states import all_parameters
 from ..optim.virtual import VirtualWorkers
 from ..optim.workers import members_of
 from ..wire.collectives import drain_gloo
-from ..wire.ledger import Ledger, fp32_all_reduce_bytes
+from ..wire.ledger import fp32_all_reduce_bytes
 from ..wire.liveness import report_lost_workers
+from .arguments import DLionArgumentsMixin
 from .card import write_card
-from .methods import METHODS
+from .methods import METHODS, method_of
 from .theory import LionTheoryCallback
 from .transformers_versions import TrainerVersionsMixin
+from .virtual import VirtualWorkersMixin
+
+logger = logging.getLogger(__name__)
 
 
-class DLionTrainerMixin(TrainerVersionsMixin):
+class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin):
     """Makes a Trainer run the methods of this package by name; put it first among the bases.
 
-    With ``args.optim`` one of ours, gradients stay on their worker, the optimizer exchanges votes, and the training
-    log has, besides what transformers puts there:
+    With ``args.optim`` one of ours, or with an optimizer of ours from elsewhere (``optimizers``,
+    ``optimizer_cls_and_kwargs``, an override of ``create_optimizer`` or ``get_optimizer_cls_and_kwargs``), gradients
+    stay on their worker, the optimizer exchanges votes, and the training log has, besides what transformers puts there:
 
     - ``bits_sent_per_param``, ``bits_received_per_param``: by this rank, per trainable parameter and step, since the
       last log;
@@ -56,70 +64,98 @@ class DLionTrainerMixin(TrainerVersionsMixin):
     ``max_grad_norm`` clips each worker's gradient by that gradient's own norm. A common factor changes no sign, so
     where signs travel this only weighs the steps against each other inside the momentum; 0 turns it off.
 
-    With ``args.virtual_workers`` above 1, each of the batches that make a step is one virtual worker's
-    (:class:`hf_dlion.optim.virtual.VirtualWorkers`).
+    With ``args.virtual_workers`` above 1, a step takes the batches that so many processes would, each as one virtual
+    worker's (:class:`hf_dlion.optim.virtual.VirtualWorkers`).
 
-    With any other ``optim`` the Trainer is what it was.
+    With any other ``optim`` the Trainer is what it was, but that a run that has made all its steps, and is resumed,
+    makes no more.
     """
 
     args: Any
     accelerator: Any
     callback_handler: Any
     optimizer: Any
+    optimizer_cls_and_kwargs: Any
     lr_scheduler: Any
+    model: Any
     state: Any
-    current_gradient_accumulation_steps: int
+    control: Any
+
+    _steps_made = 0
+    """In the checkpoint that is resumed from."""
+    _observed: dict[str, float] | None = None
+    """What the next log of training gets."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Raise TypeError where the mixin comes after the Trainer that it extends."""
+        super().__init_subclass__(**options)
+        for base in cls.__mro__[: cls.__mro__.index(DLionTrainerMixin)]:
+            if issubclass(base, Trainer) and not issubclass(base, DLionTrainerMixin):
+                raise TypeError(
+                    f"class {cls.__name__} has {base.__name__} before DLionTrainerMixin, which would not come into "
+                    f"play. Put the mixin first: class {cls.__name__}(DLionTrainerMixin, {base.__name__})."
+                )
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the parent, and gradients are kept local."""
         super().create_accelerator_and_postprocess()
-        if not self._gradients_stay_local:
+        if self.args.optim not in METHODS:
             return
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"optim={self.args.optim!r} with {self.args.n_gpu} GPUs in one process (nn.DataParallel): a process is "
-                "one worker and has one vote. Start one process per GPU: `accelerate launch --multi_gpu script.py`."
+        if not isinstance(self.args, DLionArgumentsMixin):
+            raise TypeError(
+                f"args is a {type(self.args).__name__} whose optim was set to {self.args.optim!r}: it has none of the "
+                "options of that method. Take DLionTrainingArguments, or a dataclass with DLionArgumentsMixin as its "
+                "first base."
             )
-        if self.args.virtual_workers > 1 and self.args.world_size > 1:
-            raise ValueError(
-                f"virtual_workers={self.args.virtual_workers} in {self.args.world_size} processes: virtual workers are "
-                "all in one. Start one process, or leave virtual_workers out."
-            )
-        keep_gradients_local(self.accelerator)
-        if self.args.use_cpu and dist.is_initialized():
-            # transformers 5.23 gives a process group on the CPU no time limit of its own, whatever ddp_timeout says.
-            dist.distributed_c10d._set_pg_timeout(self.args.ddp_timeout_delta)
+        self.args.take_method()
+        self._keep_gradients_local()
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """As the parent, with the method that ``args.optim`` names."""
-        if self._gradients_stay_local:
-            method = METHODS[self.args.optim]
-            keywords = {
-                **method.keywords(self.args),
-                "on_bad_gradient": self.args.on_bad_gradient,
-                "check_replicas_steps": self.args.check_replicas_steps,
-            }
-            if method.takes_hidden_matrices:
-                keywords["params"] = self._hidden_groups(self.model if model is None else model)
-            self.optimizer_cls_and_kwargs: Any = (method.optimizer, keywords)
-            if self.args.virtual_workers > 1:
-                virtual = {
-                    "workers": self.args.virtual_workers,
-                    "method": method.optimizer,
-                    "adversaries": self.args.adversaries,
-                    "adversary": self.args.adversary,
-                }
-                self.optimizer_cls_and_kwargs = (VirtualWorkers, virtual | keywords)
-        optimizer: Optimizer = super().create_optimizer(model)
-        if self._gradients_stay_local:
-            self._check_and_name(self.model if model is None else model)
-        self._logged, self._logged_bad_gradients = Ledger(), 0
+        given, of_model = self.optimizer_cls_and_kwargs, self.model if model is None else model
+        if self.optimizer is None:
+            self.optimizer_cls_and_kwargs = self._completed(given, of_model)
+        try:
+            optimizer: Optimizer = super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = given
+        self._check_optimizer()
         return optimizer
+
+    @classmethod
+    def get_optimizer_cls_and_kwargs(cls, args: Any, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
+        """As the parent, with our names too."""
+        if args.optim not in METHODS:
+            return super().get_optimizer_cls_and_kwargs(args, model)  # type: ignore[misc]
+        method = METHODS[args.optim]
+        options = {"on_bad_gradient": args.on_bad_gradient, "check_replicas_steps": args.check_replicas_steps}
+        return method.optimizer, {**method.keywords(args), **options}
+
+    def _completed(self, given: tuple[Any, dict[str, Any]] | None, model: nn.Module) -> Any:
+        """Class and keywords of our optimizers, with what they need to know of the model, and as virtual workers."""
+        made, keywords = given or self.get_optimizer_cls_and_kwargs(self.args, model)
+        method = method_of(made) if isinstance(made, type) else None
+        if method is None:
+            return given
+        keywords = dict(keywords)  # the parent takes some out
+        if method.takes_hidden_matrices and "params" not in keywords:
+            keywords["params"] = self._hidden_groups(model)
+        if self._virtual_workers == 1:
+            return made, keywords
+        adversaries = {"adversaries": self.args.adversaries, "adversary": self.args.adversary}
+        return VirtualWorkers, {"workers": self._virtual_workers, "method": made, **adversaries, **keywords}
 
     def _hidden_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         decayed = set(self.get_decay_parameter_names(model))  # type: ignore[attr-defined]
         groups = hidden_matrices(model, decayed=decayed)
         return [{"weight_decay": self.args.weight_decay, **group} for group in groups]
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        # Here the optimizer is there, wherever it comes from, and the model is not in DDP yet.
+        if training:
+            self._check_optimizer()
+            self._begin_votes()
+        return super()._wrap_model(model, training, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As the parent; only a checkpoint that is whole is resumed from (:mod:`hf_dlion.checkpoint`).
@@ -128,39 +164,42 @@ class DLionTrainerMixin(TrainerVersionsMixin):
             CheckpointError: the checkpoint given is not whole; with True, none in the output folder is.
             WorkerLostError: a collective failed; with the ranks that did not answer.
         """
-        if not self._gradients_stay_local:
-            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        self._steps_made = 0
         if resume_from_checkpoint:
-            resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
-        with report_lost_workers("training"):
+            resume_from_checkpoint = self._resumed(resume_from_checkpoint)
+        with report_lost_workers("training") if self._gradients_stay_local else nullcontext():
             output: TrainOutput = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
-        drain_gloo()  # so that accelerator.end_training() may follow at once
+        if self._gradients_stay_local:
+            drain_gloo()  # so that accelerator.end_training() may follow at once
         return output
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
-        """As the parent; with virtual workers, a turn of the next one."""
-        optimizer: Any = self._own_optimizer()
-        if len(members_of(optimizer)) < 2:
-            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        # What a worker sends comes from the mean over its own batch, not over those of all.
-        batches, self.current_gradient_accumulation_steps = self.current_gradient_accumulation_steps, 1
-        if num_items_in_batch is not None:
-            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)  # type: ignore[attr-defined]
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        self.current_gradient_accumulation_steps = batches
-        if not optimizer.gradients:
-            self._turn_norms = []
-        self._turn_norms.append(self._clip(model, self.args.max_grad_norm or math.inf))
-        optimizer.next_worker()
-        return loss / batches
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """As the parent; a run that has made all its steps has no epoch left.
+
+        Raises:
+            ValueError: the ranks would make different numbers of steps, and wait for each other; raised on all ranks.
+        """
+        epochs, steps_an_epoch, *rest, steps = super().set_initial_training_values(*args, **kwargs)  # type: ignore[misc]
+        if self._gradients_stay_local:
+            self._check_equally_many(steps, steps_an_epoch)
+        if 0 < steps <= self._steps_made:
+            epochs = self._steps_made // steps_an_epoch  # transformers would begin the next, and step once in it
+        return epochs, steps_an_epoch, *rest, steps
+
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        # The parent gathers the loss of all ranks here, so they come together; to log() one may come alone.
+        if (
+            self._gradients_stay_local
+            and self.control.should_log
+            and self.state.global_step > self._globalstep_last_logged  # type: ignore[attr-defined]
+        ):
+            self._observed = self._observations(grad_norm)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the parent, with the traffic and the votes in the logs of training."""
-        # Only the training log has both; the Trainer writes it on all ranks at once, so collectives are safe.
-        if self._gradients_stay_local and "loss" in logs and "learning_rate" in logs:
-            logs = {**logs, **self._observations(logs)}
+        if self._observed is not None and "loss" in logs and "learning_rate" in logs:
+            logs, self._observed = {**logs, **self._observed}, None
         super().log(logs, start_time)  # type: ignore[misc]
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
@@ -176,6 +215,23 @@ class DLionTrainerMixin(TrainerVersionsMixin):
     def _clip(self, model: nn.Module, limit: float) -> torch.Tensor:
         """Returns the norm; where it is not finite, gradients stay as they are, and the bad one can be found."""
         self.accelerator.unscale_gradients()
+        if self._has_virtual_workers():
+            return self._clip_each(model, limit)
+        return self._clip_own(model, limit)
+
+    def _clip_each(self, model: nn.Module, limit: float) -> torch.Tensor:
+        """Of each virtual worker, by its own norm; returns the mean of these."""
+        optimizer, norms = self._own_optimizer(), []
+        for gradients in optimizer.gradients:
+            for parameter, gradient in zip(all_parameters(optimizer), gradients, strict=True):
+                parameter.grad = gradient
+            norms.append(self._clip_own(model, limit))
+        for parameter in all_parameters(optimizer):
+            parameter.grad = None
+        return torch.stack(norms).mean()
+
+    @staticmethod
+    def _clip_own(model: nn.Module, limit: float) -> torch.Tensor:
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
         norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         clip_grads_with_norm_(parameters, limit, torch.where(norm.isfinite(), norm, 0.0))
@@ -225,9 +281,12 @@ class DLionTrainerMixin(TrainerVersionsMixin):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self._gradients_stay_local:
+            if checkpoint is not None and has_workers(checkpoint):
+                raise CheckpointError(written_by_others(checkpoint, type(self._own_optimizer()).__name__))
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             return
-        load_workers(checkpoint, self.optimizer, resume_world_size_policy=self.args.resume_world_size_policy)
+        policy = getattr(self.args, "resume_world_size_policy", "mean")
+        load_workers(checkpoint, self.optimizer, resume_world_size_policy=policy)
         scheduler = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), map_location="cpu", weights_only=True)
         self.lr_scheduler.load_state_dict(scheduler)
 
@@ -241,50 +300,111 @@ class DLionTrainerMixin(TrainerVersionsMixin):
 
     @property
     def _gradients_stay_local(self) -> bool:
-        return self.args.optim in METHODS
+        made: Any = getattr(self, "optimizer", None)  # not there yet, as a Trainer is made
+        return self.args.optim in METHODS or bool(members_of(made))
 
-    def _whole_checkpoint(self, wanted: str | bool) -> str:
-        if wanted is True:
-            newest = last_complete_checkpoint(self.args.output_dir)
-            if newest is None:
-                raise CheckpointError(
-                    f"resume_from_checkpoint=True, and there is no complete checkpoint in {self.args.output_dir}. "
-                    "Leave it out to start from the beginning."
-                )
-            return newest
-        check_complete(str(wanted))
-        return str(wanted)
+    def _keep_gradients_local(self) -> None:
+        if self.args.n_gpu > 1:
+            named = self.args.optim in METHODS
+            method = f"optim={self.args.optim!r}" if named else f"A {type(self._own_optimizer()).__name__}"
+            raise ValueError(
+                f"{method} with {self.args.n_gpu} GPUs in one process (nn.DataParallel): a process is one worker and "
+                "has one vote. Start one process per GPU: `accelerate launch --multi_gpu script.py`."
+            )
+        if self._virtual_workers > 1 and self.args.world_size > 1:
+            raise ValueError(
+                f"virtual_workers={self._virtual_workers} in {self.args.world_size} processes: virtual workers are "
+                "all in one. Start one process, or leave virtual_workers out."
+            )
+        keep_gradients_local(self.accelerator)
+        if self.args.use_cpu and dist.is_initialized():
+            # transformers 5.23 gives a process group on the CPU no time limit of its own, whatever ddp_timeout says.
+            dist.distributed_c10d._set_pg_timeout(self.args.ddp_timeout_delta)
 
-    def _check_and_name(self, model: nn.Module) -> None:
-        """While gradients stay on their worker, only our optimizers may step. Their errors get the model's names."""
+    def _check_optimizer(self) -> None:
+        """While gradients stay on their worker, only our optimizers may step."""
+        workers = len(members_of(self.optimizer))
+        if self.args.optim in METHODS and not workers:
+            raise ValueError(
+                f"optim={self.args.optim!r}, and an optimizer of class {type(self._own_optimizer()).__name__} was "
+                "given: no worker would learn from the others. Leave it out, or take the optim of transformers that "
+                "it is."
+            )
+        if workers and workers != self._virtual_workers:
+            raise ValueError(
+                f"virtual_workers={self._virtual_workers}, and an optimizer of {workers} in this process was given. "
+                "Say virtual_workers and optim as it has them, and make it hf_dlion.optim.virtual.VirtualWorkers where "
+                "they are several; or leave the optimizer out, and the Trainer makes it."
+            )
+
+    def _begin_votes(self) -> None:
+        """As a training begins: our optimizer gets the model's names for its errors, and counts from here on."""
         optimizer = self._own_optimizer()
         if not members_of(optimizer):
-            raise ValueError(
-                f"optim={self.args.optim!r}, and an optimizer of class {type(optimizer).__name__} was given: no worker "
-                "would learn from the others. Leave it out, or take the optim of transformers that it is."
-            )
-        names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
+            return
+        if not isinstance(self.accelerator.ddp_handler, LocalGradients):
+            self._keep_gradients_local()
+        if self.args.average_tokens_across_devices:  # as with our names: DLionArgumentsMixin
+            self.args.average_tokens_across_devices = False
+        names: dict[Any, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         found = [names.get(parameter, "") for parameter in all_parameters(optimizer)]
         for member in members_of(optimizer):
             member.parameter_names = found
+        if self._has_virtual_workers():
+            optimizer.forget_turns()
+        optimizer.vote_shares()  # those of an earlier training are not for the log of this one
+        self._at_start, self._logged = optimizer.ledger.copy(), optimizer.ledger.copy()
+        self._logged_bad_gradients = optimizer.bad_gradients
 
-    def _own_optimizer(self) -> Optimizer:
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+    def _resumed(self, wanted: str | bool) -> str | bool:
+        """The checkpoint to resume from: a whole one, where it is of ours."""
+        folder = get_last_checkpoint(self.args.output_dir) if wanted is True else str(wanted)
+        if self._gradients_stay_local or (folder is not None and has_workers(folder)):
+            folder = self._whole_checkpoint(wanted)
+        if folder is None:
+            return wanted  # the parent says that there is none
+        state = os.path.join(folder, TRAINER_STATE_NAME)
+        self._steps_made = TrainerState.load_from_json(state).global_step if os.path.isfile(state) else 0
+        return folder
 
-    def _observations(self, logs: dict[str, float]) -> dict[str, float]:
+    def _whole_checkpoint(self, wanted: str | bool) -> str:
+        if wanted is not True:
+            check_complete(str(wanted))
+            return str(wanted)
+        newest, others = newest_complete(self.args.output_dir)
+        if newest is None:
+            raise CheckpointError(
+                f"resume_from_checkpoint=True, and there is no complete checkpoint in {self.args.output_dir}. "
+                f"{' '.join(others)}{' ' * bool(others)}Leave it out to start from the beginning."
+            )
+        return newest
+
+    def _check_equally_many(self, steps: int, steps_an_epoch: int) -> None:
+        if self.args.world_size == 1:
+            return
+        everyone: list[Any] = [None] * self.args.world_size
+        dist.all_gather_object(everyone, (steps, steps_an_epoch))
+        strategies = (self.args.logging_strategy, self.args.eval_strategy, self.args.save_strategy)
+        by_epoch = any(getattr(strategy, "value", strategy) == "epoch" for strategy in strategies)
+        if len({own if by_epoch else own[0] for own in everyone}) > 1:
+            raise ValueError(
+                f"the ranks would not come equally often, and would wait for each other: by rank, {everyone} are the "
+                "steps of the training and of an epoch, since their data loaders have other lengths. Let "
+                "accelerator.prepare deal out one dataset, cut the loaders to one length, or set max_steps and no "
+                "strategy to epoch."
+            )
+
+    def _observations(self, grad_norm: Any) -> dict[str, float]:
+        """A collective over the workers."""
         optimizer: Any = self._own_optimizer()
-        if not members_of(optimizer):
-            return {}
         found = self._traffic(optimizer)
         found["bad_gradients"] = optimizer.bad_gradients - self._logged_bad_gradients
         self._logged_bad_gradients = optimizer.bad_gradients
         shares = optimizer.vote_shares()
         if shares is not None:
             found |= {"vote_ties": shares.ties, "vote_unanimous": shares.unanimous}
-        if "grad_norm" in logs:
-            norm = torch.tensor(logs["grad_norm"], device=self.accelerator.device)
-            if len(members_of(optimizer)) > 1:
-                norm = torch.stack(self._turn_norms).mean()
+        if grad_norm is not None:
+            norm = torch.as_tensor(grad_norm, device=self.accelerator.device)
             found["grad_norm"] = self.accelerator.reduce(norm, reduction="mean").item()
         found = {name: round(value, 6) if isinstance(value, float) else value for name, value in found.items()}
         for callback in self.callback_handler.callbacks:
@@ -297,7 +417,7 @@ class DLionTrainerMixin(TrainerVersionsMixin):
         total = optimizer.ledger
         new = total.since(self._logged)
         self._logged = total.copy()
-        found: dict[str, float] = {"bytes_sent_total": total.sent_bytes}
+        found: dict[str, float] = {"bytes_sent_total": total.since(self._at_start).sent_bytes}
         if new.steps:
             found["bits_sent_per_param"] = 8 * new.sent_bytes / (parameters * new.steps)
             found["bits_received_per_param"] = 8 * new.received_bytes / (parameters * new.steps)

@@ -1,0 +1,74 @@
+"""What a Trainer does otherwise with virtual workers: it takes a round of batches where it took a batch.
+
+So it counts batches, steps and epochs as each of as many processes would. Extension points of transformers 5:
+``get_train_dataloader``, ``training_step``, and what else it does with a batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..optim.workers import members_of
+from .rounds import Round, in_rounds
+
+
+class VirtualWorkersMixin:
+    """Gives any Trainer virtual workers; with one worker a process, nothing changes."""
+
+    args: Any
+    accelerator: Any
+    optimizer: Any
+
+    @property
+    def _virtual_workers(self) -> int:
+        return getattr(self.args, "virtual_workers", 1)  # plain TrainingArguments have none
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the parent; from then on the train loader gives rounds, also where a subclass makes it."""
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        if self._virtual_workers > 1:
+            of_batches = self.get_train_dataloader  # type: ignore[has-type]
+            self.get_train_dataloader = lambda: in_rounds(of_batches(), self.accelerator, self._virtual_workers)
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | list[Any] | None = None
+    ) -> torch.Tensor:
+        """As the parent; of a round, a turn of each worker, and the mean of their losses."""
+        if not isinstance(inputs, Round):
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        optimizer, losses = self._own_optimizer(), []
+        for rank, batch in enumerate(inputs):
+            items = num_items_in_batch[rank] if isinstance(num_items_in_batch, list) else num_items_in_batch
+            losses.append(super().training_step(model, batch, items))  # type: ignore[misc]
+            optimizer.take_turn(rank)
+        return torch.stack(losses).mean()
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """As the parent, of all virtual workers."""
+        return super().get_total_train_batch_size(args) * self._virtual_workers  # type: ignore[misc]
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """As the parent, of a whole round."""
+        theirs = super().floating_point_ops  # type: ignore[misc]
+        return sum(map(theirs, inputs)) if isinstance(inputs, Round) else theirs(inputs)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """By worker, as what it sends comes from the mean over its own batches."""
+        theirs = super()._get_num_items_in_batch  # type: ignore[misc]
+        if not batch_samples or not isinstance(batch_samples[0], Round):
+            return theirs(batch_samples, device)
+        return [theirs(list(own), device) for own in zip(*batch_samples, strict=True)]
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        for batch in inputs if isinstance(inputs, Round) else [inputs]:
+            super()._track_num_input_tokens(batch)  # type: ignore[misc]
+
+    def _own_optimizer(self) -> Any:
+        """As it is, where accelerate has wrapped it."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _has_virtual_workers(self) -> bool:
+        return len(members_of(self.optimizer)) > 1
