@@ -93,11 +93,11 @@ def _value(node: ast.expr) -> Any:
 
 
 def _alike(value: Any, default: Any) -> bool:
-    """Whether both are numbers, strings, or as many numbers."""
+    """Whether both are numbers, strings, booleans, or as many numbers."""
     if isinstance(default, tuple):
         return isinstance(value, (tuple, list)) and len(value) == len(default) and all(map(_alike, value, default))
-    if isinstance(default, str):
-        return isinstance(value, str)
+    if isinstance(default, (str, bool)):
+        return isinstance(value, type(default))
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
