@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..bits.hashing import checksum
-from .tensors import check_parameter
 
 STEP = "step"
 
@@ -47,22 +46,6 @@ class Replica:
     def step(self) -> int:
         """How many steps were made."""
         return int(self.groups[0][STEP])
-
-    def check(self, states: Sequence[Mapping[str, Tensor]]) -> None:
-        """Raise ValueError where a parameter cannot be voted on, or is no longer of the shape of its state.
-
-        Args:
-            states: by parameter; empty where there is none yet.
-        """
-        for index, (parameter, state) in enumerate(zip(self.parameters, states, strict=True)):
-            check_parameter(parameter, self.parameters[0].device, self.name(index))
-            for name, tensor in state.items():
-                if tensor.shape != parameter.shape:
-                    raise ValueError(
-                        f"{self.name(index)} has shape {tuple(parameter.shape)}, and its {name} {tuple(tensor.shape)}: "
-                        "it was resized after the optimizer had stepped. Make a new optimizer for the resized model, "
-                        "or resize before the first step."
-                    )
 
     def describe_layout(self) -> dict[str, Any]:
         """Method, options, and the shapes of the parameters."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .replica import STEP
-from .tensors import float32_state, laid_out_state
+from .replica import STEP, Replica
+from .tensors import check_parameter, float32_state, laid_out_state
 
 logger = logging.getLogger(__name__)
 
@@ -146,3 +146,21 @@ def _fitting(found: Tensor | None, name: str, index: int, parameter: Tensor) -> 
             "another model or optimizer."
         )
     return float32_state(parameter).copy_(found)
+
+
+def check_layout(replica: Replica, states: Sequence[Mapping[str, Tensor]]) -> None:
+    """Raise ValueError where a parameter cannot be voted on, or is no longer of the shape of its state.
+
+    Args:
+        replica: this worker's.
+        states: by parameter; empty where there is none yet.
+    """
+    for index, (parameter, state) in enumerate(zip(replica.parameters, states, strict=True)):
+        check_parameter(parameter, replica.parameters[0].device, replica.name(index))
+        for name, tensor in state.items():
+            if tensor.shape != parameter.shape:
+                raise ValueError(
+                    f"{replica.name(index)} has shape {tuple(parameter.shape)}, and its {name} {tuple(tensor.shape)}: "
+                    "it was resized after the optimizer had stepped. Make a new optimizer for the resized model, or "
+                    "resize before the first step."
+                )

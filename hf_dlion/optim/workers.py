@@ -19,7 +19,7 @@ from ..wire.ledger import Ledger
 from .agreement import ON_BAD_GRADIENT, Agreement, LayoutChangedError, StepInputs
 from .renamed import renamed_keywords
 from .replica import STEP, Layout, Replica
-from .states import StatefulOptimizer, all_parameters
+from .states import StatefulOptimizer, all_parameters, check_layout
 from .tensors import check_parameter, local, local_gradient
 from .views import Views
 
@@ -246,7 +246,7 @@ class WorkersOptimizer(StatefulOptimizer):
     def _current_plan(self, replica: Replica) -> Plan:
         plan = self._plan
         if plan is None or plan.workers != self.workers or (plan.channel is None and plan.layout != replica.layout):
-            replica.check([self.state.get(parameter, {}) for parameter in all_parameters(self)])
+            check_layout(replica, [self.state.get(parameter, {}) for parameter in all_parameters(self)])
             plan = self._make_plan(make_channel(self.process_group, self.ledger))
             plan.layout = replica.layout
             self.agreement.handshake_done = False
