@@ -197,10 +197,17 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin):
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the parent, with the traffic and the votes in the logs of training."""
+        """As the parent, with the traffic and the votes in the logs of training.
+
+        May be called on one rank. The log of training that is due then still comes, on all ranks.
+        """
+        others = self._observed is None
         if self._observed is not None and "loss" in logs and "learning_rate" in logs:
             logs, self._observed = {**logs, **self._observed}, None
+        due = self.control.should_log
         super().log(logs, start_time)  # type: ignore[misc]
+        if others and self._gradients_stay_local:
+            self.control.should_log = due  # the parent takes any log for it, and the other ranks would wait
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         if not self._gradients_stay_local:
