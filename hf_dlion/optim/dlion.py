@@ -26,7 +26,8 @@ from ..wire.exchange import (
     highest_level,
     make_exchange,
 )
-from .layout import Bucket, last_buckets, make_buckets
+from .layout import Bucket, last_buckets
+from .sharding import find_shards, lay_out
 from .tensors import local
 from .views import SegmentViews
 from .workers import (
@@ -173,7 +174,8 @@ class DistributedLion(WorkersOptimizer):
         mine = [int(seen.ties), int(seen.unanimous), seen.counted, round(seen.padding)]
         seen.reset()
         rows = plan.exchange.channel.gather_integers(mine, plan.views.device)
-        ties, unanimous, counted, padding = (sum(column) for column in zip(*rows, strict=True))
+        sums = torch.tensor(rows, device=plan.views.device).sum(0)
+        ties, unanimous, counted, padding = (sums if plan.shards is None else plan.shards.sum(sums)).tolist()
         votes = max(counted - padding, 1)
         # Votes on padding are zero votes: ties for N even, split for N odd, and never unanimous.
         return VoteShares((ties - padding) / votes if plan.workers % 2 == 0 else 0.0, unanimous / votes)
@@ -243,9 +245,8 @@ class DistributedLion(WorkersOptimizer):
         exchange = None
         if channel is not None:
             exchange = make_exchange(self.exchange, channel, elements // 32, self.aggregation, self.tie, device)
-        numbered = iter(enumerate(parameters))
-        groups = [[next(numbered) for _ in group["params"]] for group in self.param_groups]
-        buckets = make_buckets(groups, exchange.buckets if exchange else 1)
+        shards = find_shards(all_parameters(self), self.process_group)
+        buckets = lay_out(self.param_groups, shards, exchange.buckets if exchange else 1)
         highest = highest_level(self.aggregation, self.tie, workers)
         kernels = None
         if elements >= COMPILE_FROM:
@@ -256,6 +257,7 @@ class DistributedLion(WorkersOptimizer):
             channel=channel,
             views=SegmentViews(buckets, [self._vote_states(group) for group in self.param_groups], device),
             compiled=kernels is not None,
+            shards=shards,
             buckets=buckets,
             kernels=kernels or EAGER,
             exchange=exchange,

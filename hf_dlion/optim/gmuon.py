@@ -41,6 +41,7 @@ class GlobalMuon(HiddenMatricesMixin, DenseMean):
     """
 
     whole_parameters = True
+    by_element = False
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ from ..wire.collectives import Channel
 from ..wire.conversation import Conversation, side_by_side
 from ..wire.groups import Group, group_size, make_channel, rank_in
 from ..wire.ledger import Ledger
+from ..wire.shards import Shards
 from .agreement import ON_BAD_GRADIENT, Agreement
 from .renamed import renamed_keywords
 from .replica import STEP, Replica
@@ -54,12 +55,14 @@ class Plan:
         channel: this worker's place among them; None for one alone.
         views: of the parameters and their states.
         compiled: whether this worker steps by compiled kernels.
+        shards: the ranks that hold this worker's replica together; None, if this one holds all of it.
     """
 
     workers: int
     channel: Channel | None
     views: Views
     compiled: bool = False
+    shards: Shards | None = None
 
 
 @dataclass(frozen=True)
@@ -280,8 +283,9 @@ class WorkersOptimizer(Optimizer, ABC):
 
     def _replica(self) -> Replica:
         held = [local(parameter) for parameter in all_parameters(self)]
-        method, names = type(self).__name__, self.parameter_names
-        return Replica(method, self.options(), self.param_groups, self.hyperparameters(), held, names)
+        shards, names = self._plan.shards if self._plan else None, self.parameter_names
+        hypers = self.hyperparameters()
+        return Replica(type(self).__name__, self.options(), self.param_groups, hypers, held, names, shards)
 
 
 def all_parameters(optimizer: Optimizer) -> list[Tensor]:
@@ -320,10 +324,11 @@ def fitting_states(
 
 
 def _fitting(found: Tensor | None, name: str, index: int, parameter: Tensor) -> Tensor:
-    if found is None or found.shape != parameter.shape:
+    shape = local(parameter).shape
+    if found is None or found.shape != shape:
         what = "there is none" if found is None else f"it has shape {tuple(found.shape)}"
         raise ValueError(
-            f"no {name} of shape {tuple(parameter.shape)} for parameter {index}: {what}. This state is of "
+            f"no {name} of shape {tuple(shape)} for parameter {index}: {what}. This state is of "
             "another model or optimizer."
         )
     return float32_state(parameter).copy_(found)
