@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,7 +17,7 @@ from hf_dlion.optim import layout
 from hf_dlion.optim.gadamw import GlobalAdamW
 from hf_dlion.optim.glion import GlobalLion
 from hf_dlion.optim.signum import DistributedSignum
-from hf_dlion.optim.workers import WorkersOptimizer, all_parameters
+from hf_dlion.optim.workers import WorkersOptimizer
 from tests.harness import run_workers
 
 STEPS = 20
