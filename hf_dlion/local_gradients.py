@@ -3,13 +3,19 @@
 accelerate calls ``ddp_handler.register_comm_hook(model)`` right after it has wrapped a model in
 ``DistributedDataParallel``; a handler that registers a hook which communicates nothing keeps all else that DDP does:
 it sends rank 0's parameters to all, and it finds unused parameters.
+
+Where replicas are sharded, accelerate gives ``fully_shard`` the dimensions of its mesh that ``ParallelismConfig`` names
+in ``fsdp_dim_names``. Without that of the replicas, FSDP2 reduces gradients inside a replica, and they stay there.
 """
 
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
+import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import (
     DDPCommunicationHookType,
     DistributedDataParallelKwargs,
@@ -21,6 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 if not (compare_versions("accelerate", ">=", "1.10") and compare_versions("accelerate", "<", "2")):
     raise ImportError("accelerate>=1.10,<2 is required: how it wraps a model in DDP is known of these versions.")
+
+_REPLICAS = "dp_replicate"
 
 _SUPPORTED = {
     DistributedType.NO,
@@ -39,11 +47,24 @@ class LocalGradients(DistributedDataParallelKwargs):
         model.register_comm_hook(None, noop_hook)
 
 
+class SeparateReplicas(ParallelismConfig):
+    """A mesh of replicas and shards on which FSDP2 knows of the shards only."""
+
+    @property
+    def fsdp_dim_names(self) -> list[str]:
+        """Names of the dimensions over which a model is sharded."""
+        return [name for name in super().fsdp_dim_names if name != _REPLICAS]
+
+
 def keep_gradients_local(target: Accelerator | DistributedDataParallel) -> None:
     """Keep every worker's gradients to itself, so that the workers can vote.
 
     Call it with the ``Accelerator`` before ``accelerator.prepare(model)``, or with a DDP module before its first
     backward. Gradient accumulation works as ever. ``DLionTrainer`` does this by itself.
+
+    With FSDP2 and a ``parallelism_config`` of several replicas, a replica is a worker: its ranks reduce their gradients
+    among themselves. The optimizer then votes with ``accelerator.torch_device_mesh["dp_replicate"].get_group()`` as its
+    ``process_group``.
 
     Args:
         target: the accelerator that will wrap the model, or the wrapped model.
@@ -72,18 +93,58 @@ def keep_gradients_local(target: Accelerator | DistributedDataParallel) -> None:
             "this accelerator has already prepared a model, whose gradients it will average. Call "
             "keep_gradients_local(accelerator) before accelerator.prepare(model)."
         )
+    config = target.parallelism_config
+    if voting_group(target) is not None and not isinstance(config, SeparateReplicas):
+        kept = SeparateReplicas(**{f.name: getattr(config, f.name) for f in fields(config)})
+        kept.device_mesh = config.device_mesh
+        target.state.parallelism_config = kept
     target.ddp_handler = LocalGradients(**{f.name: getattr(handler, f.name) for f in fields(handler)})
 
 
+def voting_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
+    """The ranks that vote with this one where replicas are sharded; None, where each rank is a worker."""
+    config = accelerator.parallelism_config
+    if accelerator.distributed_type != DistributedType.FSDP or config is None:
+        return None
+    group: dist.ProcessGroup = accelerator.torch_device_mesh[_REPLICAS].get_group()
+    return group
+
+
 def check_supported(accelerator: Accelerator) -> None:
-    """Raise ValueError where the gradients of a worker are not whole tensors of its own."""
+    """Raise ValueError where a worker would not have a gradient of its own."""
     kind = accelerator.distributed_type
     parallel = accelerator.parallelism_config
     sharded = parallel is not None and parallel.total_size > parallel.dp_replicate_size
     if kind in _SUPPORTED and not sharded:
         return
+    if kind == DistributedType.FSDP:
+        _check_shards(accelerator.state.fsdp_plugin, parallel)
+        return
     raise ValueError(
         f"Distributed Lion was asked to run under {'a sharding parallelism_config' if sharded else kind.value}, where "
-        "no worker holds the whole model and its own gradient. Supported is plain data parallelism: one process per "
-        "GPU (`accelerate launch --multi_gpu`), without DeepSpeed, FSDP, Megatron-LM or tensor parallelism."
+        "no worker holds the whole model and its own gradient. Supported are one process per GPU "
+        "(`accelerate launch --multi_gpu`), without DeepSpeed, Megatron-LM or tensor parallelism; and replicas that "
+        "FSDP2 shards, on GPUs: examples/launch/sharded_replicas.yaml."
     )
+
+
+def _check_shards(plugin: Any, parallel: ParallelismConfig | None) -> None:
+    """Raise ValueError unless FSDP2 is to shard several replicas, and nothing else is."""
+    where = "The file to start from is examples/launch/sharded_replicas.yaml."
+    if getattr(plugin, "fsdp_version", 1) != 2:
+        raise ValueError(
+            "Distributed Lion was asked to run under FSDP version 1, which keeps all parameters of a layer in one. Set "
+            f"fsdp_version to 2. {where}"
+        )
+    sizes = (1, 1) if parallel is None else (parallel.dp_replicate_size, parallel.dp_shard_size)
+    if min(sizes) < 2:
+        raise ValueError(
+            f"Distributed Lion was asked to run under FSDP2 with dp_replicate_size={sizes[0]} and "
+            f"dp_shard_size={sizes[1]}. A replica is one worker: give parallelism_config how many replicas vote, at "
+            f"least 2, and over how many GPUs each is sharded; with 1, leave FSDP out. {where}"
+        )
+    if parallel is not None and parallel.total_size > parallel.data_parallel_size:
+        raise ValueError(
+            "Distributed Lion was asked to run under FSDP2 with tensor, context or sequence parallelism. Leave these "
+            f"out of parallelism_config. {where}"
+        )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import save_fsdp_model
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
@@ -24,8 +25,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from ..checkpoint.complete import check_complete, last_complete_checkpoint
 from ..checkpoint.manifest import CheckpointError
 from ..checkpoint.workers import load_workers, remove_manifest, save_workers
-from ..local_gradients import keep_gradients_local
+from ..local_gradients import keep_gradients_local, voting_group
 from ..optim.hidden import hidden_matrices
+from ..optim.tensors import local, whole
 from ..optim.virtual import VirtualWorkers
 from ..optim.workers import all_parameters, members_of
 from ..wire.collectives import drain_gloo
@@ -68,6 +70,7 @@ class DLionTrainerMixin(TrainerVersionsMixin):
     lr_scheduler: Any
     state: Any
     current_gradient_accumulation_steps: int
+    is_fsdp_enabled: bool
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the parent, and gradients are kept local."""
@@ -92,9 +95,11 @@ class DLionTrainerMixin(TrainerVersionsMixin):
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """As the parent, with the method that ``args.optim`` names."""
         if self._gradients_stay_local:
+            self._refuse_loaded_in_shards()
             method = METHODS[self.args.optim]
             keywords = {
                 **method.keywords(self.args),
+                "process_group": voting_group(self.accelerator),
                 "on_bad_gradient": self.args.on_bad_gradient,
                 "check_replicas_steps": self.args.check_replicas_steps,
             }
@@ -108,12 +113,21 @@ class DLionTrainerMixin(TrainerVersionsMixin):
                     "adversaries": self.args.adversaries,
                     "adversary": self.args.adversary,
                 }
+                del keywords["process_group"]
                 self.optimizer_cls_and_kwargs = (VirtualWorkers, virtual | keywords)
         optimizer: Optimizer = super().create_optimizer(model)
         if self._gradients_stay_local:
             self._check_and_name(self.model if model is None else model)
         self._logged, self._logged_bad_gradients = Ledger(), 0
         return optimizer
+
+    def _refuse_loaded_in_shards(self) -> None:
+        if getattr(self, "is_distributed_loading_by_transformers", False):
+            raise ValueError(
+                f"optim={self.args.optim!r} with a model that was loaded in shards (DistributedConfig): its gradients "
+                "would be averaged over all of them. Load it whole, and let accelerate shard it: "
+                "examples/launch/sharded_replicas.yaml."
+            )
 
     def _hidden_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         decayed = set(self.get_decay_parameter_names(model))  # type: ignore[attr-defined]
@@ -176,7 +190,7 @@ class DLionTrainerMixin(TrainerVersionsMixin):
         """Returns the norm; where it is not finite, gradients stay as they are, and the bad one can be found."""
         self.accelerator.unscale_gradients()
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        norm = whole(get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
         clip_grads_with_norm_(parameters, limit, torch.where(norm.isfinite(), norm, 0.0))
         return norm
 
@@ -219,7 +233,11 @@ class DLionTrainerMixin(TrainerVersionsMixin):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self._gradients_stay_local:
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
-        elif self.args.should_save:
+            return
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_model(plugin, self.accelerator, self.model, output_dir, adapter_only=True)
+        if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -302,7 +320,8 @@ class DLionTrainerMixin(TrainerVersionsMixin):
             found["bits_received_per_param"] = 8 * new.received_bytes / (parameters * new.steps)
             workers = optimizer.members[0].workers
             if workers > 1:
-                dense = fp32_all_reduce_bytes(parameters, workers) * new.steps
+                held = sum(local(parameter).numel() for parameter in all_parameters(optimizer))
+                dense = fp32_all_reduce_bytes(held, workers) * new.steps
                 found["fp32_allreduce_ratio"] = new.sent_bytes / dense
         return found
 

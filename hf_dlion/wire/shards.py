@@ -81,7 +81,7 @@ class Shards:
         return found, anywhere
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of a tensor of integers over the shards: exact, and without waiting for the device."""
+        """The sum of a tensor over the shards, in their order: of integers, exact. Does not wait for the device."""
         everyone, work = self.channel.all_gather(values)
         work.wait()
         return everyone.sum(0)
