@@ -5,24 +5,28 @@ accelerate shards on GPUs only: here its state is told that it does, after which
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from transformers import GPT2LMHeadModel, Trainer
 
-from hf_dlion import DistributedLion, keep_gradients_local
+from hf_dlion import DistributedLion, DLionTrainer, DLionTrainerMixin, LionTheoryCallback, keep_gradients_local
 from hf_dlion.local_gradients import check_supported
 from tests.harness import run_workers
-from tests.trainer.tiny import act_as_launched
+from tests.trainer.tiny import act_as_launched, arguments, rows
+from tests.trainer.tiny import model as tiny
 
 
 def pretend(accelerator: Accelerator, replicas: int = 2, shards: int = 2, **plugin: Any) -> Accelerator:
     state: Any = accelerator.state
     state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap", **plugin)
-    state.distributed_type = DistributedType.FSDP
+    # Every AcceleratorState takes over what PartialState has.
+    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     state.parallelism_config = ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=shards)
     state.device_mesh = state.parallelism_config.get_device_mesh("cpu")
     return accelerator
@@ -79,3 +83,74 @@ def test_what_fsdp_cannot_do_here(version: int, sizes: tuple[int, ...] | None, m
 
     with pytest.raises(ValueError, match=message):
         check_supported(Sharding())  # type: ignore[arg-type]
+
+
+class OnCpu:
+    """Between our mixin and the Trainer: its accelerator is told that it shards."""
+
+    args: Any
+    accelerator: Any
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        pretend(self.accelerator, state_dict_type="FULL_STATE_DICT")
+        self.is_fsdp_enabled = True
+
+
+class ShardedTrainer(DLionTrainerMixin, OnCpu, Trainer):
+    pass
+
+
+def shards_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [parameter.to_local().clone() for parameter in model.parameters()]  # type: ignore[attr-defined]
+
+
+def train(rank: int, folder: str, optim: str) -> dict[str, Any]:
+    """Four steps at once, and two and two, with a checkpoint between them."""
+    act_as_launched(rank)
+    found: dict[str, Any] = {}
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "max_grad_norm": 0.01}
+    for name, checkpoint in (("whole", None), ("resumed", f"{folder}/whole/checkpoint-2")):
+        own = arguments(f"{folder}/{name}", optim=optim, check_replicas_steps=1, **options)
+        callbacks = [LionTheoryCallback(every=1)] if optim == "dlion_mavo" else []
+        run = ShardedTrainer(model=tiny(), args=own, train_dataset=rows(), callbacks=callbacks)
+        run.train(resume_from_checkpoint=checkpoint)
+        logs = [entry for entry in run.state.log_history if "grad_norm" in entry]
+        found[name] = shards_of(run.model), [entry["grad_norm"] for entry in logs]
+        found["log"] = logs[-1]
+        found["state"] = [state["momentum"].clone() for state in run.optimizer.optimizer.state.values()]
+    whole, resumed = found["whole"], found["resumed"]
+    assert all(map(torch.equal, whole[0], resumed[0]))
+    assert whole[1] == resumed[1]  # with the log of before
+    saved = GPT2LMHeadModel.from_pretrained(f"{folder}/whole/checkpoint-4")
+    full = [parameter.full_tensor() for parameter in run.model.parameters()]  # type: ignore[attr-defined]
+    assert all(map(torch.equal, saved.parameters(), full))
+    return found
+
+
+@pytest.mark.parametrize("optim", ["dlion_mavo", "dmuon_avg"])
+def test_a_trainer_goes_on_where_it_stopped(optim: str, tmp_path: Path) -> None:
+    everyone = run_workers(train, 4, str(tmp_path), optim, timeout=300)
+    for rank, found in enumerate(everyone):
+        same, other = everyone[(rank + 2) % 4], everyone[rank ^ 1]
+        assert all(map(torch.equal, found["whole"][0], same["whole"][0]))
+        assert not all(map(torch.equal, found["state"], same["state"]))
+        assert found["log"]["grad_norm"] == other["log"]["grad_norm"]
+        assert 0.5 < found["log"]["bits_sent_per_param"] < 0.7  # half of a bit, and what fills up a small model's words
+        assert 1 / 32 < found["log"]["fp32_allreduce_ratio"] < 1 / 20
+        assert found["log"].get("lion_box_distance") == same["log"].get("lion_box_distance")
+        assert ("lion_surrogate" in found["log"]) == (optim == "dlion_mavo")
+
+
+def loaded_in_shards(rank: int, folder: str) -> str:
+    act_as_launched(rank)
+    model = tiny()
+    model.is_distributed_loading_by_transformers = True
+    run = DLionTrainer(model=model, args=arguments(folder, save_strategy="no"), train_dataset=rows())
+    with pytest.raises(ValueError, match="loaded in shards") as caught:
+        run.create_optimizer()
+    return str(caught.value)
+
+
+def test_a_model_that_was_loaded_in_shards_is_refused(tmp_path: Path) -> None:
+    run_workers(loaded_in_shards, 2, str(tmp_path))
