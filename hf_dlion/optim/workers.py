@@ -232,7 +232,8 @@ class WorkersOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plan, replica = self._current_plan(), self._replica()
+        plan = self._current_plan()
+        replica = _replica_of(self, plan)
         gradients = [local_gradient(parameter, replica.method) for parameter in all_parameters(self)]
         scaler = [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
         gradients, bad = self.agreement.own_gradients(gradients, replica, self.rank, *scaler)
@@ -281,11 +282,11 @@ class WorkersOptimizer(Optimizer, ABC):
         self._plan.views.follow([local(p) for p in parameters], [self.state[p] for p in parameters])
         return self._plan
 
-    def _replica(self) -> Replica:
-        held = [local(parameter) for parameter in all_parameters(self)]
-        shards, names = self._plan.shards if self._plan else None, self.parameter_names
-        hypers = self.hyperparameters()
-        return Replica(type(self).__name__, self.options(), self.param_groups, hypers, held, names, shards)
+
+def _replica_of(optimizer: WorkersOptimizer, plan: Plan) -> Replica:
+    held = [local(parameter) for parameter in all_parameters(optimizer)]
+    method, names, hypers = type(optimizer).__name__, optimizer.parameter_names, optimizer.hyperparameters()
+    return Replica(method, optimizer.options(), optimizer.param_groups, hypers, held, names, plan.shards)
 
 
 def all_parameters(optimizer: Optimizer) -> list[Tensor]:
