@@ -123,6 +123,10 @@ class DistributedLion(WorkersOptimizer):
     works on all ranks. Memory beyond parameters, gradients and momentum is bounded by buckets of 16.8 million
     parameters and does not grow with the model. ``ledger`` counts the bytes that have travelled.
 
+    Parameters may be sharded by FSDP2 over the ranks of a replica, which then is one worker: give ``fully_shard`` the
+    shard dimension of a mesh, and the optimizer the group of the other. A rank votes on its shards with the ranks that
+    hold the same ones; ``ledger`` has what it sends to them.
+
     Args:
         params: parameters, named parameters or param groups; dense, real floating point, on one device.
         lr: learning rate; Lion wants 3 to 10 times less than AdamW.

@@ -61,6 +61,9 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
     what orthogonalising the largest takes. A matrix whose size is no multiple of 1024 keeps its direction until the
     last bucket of its group.
 
+    The ranks of a sharded replica gather whole matrices in turns, one a rank at a time. Where D can be 0 or is a mean,
+    they keep all decisions until they have added up the squares of their shards, a few bits a parameter.
+
     Args:
         params: param groups that say which are hidden matrices, as :func:`hidden_matrices` makes them: with
             ``orthogonal``, and ``split`` for weights that are several matrices.
