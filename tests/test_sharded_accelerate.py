@@ -136,7 +136,7 @@ def test_a_trainer_goes_on_where_it_stopped(optim: str, tmp_path: Path) -> None:
         assert all(map(torch.equal, found["whole"][0], same["whole"][0]))
         assert not all(map(torch.equal, found["state"], same["state"]))
         assert found["log"]["grad_norm"] == other["log"]["grad_norm"]
-        assert 0.5 < found["log"]["bits_sent_per_param"] < 0.7  # half of a bit, and what fills up a small model's words
+        assert 0.5 < found["log"]["bits_sent_per_param"] < 0.8  # half of a bit, and what fills up a small model's words
         assert 1 / 32 < found["log"]["fp32_allreduce_ratio"] < 1 / 20
         assert found["log"].get("lion_box_distance") == same["log"].get("lion_box_distance")
         assert ("lion_surrogate" in found["log"]) == (optim == "dlion_mavo")

@@ -137,7 +137,9 @@ class DistributedLion(WorkersOptimizer):
             sign(0); or ``"alternate"``, a sign that alternates over elements and steps, for one bit less on the way
             back.
         exchange: ``"gather"``, everyone counts all votes, (N-1) bits sent per parameter; ``"sharded"``, each rank
-            counts its part, (N-1)/N * (1 + bits of the decision); ``"auto"``, the one that sends less.
+            counts its part, (N-1)/N * (1 + bits of the decision); ``"hierarchical"``, on M nodes of L workers, each
+            node counts its own first, and (M-1)/L * ceil(log2(L+1)) go to other nodes; ``"auto"``, the one that sends
+            less, between nodes where there are several.
         process_group, on_bad_gradient, check_replicas_steps: as in :class:`hf_dlion.optim.workers.WorkersOptimizer`.
 
     Raises:

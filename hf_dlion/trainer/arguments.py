@@ -59,7 +59,8 @@ class DLionArgumentsMixin:
         default="auto",
         metadata={
             "help": "How votes travel: `gather`, everyone counts all of them; `sharded`, each rank counts its part; "
-            "`auto`, the one that sends fewer bytes.",
+            "`hierarchical`, they are counted on each machine first; `auto`, the one that sends fewer bytes, between "
+            "machines if there are several with several workers each.",
             "choices": list(EXCHANGES),
         },
     )
