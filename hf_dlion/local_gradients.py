@@ -21,6 +21,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     compare_versions,
+    parse_flag_from_env,
 )
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -115,6 +116,11 @@ def check_supported(accelerator: Accelerator) -> None:
     kind = accelerator.distributed_type
     parallel = accelerator.parallelism_config
     sharded = parallel is not None and parallel.total_size > parallel.dp_replicate_size
+    if kind == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ValueError(
+            "Distributed Lion was asked to run under FSDP on CPUs, where accelerate would leave it out: it shards "
+            "on GPUs only. Leave it out yourself, or call torch's fully_shard in a loop of your own."
+        )
     if kind in _SUPPORTED and not sharded:
         return
     if kind == DistributedType.FSDP:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -83,6 +84,18 @@ def forgotten(rank: int) -> str:
 def test_averaged_gradients_are_found() -> None:
     for message in run_workers(forgotten, 2):
         assert "averaged before the step (DDP still all-reduces: call hf_dlion.keep_gradients_local" in message
+
+
+def sharded_on_cpus(rank: int) -> str:
+    act_as_launched(rank)
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    with pytest.raises(ValueError, match="shards on GPUs only") as caught:
+        keep_gradients_local(Accelerator(cpu=True))
+    return str(caught.value)
+
+
+def test_fsdp_on_cpus_is_refused() -> None:
+    run_workers(sharded_on_cpus, 2)
 
 
 def too_late(rank: int) -> str:

@@ -173,6 +173,10 @@ class DLionArgumentsMixin:
                 f"fp16 with virtual_workers={self.virtual_workers}: one gradient scaler cannot serve several workers. "
                 "Use bf16=True."
             )
+        if getattr(self, "fsdp", None) and getattr(self, "use_cpu", False):
+            raise ValueError(
+                f"optim={self.optim!r} with fsdp on CPUs: accelerate shards on GPUs only. Leave one of the two out."
+            )
         if getattr(self, "deepspeed", None):
             raise ValueError(
                 f"optim={self.optim!r} with deepspeed: no worker would hold the whole model and its own gradient. "
