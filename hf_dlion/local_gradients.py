@@ -3,6 +3,9 @@
 accelerate calls ``ddp_handler.register_comm_hook(model)`` right after it has wrapped a model in
 ``DistributedDataParallel``. DDP has sent rank 0's parameters to all by then; from here on, it is kept from touching the
 gradients, as inside its ``no_sync()``: a parameter that a worker's backward does not reach has no gradient there.
+
+Where replicas are sharded, accelerate gives ``fully_shard`` the dimensions of its mesh that ``ParallelismConfig`` names
+in ``fsdp_dim_names``. Without that of the replicas, FSDP2 reduces gradients inside a replica, and they stay there.
 """
 
 from __future__ import annotations
@@ -11,15 +14,18 @@ import logging
 import os
 import weakref
 from dataclasses import fields
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import (
     DDPCommunicationHookType,
     DistributedDataParallelKwargs,
     DistributedType,
     compare_versions,
+    parse_flag_from_env,
 )
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -33,6 +39,8 @@ if not (compare_versions("accelerate", ">=", "1.10") and compare_versions("accel
     raise ImportError("accelerate>=1.10,<2 is required: how it wraps a model in DDP is known of these versions.")
 
 logger = logging.getLogger(__name__)
+
+_REPLICAS = "dp_replicate"
 
 _SUPPORTED = {
     DistributedType.NO,
@@ -51,6 +59,15 @@ class LocalGradients(DistributedDataParallelKwargs):
         _keep_local(model)
 
 
+class SeparateReplicas(ParallelismConfig):
+    """A mesh of replicas and shards on which FSDP2 knows of the shards only."""
+
+    @property
+    def fsdp_dim_names(self) -> list[str]:
+        """Names of the dimensions over which a model is sharded."""
+        return [name for name in super().fsdp_dim_names if name != _REPLICAS]
+
+
 def keep_gradients_local(target: Accelerator | DistributedDataParallel) -> None:
     """Keep every worker's gradients to itself, so that the workers can vote.
 
@@ -60,6 +77,10 @@ def keep_gradients_local(target: Accelerator | DistributedDataParallel) -> None:
     Every trainable parameter of the model must then be one of an optimizer of this package: the step of another one
     raises, and so does the second step if a parameter with a gradient is in none. DDP goes on sending rank 0's buffers
     to all, but for those that are not part of the state dict (masks, rotary frequencies): they are constants.
+
+    With FSDP2 and a ``parallelism_config`` of several replicas, a replica is a worker: its ranks reduce their gradients
+    among themselves. The optimizer then votes with ``accelerator.torch_device_mesh["dp_replicate"].get_group()`` as its
+    ``process_group``.
 
     Args:
         target: the accelerator that will wrap the model, or the wrapped model.
@@ -89,6 +110,11 @@ def keep_gradients_local(target: Accelerator | DistributedDataParallel) -> None:
             "this accelerator has already prepared a model, whose gradients it will average. Call "
             "keep_gradients_local(accelerator) before accelerator.prepare(model)."
         )
+    config = target.parallelism_config
+    if voting_group(target) is not None and not isinstance(config, SeparateReplicas):
+        kept = SeparateReplicas(**{f.name: getattr(config, f.name) for f in fields(config)})
+        kept.device_mesh = config.device_mesh
+        target.state.parallelism_config = kept
     target.ddp_handler = LocalGradients(**{f.name: getattr(handler, f.name) for f in fields(handler)})
 
 
@@ -177,15 +203,55 @@ def _check_votes(optimizer: Optimizer, args: object, keywords: object) -> None:
 register_optimizer_step_pre_hook(_check_votes)
 
 
+def voting_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
+    """The ranks that vote with this one where replicas are sharded; None, where each rank is a worker."""
+    config = accelerator.parallelism_config
+    if accelerator.distributed_type != DistributedType.FSDP or config is None:
+        return None
+    group: dist.ProcessGroup = accelerator.torch_device_mesh[_REPLICAS].get_group()
+    return group
+
+
 def check_supported(accelerator: Accelerator) -> None:
-    """Raise ValueError where the gradients of a worker are not whole tensors of its own."""
+    """Raise ValueError where a worker would not have a gradient of its own."""
     kind = accelerator.distributed_type
     parallel = accelerator.parallelism_config
     sharded = parallel is not None and parallel.total_size > parallel.dp_replicate_size
+    if kind == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ValueError(
+            "Distributed Lion was asked to run under FSDP on CPUs, where accelerate would leave it out: it shards "
+            "on GPUs only. Leave it out yourself, or call torch's fully_shard in a loop of your own."
+        )
     if kind in _SUPPORTED and not sharded:
+        return
+    if kind == DistributedType.FSDP:
+        _check_shards(accelerator.state.fsdp_plugin, parallel)
         return
     raise ValueError(
         f"Distributed Lion was asked to run under {'a sharding parallelism_config' if sharded else kind.value}, where "
-        "no worker holds the whole model and its own gradient. Supported is plain data parallelism: one process per "
-        "GPU (`accelerate launch --multi_gpu`), without DeepSpeed, FSDP, Megatron-LM or tensor parallelism."
+        "no worker holds the whole model and its own gradient. Supported are one process per GPU "
+        "(`accelerate launch --multi_gpu`), without DeepSpeed, Megatron-LM or tensor parallelism; and replicas that "
+        "FSDP2 shards, on GPUs: examples/launch/sharded_replicas.yaml."
     )
+
+
+def _check_shards(plugin: Any, parallel: ParallelismConfig | None) -> None:
+    """Raise ValueError unless FSDP2 is to shard several replicas, and nothing else is."""
+    where = "The file to start from is examples/launch/sharded_replicas.yaml."
+    if getattr(plugin, "fsdp_version", 1) != 2:
+        raise ValueError(
+            "Distributed Lion was asked to run under FSDP version 1, which keeps all parameters of a layer in one. Set "
+            f"fsdp_version to 2. {where}"
+        )
+    sizes = (1, 1) if parallel is None else (parallel.dp_replicate_size, parallel.dp_shard_size)
+    if min(sizes) < 2:
+        raise ValueError(
+            f"Distributed Lion was asked to run under FSDP2 with dp_replicate_size={sizes[0]} and "
+            f"dp_shard_size={sizes[1]}. A replica is one worker: give parallelism_config how many replicas vote, at "
+            f"least 2, and over how many GPUs each is sharded; with 1, leave FSDP out. {where}"
+        )
+    if parallel is not None and parallel.total_size > parallel.data_parallel_size:
+        raise ValueError(
+            "Distributed Lion was asked to run under FSDP2 with tensor, context or sequence parallelism. Leave these "
+            f"out of parallelism_config. {where}"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -260,6 +261,18 @@ def alone_among_two(rank: int) -> None:
 
 def test_an_accelerator_that_knows_of_no_other_process_is_refused() -> None:
     run_workers(alone_among_two, 2)
+
+
+def sharded_on_cpus(rank: int) -> str:
+    act_as_launched(rank)
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    with pytest.raises(ValueError, match="shards on GPUs only") as caught:
+        keep_gradients_local(Accelerator(cpu=True))
+    return str(caught.value)
+
+
+def test_fsdp_on_cpus_is_refused() -> None:
+    run_workers(sharded_on_cpus, 2)
 
 
 def too_late(rank: int) -> str:

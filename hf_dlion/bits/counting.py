@@ -24,10 +24,23 @@ def count_planes(votes: Sequence[Tensor]) -> list[Tensor]:
     Returns:
         ceil(log2(N + 1)) planes, least significant first, each of that shape.
     """
-    column = list(votes)
-    count = len(column)
-    planes = []
-    for _ in range(count.bit_length()):
+    return add_counts([[vote] for vote in votes], len(votes))
+
+
+def add_counts(counts: Sequence[Sequence[Tensor]], highest: int) -> list[Tensor]:
+    """The sum of bit-sliced counts.
+
+    Args:
+        counts: each the planes of one, least significant first, int32 of one shape.
+        highest: what the sum can be at most, at least 1.
+
+    Returns:
+        As of :func:`count_planes`.
+    """
+    carries: list[Tensor] = []
+    planes: list[Tensor] = []
+    for weight in range(highest.bit_length()):
+        column = [count[weight] for count in counts if weight < len(count)] + carries
         carries = []
         while len(column) >= 3:
             a, b, c = column.pop(), column.pop(), column.pop()
@@ -38,8 +51,7 @@ def count_planes(votes: Sequence[Tensor]) -> list[Tensor]:
             a, b = column
             column = [a ^ b]
             carries.append(a & b)
-        planes.append(column[0])
-        column = carries or [torch.zeros_like(planes[0])]
+        planes.append(column[0] if column else torch.zeros_like(counts[0][0]))
     return planes
 
 

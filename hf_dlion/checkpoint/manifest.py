@@ -56,8 +56,9 @@ class Manifest:
         workers: how many it has.
         step: how many it has made.
         groups: its param groups, with the number of their parameters as ``params``.
-        parts: the files of the workers' states, by rank.
+        parts: the files of the workers' states, by rank, and then by shard.
         files: every file, by its path in the folder.
+        shards: over how many ranks each worker's replica was sharded.
     """
 
     method: str
@@ -68,11 +69,19 @@ class Manifest:
     parts: list[str]
     files: dict[str, Entry]
     format: int = _FORMAT
+    shards: int = 1
 
     def write(self, folder: Path) -> None:
         """Into the folder, as the last of its files."""
-        sealed = {**asdict(self), "sha256": _hash(asdict(self))}
+        content = asdict(self)
+        if self.shards == 1:
+            del content["shards"]  # so that versions without shards can read it
+        sealed = {**content, "sha256": _hash(content)}
         write_whole(folder / MANIFEST, lambda part: part.write_text(json.dumps(sealed, indent=1), encoding="utf-8"))
+
+    def parts_of(self, worker: int) -> list[str]:
+        """The files of a worker's state, by shard."""
+        return [part_name(worker, self.workers, shard, self.shards) for shard in range(self.shards)]
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -111,11 +120,13 @@ class Manifest:
             if type(entry.size) is not int or entry.size < 0 or not re.fullmatch("[0-9a-f]{64}", entry.sha256):
                 raise ValueError(f"{name!r} has no size and hash")
         manifest = cls(**{**found, "files": files})
-        if type(manifest.workers) is not int or type(manifest.step) is not int or manifest.step < 0:
+        if any(type(one) is not int for one in (manifest.workers, manifest.shards, manifest.step)) or manifest.step < 0:
             raise ValueError("workers and step are not numbers")
-        if manifest.parts != [part_name(rank, manifest.workers) for rank in range(len(manifest.parts))]:
+        if not 0 < manifest.workers * manifest.shards == len(manifest.parts) or manifest.workers < 0:
+            raise ValueError("there is not one part for each worker")
+        if manifest.parts != [name for worker in range(manifest.workers) for name in manifest.parts_of(worker)]:
             raise ValueError("the names of the parts are others")
-        if len(manifest.parts) != manifest.workers or not manifest.workers or not files.keys() >= set(manifest.parts):
+        if not files.keys() >= set(manifest.parts):
             raise ValueError("there is not one part for each worker")
         if not isinstance(manifest.method, str) or not isinstance(manifest.options, dict):
             raise ValueError("method and options are not there")
@@ -175,9 +186,10 @@ def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def part_name(rank: int, workers: int) -> str:
-    """The file of a worker's state."""
-    return f"worker_{rank:05d}_of_{workers:05d}.safetensors"
+def part_name(rank: int, workers: int, shard: int = 0, shards: int = 1) -> str:
+    """The file of a worker's state, or of one of its shards."""
+    of_shard = f"_shard_{shard:05d}_of_{shards:05d}" if shards > 1 else ""
+    return f"worker_{rank:05d}_of_{workers:05d}{of_shard}.safetensors"
 
 
 def check_file(folder: Path, name: str, entry: Entry) -> None:

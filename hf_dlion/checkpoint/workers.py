@@ -21,11 +21,13 @@ from torch.optim import Optimizer
 from ..bits.hashing import digest
 from ..optim.renamed import renamed_keywords
 from ..optim.replica import STEP
+from ..optim.sharding import find_shards, shard_rows
 from ..optim.states import all_parameters
 from ..optim.tensors import local
 from ..optim.workers import WorkersOptimizer, members_of
 from ..wire.groups import make_channel
 from ..wire.ledger import Ledger
+from ..wire.shards import Shards
 from .manifest import (
     ANY_PART,
     ELSEWHERE,
@@ -69,7 +71,7 @@ def save_workers(folder: str | Path, optimizer: Optimizer, *, write_manifest: bo
     members, scaler = _members(optimizer), _scaler_of(optimizer)
     first = members[0]
     if write_manifest is None:
-        write_manifest = first.rank == 0
+        write_manifest = _place(first) == 0
     remove_manifest(folder, write_manifest)
     parts: dict[str, Entry] = {}
     for one in _on_all_ranks(members, lambda: _write_parts(folder, members, scaler), f"could not write into {folder}"):
@@ -84,7 +86,7 @@ def save_workers(folder: str | Path, optimizer: Optimizer, *, write_manifest: bo
         logger.warning(
             "%s has no manifest on the machine of rank %d, and does not count there. Let the machines share the "
             "folder, or let a rank of each write it: --save_on_each_node, or the argument `write_manifest`.",
-            folder, first.rank,
+            folder, _place(first),
         )  # fmt: skip
 
 
@@ -101,7 +103,8 @@ def load_workers(folder: str | Path, optimizer: Optimizer, *, resume_world_size_
     In a loop of your own, after ``accelerator.load_state(folder)``. With as many workers as wrote it, each has its own
     state again. Otherwise, what a worker keeps for itself (momentum, residual) becomes what the policy says; the mean
     is taken tensor by tensor, so that no more than two of a parameter's size are held beside the state. Gradient
-    scalers then all start from that of rank 0.
+    scalers then all start from that of rank 0. Replicas that were sharded over another number of ranks, or not at all,
+    are resharded: whatever the policy, a rank reads the rows that are now its own.
 
     Args:
         folder: of the checkpoint.
@@ -127,14 +130,14 @@ def load_workers(folder: str | Path, optimizer: Optimizer, *, resume_world_size_
         _check_fits(folder, manifest, members[0], policy)
         for name in _needed(folder, manifest, members, policy):
             check_file(folder, name, manifest.files[name])
-            _check_tensors(folder / name, members[0])
+            _check_tensors(folder / name, members[0], manifest)
         return manifest, digest((manifest.step, manifest.groups, [manifest.files[name] for name in manifest.parts]))
 
     everyone = _on_all_ranks(members, check, "cannot resume")
     if len({written for _, written in everyone}) > 1:
         raise CheckpointError(f"{folder} is not of one run on all ranks: their manifests differ. {ELSEWHERE}")
-    manifest, _ = everyone[members[0].rank]
-    if members[0].rank == 0:
+    manifest, _ = everyone[_place(members[0])]
+    if _place(members[0]) == 0:
         _warn_of_differences(folder, manifest, members[0], policy)
     with ExitStack() as stack:
         files = {
@@ -152,7 +155,8 @@ def _write_parts(
     written = {}
     for member in members:
         member.make_state()
-        name = part_name(member.rank, member.workers)
+        shards = _shards_of(member)
+        name = part_name(member.rank, member.workers, *((shards.rank, shards.size) if shards else ()))
         tensors = {_key(*place): tensor.contiguous() for place, tensor in _state_of(member)}
         if scaler is not None:
             state = scaler.state_dict()
@@ -173,6 +177,7 @@ def _manifest_of(folder: Path, member: WorkersOptimizer, parts: dict[str, Entry]
         method=type(member).__name__,
         options=member.options(),
         workers=member.workers,
+        shards=shards.size if (shards := _shards_of(member)) else 1,
         step=member.param_groups[0][STEP],
         groups=[_plain(group) for group in member.param_groups],
         parts=sorted(parts),
@@ -186,6 +191,8 @@ def _warn_of_differences(folder: Path, manifest: Manifest, member: WorkersOptimi
             "%s is of %d workers, and here are %d: momenta are taken over by %r.",
             folder, manifest.workers, member.workers, policy,
         )  # fmt: skip
+    if manifest.shards != (shards.size if (shards := _shards_of(member)) else 1):
+        logger.info("%s has %d shards of each worker, and is resharded.", folder, manifest.shards)
     here = member.options()
     if manifest.options != here:
         others = [f"{name}={value!r}" for name, value in manifest.options.items() if here.get(name) != value]
@@ -201,20 +208,27 @@ def _load_member(
 ) -> None:
     """Take over state, hyperparameters and gradient scale; all of them were checked."""
     as_many = manifest.workers == member.workers
-    own = files[part_name(member.rank, manifest.workers)] if as_many else next(iter(files.values()))
-    for place, tensor in _state_of(member):
-        key = _key(*place)
-        if as_many or place[1] not in member.local_state_names:
-            tensor.copy_(own.get_tensor(key))
+    shards = _shards_of(member)
+    workers = [w for w in range(manifest.workers) if files.keys() >= set(_parts_for(shards, manifest, w))]
+    first = [files[name] for name in _parts_for(shards, manifest, member.rank if as_many else workers[0])]
+    for (index, name), tensor in _state_of(member):
+        key = _key(index, name)
+        shape = all_parameters(member)[index].shape
+        if as_many or name not in member.local_state_names:
+            tensor.copy_(_held(first, key, shape, shards))
         elif policy == "reset":
             tensor.zero_()
         else:
-            _mean_into(tensor, [files[part] for part in manifest.parts], key)
+            tensor.zero_()
+            for worker in workers:
+                parts = [files[part] for part in _parts_for(shards, manifest, worker)]
+                tensor += _held(parts, key, shape, shards).to(tensor.device)
+            tensor /= len(workers)
     for group, saved in zip(member.param_groups, manifest.groups, strict=True):
         group.update({name: _as_before(saved[name], group[name]) for name in _taken_over(group, saved)})
     member.state_changed()
-    if scaler is not None and SCALER in own.keys():  # noqa: SIM118
-        scale, lasted = own.get_tensor(SCALER).tolist()
+    if scaler is not None and SCALER in first[0].keys():  # noqa: SIM118
+        scale, lasted = first[0].get_tensor(SCALER).tolist()
         scaler.load_state_dict(scaler.state_dict() | {"scale": scale, "_growth_tracker": int(lasted)})
 
 
@@ -261,14 +275,59 @@ def _as_before(value: Any, before: Any) -> Any:
     return value
 
 
+def _shards_of(member: WorkersOptimizer) -> Shards | None:
+    return find_shards(all_parameters(member), member.process_group)
+
+
+def _place(member: WorkersOptimizer) -> int:
+    """The number of a rank among those of all workers, shard by shard."""
+    shards = _shards_of(member)
+    return member.rank if shards is None else member.rank * shards.size + shards.rank
+
+
+def _parts_for(shards: Shards | None, manifest: Manifest, worker: int) -> list[str]:
+    """The parts of a worker that this rank reads to take over its state."""
+    parts = manifest.parts_of(worker)
+    return [parts[shards.rank]] if shards is not None and shards.size == len(parts) else parts
+
+
+def _held(parts: Sequence[Any], key: str, shape: torch.Size, shards: Shards | None) -> Tensor:
+    """What this rank holds of a tensor, from the parts of its worker: one that is just that, or all of them.
+
+    Args:
+        parts: open files.
+        key: of the tensor.
+        shape: of the whole of it.
+        shards: the ranks that hold the replica now.
+    """
+    if len(parts) == 1 and shards is None:
+        return parts[0].get_tensor(key)
+    here = shard_rows(shape[0], shards.size) if shards is not None else [shape[0]]
+    rank = shards.rank if shards is not None else 0
+    if len(parts) == 1 and list(parts[0].get_slice(key).get_shape()) == [here[rank], *shape[1:]]:
+        return parts[0].get_tensor(key)
+    first, last, start = sum(here[:rank]), sum(here[: rank + 1]), 0
+    rows = [torch.empty(0, *shape[1:])]
+    for part in parts:
+        piece = part.get_slice(key)
+        height = piece.get_shape()[0]
+        if max(first, start) < min(last, start + height):
+            rows.append(piece[max(first - start, 0) : min(last - start, height)])
+        start += height
+    return torch.cat(rows)
+
+
 def _needed(folder: Path, manifest: Manifest, members: Sequence[WorkersOptimizer], policy: str) -> list[str]:
     """The parts that this process reads."""
+    shards = _shards_of(members[0])
+    by_worker = [_parts_for(shards, manifest, worker) for worker in range(manifest.workers)]
     if manifest.workers == members[0].workers:
-        return [part_name(member.rank, manifest.workers) for member in members]
+        return [name for member in members for name in by_worker[member.rank]]
     if policy == "mean":
-        return manifest.parts
-    # What all workers have is in each part.
-    return [name for name in manifest.parts if (folder / name).exists()][:1] or manifest.parts[:1]
+        return [name for parts in by_worker for name in parts]
+    # What all workers have is in the parts of each.
+    there = [parts for parts in by_worker if all((folder / name).exists() for name in parts)]
+    return (there or by_worker)[0]
 
 
 def _check_fits(folder: Path, manifest: Manifest, member: WorkersOptimizer, policy: str) -> None:
@@ -297,9 +356,14 @@ def _check_fits(folder: Path, manifest: Manifest, member: WorkersOptimizer, poli
             raise CheckpointError(f"{folder}: a param group with {error} {ELSEWHERE}") from error
 
 
-def _check_tensors(path: Path, member: WorkersOptimizer) -> None:
+def _check_tensors(path: Path, member: WorkersOptimizer, manifest: Manifest) -> None:
     """Before anything is loaded: all tensors are there, and fit."""
-    expected = {_key(*place): tensor.shape for place, tensor in _state_of(member)}
+    shard = manifest.parts.index(path.name) % manifest.shards
+    expected = {}
+    for (index, name), _ in _state_of(member):
+        shape = all_parameters(member)[index].shape
+        rows = shard_rows(shape[0], manifest.shards)[shard : shard + 1] if manifest.shards > 1 and shape else shape[:1]
+        expected[_key(index, name)] = torch.Size([*rows, *shape[1:]])
     try:
         with safe_open(path, framework="pt") as file:
             found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
@@ -329,13 +393,6 @@ def _kind(value: Any) -> Any:
     return type(value)
 
 
-def _mean_into(tensor: Tensor, files: Sequence[Any], key: str) -> None:
-    tensor.zero_()
-    for file in files:
-        tensor += file.get_tensor(key).to(tensor.device)
-    tensor /= len(files)
-
-
 def _on_all_ranks(members: Sequence[WorkersOptimizer], work: Callable[[], Any], what: str) -> list[Any]:
     """What ``work`` returned on every rank of the workers; where it failed on one, all raise the same."""
     result, failure = None, None
@@ -350,6 +407,9 @@ def _on_all_ranks(members: Sequence[WorkersOptimizer], work: Callable[[], Any], 
         channel = make_channel(members[0].process_group, Ledger())
         assert channel is not None
         together = channel.gather_objects((result, failure))
+    if (shards := _shards_of(members[0])) is not None:
+        by_shard = shards.channel.gather_objects(together)
+        together = [one for of_worker in zip(*by_shard, strict=True) for one in of_worker]
     failures = {rank: failure for rank, (_, failure) in enumerate(together) if failure is not None}
     if failures:
         rank, failure = next(iter(failures.items()))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..bits.hashing import checksum, digest
 from ..wire.collectives import Channel
+from ..wire.shards import Shards
 from .replica import Replica
 
 logger = logging.getLogger(__name__)
@@ -170,6 +171,8 @@ class Agreement:
         bad = first_bad_gradient(gradients)
         if bad < 0 and found_inf is not None and bool(found_inf):
             bad = 0  # something else, clipping by value say, has made finite what the scaler found to be infinite
+        if replica.shards is not None:
+            gradients, bad = _of_all_shards(replica, replica.shards, gradients, bad)
         if bad < 0:
             return gradients, bad
         if not self.scaled and self.on_bad_gradient == "abstain":
@@ -192,20 +195,26 @@ class Agreement:
             checksum(replica.parameters),
             checksum([g for g in gradients if g is not None]),
         )
+        if replica.shards is not None:
+            values = [own.layout, own.parameters, own.gradients]
+            layout, parameters, found = replica.shards.combine(values, replica.parameters[0].device)
+            layout = digest((layout, replica.shards.rank, replica.shards.size))
+            own = Handshake(layout, own.compiled, parameters, found)
         everyone = [
             Handshake(*row) for row in channel.gather_integers(list(astuple(own)), replica.parameters[0].device)
         ]
         if any(other.layout != own.layout for other in everyone):
+            where = differing(channel, replica.describe_layout(), replica.shards)
             raise RuntimeError(
-                f"the ranks do not optimize the same parameters in the same way: "
-                f"{differing(channel, replica.describe_layout())}. Build model and optimizer alike on every rank."
+                f"the ranks do not optimize the same parameters in the same way: {where}. Build model and optimizer "
+                "alike on every rank."
             )
         if any(other.parameters != own.parameters for other in everyone):
+            where = differing(channel, replica.describe_parameters(), replica.shards)
             raise RuntimeError(
                 "the parameters differ between the ranks before the first step, so the replicas would never be the "
-                f"same: {differing(channel, replica.describe_parameters())}. Wrap the model in DistributedDataParallel "
-                "(accelerator.prepare does), which sends rank 0's parameters to all, or load the same weights on every "
-                "rank."
+                f"same: {where}. Wrap the model in DistributedDataParallel (accelerator.prepare does), which sends "
+                "rank 0's parameters to all, or load the same weights on every rank."
             )
         self._compare_gradients([other.gradients for other in everyone])
         self.handshake_done = True
@@ -215,13 +224,16 @@ class Agreement:
         """The header of this rank, packed."""
         replica, every = inputs.replica, self.check_replicas_steps
         due = every and replica.step and replica.step % every == 0
-        own = Header(
+        values = [
             digest(replica.describe_hyperparameters()),
-            inputs.bad_gradient,
             checksum(replica.parameters) if due else 0,
             digest(replica.describe_layout()) if inputs.changed else 0,
-            sum(1 << index for index, gradient in enumerate(inputs.gradients) if gradient is not None),
-        )
+        ]
+        if replica.shards is not None:
+            values = replica.shards.combine(values, replica.parameters[0].device, alike=1)
+        hyperparameters, compared, changed = values
+        present = sum(1 << index for index, gradient in enumerate(inputs.gradients) if gradient is not None)
+        own = Header(hyperparameters, inputs.bad_gradient, compared, changed, present)
         return own.pack(len(replica.parameters), replica.parameters[0].device)
 
     def voters(self, channel: Channel, replica: Replica, headers: Tensor) -> list[int]:
@@ -279,20 +291,23 @@ class Agreement:
         if any(header.changed for header in headers):
             if all(header.changed == headers[0].changed for header in headers):
                 raise LayoutChangedError
+            where = differing(channel, replica.describe_layout(), replica.shards)
             raise RuntimeError(
-                f"a parameter was changed on some ranks only: {differing(channel, replica.describe_layout())}. Resize, "
-                "convert or move a model alike on every rank, between two steps."
+                f"a parameter was changed on some ranks only: {where}. Resize, convert or move a model alike on every "
+                "rank, between two steps."
             )
         if any(header.hyperparameters != headers[0].hyperparameters for header in headers):
+            where = differing(channel, replica.describe_hyperparameters(), replica.shards, alike=True)
             raise RuntimeError(
-                f"the ranks have different hyperparameters: {differing(channel, replica.describe_hyperparameters())}. "
-                "Set them, and step the scheduler, alike on every rank."
+                f"the ranks have different hyperparameters: {where}. Set them, and step the scheduler, alike on "
+                "every rank."
             )
         if any(header.parameters != headers[0].parameters for header in headers):
+            where = differing(channel, replica.describe_parameters(), replica.shards)
             raise RuntimeError(
-                f"the parameters are no longer the same on all ranks at step {replica.step}: "
-                f"{differing(channel, replica.describe_parameters())}. Something has changed them on some ranks only, "
-                "or their hardware rounds differently. Resume from a checkpoint of before, on hardware of one kind."
+                f"the parameters are no longer the same on all ranks at step {replica.step}: {where}. Something has "
+                "changed them on some ranks only, or their hardware rounds differently. Resume from a checkpoint of "
+                "before, on hardware of one kind."
             )
         bad = {rank: header.bad_gradient for rank, header in enumerate(headers) if header.bad_gradient >= 0}
         self._raise_for_bad(replica, bad, len(headers))
@@ -319,6 +334,19 @@ class Agreement:
             raise FloatingPointError(f"{so_often}rank {rank}: {replica.describe_bad_gradient(index)}")
 
 
+def _of_all_shards(
+    replica: Replica, shards: Shards, gradients: list[Tensor | None], bad: int
+) -> tuple[list[Tensor | None], int]:
+    """The gradients of a rank and the verdict on them, as its replica has them: zeros where only others have one."""
+    held = replica.parameters
+    bad, present = shards.verdict(bad, [gradient is not None for gradient in gradients], held[0].device)
+    of_replica = [
+        torch.zeros_like(parameter) if anywhere and gradient is None else gradient
+        for parameter, gradient, anywhere in zip(held, gradients, present, strict=True)
+    ]
+    return of_replica, bad
+
+
 def first_bad_gradient(gradients: Sequence[Tensor | None]) -> int:
     """The index of the first gradient with a NaN or Inf; -1 if there is none. Reads each gradient once."""
     present = [(i, g) for i, g in enumerate(gradients) if g is not None]
@@ -332,13 +360,19 @@ def first_bad_gradient(gradients: Sequence[Tensor | None]) -> int:
     return next((i for i, g in present if not bool(g.isfinite().all())), -1)
 
 
-def differing(channel: Channel, description: dict[str, Any]) -> str:
+def differing(
+    channel: Channel, description: dict[str, Any], shards: Shards | None = None, *, alike: bool = False
+) -> str:
     """Where the ranks' descriptions differ, in words. A collective, for error messages.
 
     Args:
         channel: the workers.
         description: what is compared: a name for each value, in the order in which to look.
+        shards: those of the replica, whose descriptions belong together.
+        alike: whether the shards' should be the same.
     """
+    if shards is not None:
+        description = shards.describe(description, alike)
     everyone = channel.gather_objects(description)
     for name in dict.fromkeys(key for one in everyone for key in one):
         ranks: dict[str, list[int]] = {}

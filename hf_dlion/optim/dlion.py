@@ -26,8 +26,10 @@ from ..wire.exchange import (
     highest_level,
     make_exchange,
 )
+from ..wire.shards import Shards
 from .agreement import StepInputs
-from .layout import Bucket, last_buckets, make_buckets
+from .layout import Bucket, last_buckets
+from .sharding import find_shards, lay_out
 from .states import all_parameters
 from .tensors import local
 from .views import SegmentViews
@@ -128,6 +130,10 @@ class DistributedLion(WorkersOptimizer):
     works on all ranks. Memory beyond parameters, gradients and momentum is bounded by buckets of 16.8 million
     parameters and does not grow with the model. ``ledger`` counts the bytes that have travelled.
 
+    Parameters may be sharded by FSDP2 over the ranks of a replica, which then is one worker: give ``fully_shard`` the
+    shard dimension of a mesh, and the optimizer the group of the other. A rank votes on its shards with the ranks that
+    hold the same ones; ``ledger`` has what it sends to them.
+
     Args:
         params: parameters, named parameters or param groups; dense, real floating point, on one device.
         lr: learning rate; Lion wants 3 to 10 times less than AdamW.
@@ -138,7 +144,9 @@ class DistributedLion(WorkersOptimizer):
             sign(0); or ``"alternate"``, a sign that alternates over elements and steps, for one bit less on the way
             back.
         exchange: ``"gather"``, everyone counts all votes, (N-1) bits sent per parameter; ``"sharded"``, each rank
-            counts its part, (N-1)/N * (1 + bits of the decision); ``"auto"``, the one that sends less.
+            counts its part, (N-1)/N * (1 + bits of the decision); ``"hierarchical"``, on M nodes of L workers, each
+            node counts its own first, and (M-1)/L * ceil(log2(L+1)) go to other nodes; ``"auto"``, the one that sends
+            less, between nodes where there are several.
         norm_gradients: divide the gradient of each parameter by its root mean square first, in place, so that all steps
             weigh the same in a momentum. Clipping then changes nothing.
         process_group, on_bad_gradient, check_replicas_steps: as in :class:`hf_dlion.optim.workers.WorkersOptimizer`.
@@ -183,7 +191,8 @@ class DistributedLion(WorkersOptimizer):
         mine = [int(seen.ties), int(seen.unanimous), seen.counted, round(seen.padding)]
         seen.reset()
         rows = plan.exchange.channel.gather_integers(mine, plan.views.device)
-        ties, unanimous, counted, padding = (sum(column) for column in zip(*rows, strict=True))
+        sums = torch.tensor(rows, device=plan.views.device).sum(0)
+        ties, unanimous, counted, padding = (sums if plan.shards is None else plan.shards.sum(sums)).tolist()
         votes = max(counted - padding, 1)
         # Votes on padding are zero votes: ties for N even, split for N odd, and never unanimous.
         return VoteShares((ties - padding) / votes if plan.workers % 2 == 0 else 0.0, unanimous / votes)
@@ -206,7 +215,7 @@ class DistributedLion(WorkersOptimizer):
     def _conversations(self, plan: VotePlan, inputs: StepInputs) -> Iterator[Conversation[None]]:
         hypers = [_hyper(group, plan.views.device) for group in self.param_groups]
         if self.norm_gradients:
-            _norm(inputs.gradients)
+            _norm(inputs.gradients, all_parameters(self), plan.shards)
         if plan.exchange is None:  # nothing to say
             self._step_alone(plan, inputs, hypers)
             return
@@ -257,9 +266,8 @@ class DistributedLion(WorkersOptimizer):
         exchange = None
         if channel is not None:
             exchange = make_exchange(self.exchange, channel, elements // 32, self.aggregation, self.tie, device)
-        numbered = iter(enumerate(parameters))
-        groups = [[next(numbered) for _ in group["params"]] for group in self.param_groups]
-        buckets = make_buckets(groups, exchange.buckets if exchange else 1)
+        shards = find_shards(all_parameters(self), self.process_group)
+        buckets = lay_out(self.param_groups, shards, exchange.buckets if exchange else 1)
         highest = highest_level(self.aggregation, self.tie, workers)
         kernels = None
         if elements >= COMPILE_FROM:
@@ -270,6 +278,7 @@ class DistributedLion(WorkersOptimizer):
             channel=channel,
             views=SegmentViews(buckets, [self._vote_states(group) for group in self.param_groups], device),
             compiled=kernels is not None,
+            shards=shards,
             buckets=buckets,
             kernels=kernels or EAGER,
             exchange=exchange,
@@ -283,12 +292,17 @@ class DistributedLion(WorkersOptimizer):
         return (MOMENTUM,)
 
 
-def _norm(gradients: Iterable[Tensor | None]) -> None:
-    """Divide each by its root mean square, in place; zeros stay."""
-    for gradient in gradients:
-        if gradient is not None and len(gradient):
-            rms = torch.linalg.vector_norm(gradient, dtype=torch.float32) / len(gradient) ** 0.5
-            gradient.div_(torch.where(rms > 0, rms, 1.0))
+def _norm(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], shards: Shards | None) -> None:
+    """Divide each by its root mean square, in place; zeros stay. Of shards, by that of the whole gradient."""
+    present = [(g, p.numel()) for g, p in zip(gradients, parameters, strict=True) if g is not None and p.numel()]
+    if not present:
+        return
+    norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient, _ in present])
+    if shards is not None:
+        norms = shards.sum(norms.square()).sqrt()
+    for (gradient, elements), norm in zip(present, norms, strict=True):
+        rms = norm / elements**0.5
+        gradient.div_(torch.where(rms > 0, rms, 1.0))
 
 
 def _hyper(group: dict[str, Any], device: torch.device) -> Tensor:

@@ -42,6 +42,7 @@ class GlobalMuon(HiddenMatricesMixin, DenseMean):
     """
 
     whole_parameters = True
+    by_element = False
 
     def __init__(
         self,

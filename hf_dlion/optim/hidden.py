@@ -100,12 +100,18 @@ def begin_direction(
     Returns:
         An empty tensor of its shape; the matrices of its direction; and those of the empty tensor, for the result.
     """
-    beta1, beta2 = group["betas"]
-    direction = beta1 * momentum + (1 - beta1) * gradient
-    momentum.copy_(beta2 * momentum + (1 - beta2) * gradient)
+    direction = move_momentum(gradient, momentum, group)
     result = torch.empty(parameter.shape, device=gradient.device)
     matrices = matrices_of(as_laid_out(direction, parameter.shape, memory_order(parameter)), group[SPLIT])
     return result, matrices, matrices_of(result, group[SPLIT])
+
+
+def move_momentum(gradient: Tensor, momentum: Tensor, group: dict[str, Any]) -> Tensor:
+    """The direction of a hidden parameter, or of a part of it; moves its momentum on."""
+    beta1, beta2 = group["betas"]
+    direction = beta1 * momentum + (1 - beta1) * gradient
+    momentum.copy_(beta2 * momentum + (1 - beta2) * gradient)
+    return direction
 
 
 def _check_split(weight: Tensor, split: Split) -> None:

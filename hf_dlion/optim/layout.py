@@ -7,8 +7,7 @@ and every small one) is staged: copied next to each other into blocks shared wit
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -42,6 +41,20 @@ class Span:
         return flat[self.start : self.start + self.length]
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Elements ``start`` to ``start + length`` of a parameter, that are laid out in one way.
+
+    Attributes:
+        parity: of the place among its segment's elements at which the first has to stand; None: any. The votes of zero
+            and the ties that alternate follow the parity of an element's place.
+    """
+
+    start: int
+    length: int
+    parity: int | None = None
+
+
 @dataclass
 class Segment:
     """Blocks that one kernel call works on: a span worked on in place, or several, staged.
@@ -49,6 +62,7 @@ class Segment:
     Attributes:
         group: index of the param group.
         spans: what is in it, in order.
+        starts: where each span begins among the segment's elements.
         blocks: how many blocks.
         first_block: its first block in the bucket.
         dtype: of the spans.
@@ -57,6 +71,7 @@ class Segment:
 
     group: int
     spans: tuple[Span, ...]
+    starts: tuple[int, ...]
     blocks: int
     first_block: int
     dtype: torch.dtype
@@ -70,8 +85,7 @@ class Segment:
     @functools.cached_property
     def slices(self) -> list[slice]:
         """Where each span lies among the segment's elements."""
-        ends = list(itertools.accumulate(span.length for span in self.spans))
-        return [slice(end - span.length, end) for span, end in zip(self.spans, ends, strict=True)]
+        return [slice(start, start + span.length) for start, span in zip(self.starts, self.spans, strict=True)]
 
 
 @dataclass
@@ -91,48 +105,80 @@ class Bucket:
     def padding(self) -> float:
         """Which part of its signs belongs to no parameter."""
         elements = sum(span.length for segment in self.segments for span in segment.spans)
-        return 1 - elements / (self.blocks * BLOCK)
+        return 1 - elements / (self.blocks * BLOCK) if self.blocks else 0.0
 
-    def add(self, group: int, spans: tuple[Span, ...], blocks: int, dtype: torch.dtype, staged: bool) -> None:
+    def add(
+        self,
+        group: int,
+        spans: tuple[Span, ...],
+        starts: tuple[int, ...],
+        blocks: int,
+        dtype: torch.dtype,
+        staged: bool,
+    ) -> None:
         """Append a segment."""
-        self.segments.append(Segment(group, spans, blocks, self.blocks, dtype, staged))
+        self.segments.append(Segment(group, spans, starts, blocks, self.blocks, dtype, staged))
         self.blocks += blocks
 
 
-def make_buckets(groups: Sequence[Sequence[tuple[int, Tensor]]], count: int) -> list[Bucket]:
+def make_buckets(
+    groups: Sequence[Sequence[tuple[int, Tensor]]], count: int, pieces: Sequence[Sequence[Piece]] | None = None
+) -> list[Bucket]:
     """Lay out the parameters of all groups, the same on every rank.
 
     Args:
         groups: for each param group its parameters, each with its index over all groups.
         count: how many buckets there should be, if they are not too small or too large then.
+        pieces: by index, how each parameter is to be taken apart; None: it is not.
+
+    Returns:
+        At least one bucket, which is without blocks if there are no elements: what goes with the votes still travels.
     """
     buckets = [Bucket()]
     blocks = sum(-(-parameter.numel() // BLOCK) for members in groups for _, parameter in members)
     limit = min(max(-(-blocks // count), MIN_BUCKET_BLOCKS), MAX_BUCKET_BLOCKS)
 
-    def append(group: int, spans: tuple[Span, ...], blocks: int, dtype: torch.dtype, staged: bool) -> None:
+    def append(group: int, spans: list[Span], starts: list[int], dtype: torch.dtype, staged: bool) -> None:
+        blocks = -(-(starts[-1] + spans[-1].length) // BLOCK)
         if buckets[-1].blocks + blocks > limit:
             buckets.append(Bucket(len(buckets)))
-        buckets[-1].add(group, spans, blocks, dtype, staged)
+        buckets[-1].add(group, tuple(spans), tuple(starts), blocks, dtype, staged)
 
     for group, members in enumerate(groups):
+        parities: dict[Span, int | None] = {}
         remainders: dict[torch.dtype, list[Span]] = {}
         for index, parameter in members:
-            whole = parameter.numel() // BLOCK
-            start = 0
-            if whole >= DIRECT_BLOCKS:
-                while whole:
-                    blocks = min(whole, SEGMENT_BLOCKS)
-                    append(group, (Span(index, start, blocks * BLOCK),), blocks, parameter.dtype, staged=False)
-                    start += blocks * BLOCK
-                    whole -= blocks
-            if start < parameter.numel():
-                remainders.setdefault(parameter.dtype, []).append(Span(index, start, parameter.numel() - start))
+            for piece in [Piece(0, parameter.numel())] if pieces is None else pieces[index]:
+                in_place, staged = _spans(index, piece)
+                for span in in_place:
+                    append(group, [span], [0], parameter.dtype, staged=False)
+                remainders.setdefault(parameter.dtype, []).extend(staged)
+                parities |= dict.fromkeys(staged, piece.parity)  # all begin an even number of elements further on
         for dtype, spans in remainders.items():
             for part in batches(spans, SEGMENT_BLOCKS * BLOCK):
-                length = sum(span.length for span in part)
-                append(group, tuple(part), -(-length // BLOCK), dtype, staged=True)
-    return [bucket for bucket in buckets if bucket.blocks]
+                append(group, part, _starts(part, parities), dtype, staged=True)
+    return [bucket for bucket in buckets if bucket.blocks] or buckets[:1]
+
+
+def _spans(parameter: int, piece: Piece) -> tuple[list[Span], list[Span]]:
+    """What of a piece is worked on in place, and what is staged."""
+    size, end = SEGMENT_BLOCKS * BLOCK, piece.start + piece.length
+    # In place, an element's place is its number in the piece.
+    whole = piece.length // BLOCK if not piece.parity else 0
+    middle = piece.start + (whole * BLOCK if whole >= DIRECT_BLOCKS else 0)
+    in_place = [Span(parameter, start, min(size, middle - start)) for start in range(piece.start, middle, size)]
+    return in_place, [Span(parameter, start, min(size, end - start)) for start in range(middle, end, size)]
+
+
+def _starts(spans: Sequence[Span], parities: Mapping[Span, int | None]) -> list[int]:
+    """Where spans stand that are staged one after the other, an element apart where their parity asks for it."""
+    starts, place = [], 0
+    for span in spans:
+        parity = parities[span]
+        place += parity is not None and place % 2 != parity
+        starts.append(place)
+        place += span.length
+    return starts
 
 
 def last_buckets(buckets: Sequence[Bucket], parameters: int) -> list[int]:

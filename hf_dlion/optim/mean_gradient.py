@@ -19,6 +19,7 @@ from ..wire.sums import sum_dense
 from .agreement import StepInputs
 from .layout import Span, batches, cut
 from .rules import RULES
+from .sharding import find_shards
 from .states import all_parameters
 from .tensors import local
 from .views import Views
@@ -100,6 +101,9 @@ class MeanGradient(WorkersOptimizer):
     whole_parameters = False
     """Whether a parameter's code needs all of it, so that a bucket is one parameter at least."""
 
+    by_element = False
+    """Whether an element's code depends on no other, so that parameters can be sharded."""
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -159,10 +163,17 @@ class MeanGradient(WorkersOptimizer):
     @override
     def _make_plan(self, channel: Channel | None) -> MeanPlan:
         sizes = [local(parameter).numel() for parameter in all_parameters(self)]
+        shards = find_shards(all_parameters(self), self.process_group)
+        if shards is not None and not self.by_element:
+            raise ValueError(
+                f"{type(self).__name__} with sharded parameters: its messages are made from whole parameters. Methods "
+                "for replicas sharded by FSDP2 are dlion, dsignum, dmuon, glion and gadamw."
+            )
         return MeanPlan(
             workers=channel.size if channel else 1,
             channel=channel,
             views=Views(),
+            shards=shards,
             buckets=list(batches(cut(sizes, None if self.whole_parameters else BUCKET), BUCKET)),
             group_of=[index for index, group in enumerate(self.param_groups) for _ in group["params"]],
         )
@@ -235,6 +246,8 @@ class MeanGradient(WorkersOptimizer):
 
 class DenseMean(MeanGradient):
     """The gradients themselves are averaged: 32 bits a parameter up, and 32 down."""
+
+    by_element = True
 
     @override
     def _sum(self, channel: Channel | None, voters: Sequence[int], share: Share) -> Conversation[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +14,12 @@ from ..bits.counting import popcount
 from ..bits.orthogonal import orthogonalize_into
 from ..bits.packing import LANES, unpack_bits
 from ..wire.exchange import Decision
+from ..wire.shards import Shards
 from .agreement import StepInputs
 from .dlion import MOMENTUM, Ballots, DistributedLion, VoteOptions, VotePlan
-from .hidden import ORTHOGONAL, UPDATE_RMS, HiddenMatricesMixin, begin_direction
+from .hidden import ORTHOGONAL, SPLIT, UPDATE_RMS, HiddenMatricesMixin, begin_direction, move_momentum
 from .layout import Bucket, Segment
+from .sharding import orthogonalize_shards
 from .states import all_parameters
 from .tensors import flatten, local, memory_order
 
@@ -30,11 +32,13 @@ class DirectedBallots(Ballots):
         directions: flat, by parameter; of hidden matrices, from their first bucket to their last.
         squares: by parameter, the sum of squared levels 2c - n of the decisions so far.
         waiting: buckets that are decided, but have a matrix that is not yet decided as a whole.
+        undirected: of a sharded replica, the hidden matrices whose directions are still to be made, in order.
     """
 
     directions: dict[int, Tensor] = field(default_factory=dict)
     squares: dict[int, Tensor] = field(default_factory=dict)
     waiting: list[tuple[Bucket, Decision]] = field(default_factory=list)
+    undirected: list[int] = field(default_factory=list)
 
 
 class DistributedMuon(HiddenMatricesMixin, DistributedLion):
@@ -57,6 +61,9 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
     its sign. Memory beyond parameters, gradients and momentum: the directions of a bucket's matrices in float32, and
     what orthogonalising the largest takes. A matrix whose size is no multiple of 1024 keeps its direction until the
     last bucket of its group.
+
+    The ranks of a sharded replica gather whole matrices in turns, one a rank at a time. Where D can be 0 or is a mean,
+    they keep all decisions until they have added up the squares of their shards, a few bits a parameter.
 
     Args:
         params: param groups that say which are hidden matrices, as :func:`hidden_matrices` makes them: with
@@ -102,13 +109,14 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
 
     @override
     def _ballots(self, plan: VotePlan, ballots: Ballots) -> DirectedBallots:
-        return DirectedBallots(ballots.inputs, ballots.hypers, ballots.zero_votes, ballots.voters)
+        hidden = self._with_gradients(plan, ballots.inputs) if plan.shards else []
+        return DirectedBallots(ballots.inputs, ballots.hypers, ballots.zero_votes, ballots.voters, undirected=hidden)
 
     @override
     def _pack(self, plan: VotePlan, bucket: Bucket, ballots: DirectedBallots) -> Tensor:  # type: ignore[override]
         hidden = [index for index in bucket.parameters if self._is_hidden(plan, index)]
-        missing = [index for index in hidden if index not in ballots.directions]
-        ballots.directions.update(self._directions(plan, ballots.inputs, missing))
+        for indices in self._next(plan, bucket, hidden, ballots):
+            ballots.directions.update(self._directions(plan, ballots.inputs, indices))
         gradients = list(ballots.inputs.gradients)
         for index in hidden:
             gradients[index] = ballots.directions.get(index)
@@ -131,28 +139,63 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
             if decision.highest > 1 and self.param_groups[segment.group][ORTHOGONAL]:
                 _add_squares(ballots.squares, segment, decision)
         ballots.waiting.append((bucket, decision))
+        if plan.shards is not None and decision.highest > 1:
+            if len(ballots.waiting) < len(plan.buckets):
+                return  # each rank of the replica has other buckets: they add up the squares when all are decided
+            self._sum_squares(plan, plan.shards, ballots.squares)
+            bucket = plan.buckets[-1]
         while ballots.waiting and self._is_decided(plan, *ballots.waiting[0], bucket):
             self._update(plan, *ballots.waiting.pop(0), ballots)
 
     @override
     def _step_alone(self, plan: VotePlan, inputs: StepInputs, hypers: Sequence[Tensor]) -> None:
         plain = torch.full((1,), UPDATE_RMS, device=plan.views.device)
-        hidden = [index for index in range(len(inputs.gradients)) if self._is_hidden(plan, index)]
         for index, gradient in enumerate(inputs.gradients):
             if gradient is not None and not self._is_hidden(plan, index):
                 hyper = hypers[plan.group_of[index]]
                 plan.views.step_alone(index, plan.kernels, gradient, hyper, inputs.step, plain)
-        for index in hidden:  # one at a time, for their memory
-            for direction in self._directions(plan, inputs, [index]).values():
-                decision = direction.sign()
-                scale = _scale(decision.square().sum(dtype=torch.float64), 1, len(decision))
+        for indices in self._rounds(plan, self._with_gradients(plan, inputs)):
+            directions = self._directions(plan, inputs, indices)
+            decisions = {index: direction.sign() for index, direction in directions.items()}
+            squares = {index: decision.count_nonzero() for index, decision in decisions.items()}
+            if plan.shards is not None:
+                self._sum_squares(plan, plan.shards, squares)
+            for index, decision in decisions.items():
+                scale = _scale(squares[index], 1, all_parameters(self)[index].numel())
                 plan.views.apply_alone(index, decision, hypers[plan.group_of[index]], inputs.step, scale)
+
+    def _with_gradients(self, plan: VotePlan, inputs: StepInputs) -> list[int]:
+        return [i for i, g in enumerate(inputs.gradients) if g is not None and self._is_hidden(plan, i)]
+
+    def _rounds(self, plan: VotePlan, indices: list[int]) -> Iterator[list[int]]:
+        """Of these matrices, those whose directions are made at once: few, for their memory."""
+        size = plan.shards.size if plan.shards else 1
+        yield from (indices[start : start + size] for start in range(0, len(indices), size))
+
+    def _next(
+        self, plan: VotePlan, bucket: Bucket, hidden: Sequence[int], ballots: DirectedBallots
+    ) -> Iterator[list[int]]:
+        """The matrices whose directions are to be made now, so that the bucket can be packed.
+
+        The ranks of a sharded replica make them together, though each has other buckets. So they do it in one order,
+        in rounds of as many as there are shards, and by their last bucket all have taken part in all rounds.
+        """
+        if plan.shards is None:
+            yield [index for index in hidden if index not in ballots.directions]
+            return
+        last = len(plan.group_of) if bucket is plan.buckets[-1] else max(hidden, default=-1)
+        while ballots.undirected and ballots.undirected[0] <= last:
+            indices = ballots.undirected[: plan.shards.size]
+            del ballots.undirected[: plan.shards.size]
+            yield indices
 
     def _is_hidden(self, plan: VotePlan, index: int) -> bool:
         return bool(self.param_groups[plan.group_of[index]][ORTHOGONAL])
 
     def _directions(self, plan: VotePlan, inputs: StepInputs, indices: Sequence[int]) -> dict[int, Tensor]:
         """The orthogonalised directions of hidden matrices with a gradient, flat; moves their momenta on."""
+        if plan.shards is not None:
+            return self._directions_of_shards(plan, plan.shards, inputs, indices)
         parameters = all_parameters(self)
         wholes: dict[int, Tensor] = {}
         matrices, outputs = [], []
@@ -167,6 +210,26 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         orthogonalize_into(matrices, outputs)
         return {i: flatten(whole, memory_order(local(parameters[i]))) for i, whole in wholes.items()}
 
+    def _directions_of_shards(
+        self, plan: VotePlan, shards: Shards, inputs: StepInputs, indices: Sequence[int]
+    ) -> dict[int, Tensor]:
+        """As that, of at most as many matrices as there are shards, all with a gradient: a collective."""
+        held, shapes, splits = [], [], []
+        for index in indices:
+            gradient, group = inputs.gradients[index], self.param_groups[plan.group_of[index]]
+            assert gradient is not None
+            held.append(move_momentum(gradient.float(), plan.views.states[index][MOMENTUM], group))
+            shapes.append(all_parameters(self)[index].shape)
+            splits.append(group[SPLIT])
+        return dict(zip(indices, orthogonalize_shards(shards, held, shapes, splits), strict=True))
+
+    def _sum_squares(self, plan: VotePlan, shards: Shards, squares: dict[int, Tensor]) -> None:
+        """To those of whole matrices; the shards may know of others, since a shard can be empty."""
+        zero = torch.zeros((), dtype=torch.int64, device=plan.views.device)
+        hidden = [index for index in range(len(plan.group_of)) if self._is_hidden(plan, index)]
+        sums = shards.sum(torch.stack([squares.get(index, zero) for index in hidden]))
+        squares.update(zip(hidden, sums, strict=True))
+
     def _is_decided(self, plan: VotePlan, bucket: Bucket, decision: Decision, latest: Bucket) -> bool:
         """Whether the squares of all hidden matrices in the bucket are known, or need not be."""
         if decision.highest == 1:
@@ -178,7 +241,7 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         plain = torch.full((1,), UPDATE_RMS, device=plan.views.device)
         scales = [plain] * len(plan.group_of)
         for index, squares in ballots.squares.items():  # none where all of D is 1 or -1
-            scales[index] = _scale(squares, decision.highest, len(plan.views.parameters[index]))
+            scales[index] = _scale(squares, decision.highest, all_parameters(self)[index].numel())
         inputs = ballots.inputs
         kernels, absent = plan.kernels_for(decision), self.agreement.absent
         plan.views.apply(bucket, kernels, decision, ballots.hypers, inputs.step, absent, scales)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..bits.hashing import checksum
+from ..wire.shards import Shards
 
 STEP = "step"
 
@@ -28,6 +29,7 @@ class Replica:
         hyperparameters: names of those that must be the same on all ranks at every step.
         parameters: of all groups, in order, as far as this process holds them.
         names: of the parameters, empty where one has none; if there are none at all, those of the param groups.
+        shards: the ranks that hold it together; None, if this one holds all of it.
     """
 
     method: str
@@ -36,6 +38,7 @@ class Replica:
     hyperparameters: tuple[str, ...]
     parameters: list[Tensor]
     names: list[str]
+    shards: Shards | None = None
 
     @functools.cached_property
     def layout(self) -> Layout:

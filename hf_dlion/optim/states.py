@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .replica import STEP, Replica
-from .tensors import check_parameter, float32_state, laid_out_state
+from .tensors import check_parameter, float32_state, laid_out_state, local
 
 logger = logging.getLogger(__name__)
 
@@ -139,10 +139,11 @@ def fitting_states(
 
 
 def _fitting(found: Tensor | None, name: str, index: int, parameter: Tensor) -> Tensor:
-    if found is None or found.shape != parameter.shape:
+    shape = local(parameter).shape
+    if found is None or found.shape != shape:
         what = "there is none" if found is None else f"it has shape {tuple(found.shape)}"
         raise ValueError(
-            f"no {name} of shape {tuple(parameter.shape)} for parameter {index}: {what}. This state is of "
+            f"no {name} of shape {tuple(shape)} for parameter {index}: {what}. This state is of "
             "another model or optimizer."
         )
     return float32_state(parameter).copy_(found)

@@ -6,8 +6,11 @@ The one module that knows of DTensor.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 Order = tuple[int, ...]
@@ -17,17 +20,63 @@ def local(tensor: Tensor) -> Tensor:
     """What this process holds of a parameter, a gradient or a state; all of them come through here.
 
     Raises:
-        ValueError: the tensor is sharded.
+        ValueError: the tensor is sharded otherwise than by FSDP2 over the ranks of one replica.
     """
-    # A DTensor exists only where its module was loaded, and loading that takes a second.
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is not None and isinstance(tensor, module.DTensor):
+    kind = _dtensor()
+    if kind is None or not isinstance(tensor, kind):
+        return tensor
+    _check_sharding(tensor)
+    with torch.no_grad():
+        held: Tensor = tensor.to_local()
+        return held
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, on all ranks of the replica; a collective over them, if it is sharded."""
+    kind = _dtensor()
+    return tensor.full_tensor() if kind is not None and isinstance(tensor, kind) else tensor
+
+
+def shard_group(parameters: Sequence[Tensor]) -> dist.ProcessGroup | None:
+    """The ranks over which the parameters are sharded, all over the same; None if they are whole.
+
+    Raises:
+        ValueError: some are sharded and others are not, or over other ranks.
+    """
+    kind = _dtensor()
+    meshes = {tensor.device_mesh if kind is not None and isinstance(tensor, kind) else None for tensor in parameters}
+    if len(meshes) > 1:
         raise ValueError(
-            f"a tensor of shape {tuple(tensor.shape)} is a DTensor, sharded over {tensor.device_mesh}: sharded models "
-            "(FSDP2, tensor parallelism) are not supported yet. Let every worker hold the whole model: leave "
-            "fully_shard out, and use DistributedDataParallel."
+            f"the parameters are not all sharded over the same ranks, but over {', '.join(map(str, meshes))} (None: "
+            "not at all). Call fully_shard on the whole model, with the same mesh for all its modules and without "
+            "ignored_params, before the first step."
         )
-    return tensor
+    mesh = next(iter(meshes), None)
+    return None if mesh is None else mesh.get_group()
+
+
+def _dtensor() -> Any:
+    # It exists only where its module was loaded, and loading that takes a second.
+    module = sys.modules.get("torch.distributed.tensor")
+    return None if module is None else module.DTensor
+
+
+def _check_sharding(tensor: Any) -> None:
+    """Raise ValueError unless a DTensor is cut along its first dimension, over the ranks of a mesh of one."""
+    if tensor.device_mesh.ndim > 1:
+        raise ValueError(
+            f"a tensor of shape {tuple(tensor.shape)} is sharded over {tensor.device_mesh}, of "
+            f"{tensor.device_mesh.ndim} dimensions: its gradients would be averaged over all replicas, or it is split "
+            'by tensor parallelism. Give fully_shard the shard dimension alone, mesh=mesh["dp_shard"], and the '
+            'optimizer the other, process_group=mesh["dp_replicate"].get_group().'
+        )
+    [placement] = tensor.placements
+    if type(placement) is not sys.modules["torch.distributed.tensor"].Shard or placement.dim != 0:
+        raise ValueError(
+            f"a tensor of shape {tuple(tensor.shape)} is placed as {placement}: of sharded models, those are supported "
+            "whose parameters fully_shard has cut along their first dimension. Leave shard_placement_fn and tensor "
+            "parallelism out."
+        )
 
 
 def check_parameter(parameter: Tensor, device: torch.device, name: str = "a parameter") -> None:

@@ -16,9 +16,10 @@ from ..wire.collectives import Channel
 from ..wire.conversation import Conversation, side_by_side
 from ..wire.groups import Group, group_size, make_channel, rank_in
 from ..wire.ledger import Ledger
+from ..wire.shards import Shards
 from .agreement import ON_BAD_GRADIENT, Agreement, LayoutChangedError, StepInputs
 from .renamed import renamed_keywords
-from .replica import STEP, Layout, Replica
+from .replica import STEP, Layout, Replica, layout_of
 from .states import StatefulOptimizer, all_parameters, check_layout
 from .tensors import check_parameter, local, local_gradient
 from .views import Views
@@ -55,6 +56,7 @@ class Plan:
         views: of the parameters and their states.
         layout: of the parameters that it was made for.
         compiled: whether this worker steps by compiled kernels.
+        shards: the ranks that hold this worker's replica together; None, if this one holds all of it.
     """
 
     workers: int
@@ -62,6 +64,7 @@ class Plan:
     views: Views
     layout: Layout = ()
     compiled: bool = False
+    shards: Shards | None = None
 
 
 class WorkersOptimizer(StatefulOptimizer):
@@ -190,15 +193,17 @@ class WorkersOptimizer(StatefulOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        replica = self._replica()
+        plan = self._current_plan()
+        replica = replica_of(self, plan.shards)
         gradients = [local_gradient(parameter, replica.method) for parameter in all_parameters(self)]
         scaler = [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
         gradients, bad = self.agreement.own_gradients(gradients, replica, self.rank, *scaler)
         try:
-            self._exchange(replica, gradients, bad)
+            self._exchange(plan, replica, gradients, bad)
         except LayoutChangedError:
             self.state_changed()
-            self._exchange(replica, gradients, bad)
+            plan = self._current_plan()
+            self._exchange(plan, replica_of(self, plan.shards), gradients, bad)
         for group in self.param_groups:
             group[STEP] += 1
         self.ledger.steps += 1
@@ -226,9 +231,8 @@ class WorkersOptimizer(StatefulOptimizer):
     def _conversations(self, plan: Any, inputs: StepInputs) -> Iterable[Conversation[None]]:
         """What is said in a step, bucket by bucket, and done with it."""
 
-    def _exchange(self, replica: Replica, gradients: list[Tensor | None], bad: int) -> None:
+    def _exchange(self, plan: Plan, replica: Replica, gradients: list[Tensor | None], bad: int) -> None:
         """Exchange and update, or find out with the others that the parameters are laid out otherwise by now."""
-        plan = self._plan = self._current_plan(replica)
         changed = plan.layout != replica.layout
         if changed:
             gradients = [None] * len(gradients)
@@ -243,19 +247,26 @@ class WorkersOptimizer(StatefulOptimizer):
             plan.compiled = self.agreement.shake_hands(plan.channel, replica, gradients, plan.compiled)
         side_by_side(self._conversations(plan, inputs))
 
-    def _current_plan(self, replica: Replica) -> Plan:
-        plan = self._plan
-        if plan is None or plan.workers != self.workers or (plan.channel is None and plan.layout != replica.layout):
-            check_layout(replica, [self.state.get(parameter, {}) for parameter in all_parameters(self)])
-            plan = self._make_plan(make_channel(self.process_group, self.ledger))
-            plan.layout = replica.layout
+    def _current_plan(self) -> Plan:
+        plan, layout = self._plan, layout_of([local(parameter) for parameter in all_parameters(self)])
+        if plan is None or plan.workers != self.workers or (plan.channel is None and plan.layout != layout):
+            check_layout(replica_of(self), [self.state.get(parameter, {}) for parameter in all_parameters(self)])
+            plan = self._plan = self._make_plan(make_channel(self.process_group, self.ledger))
+            plan.layout = layout
             self.agreement.handshake_done = False
         return plan
 
-    def _replica(self) -> Replica:
-        held = [local(parameter) for parameter in all_parameters(self)]
-        method, names = type(self).__name__, self.parameter_names
-        return Replica(method, self.options(), self.param_groups, self.hyperparameters(), held, names)
+
+def replica_of(optimizer: WorkersOptimizer, shards: Shards | None = None) -> Replica:
+    """As the optimizer holds it now.
+
+    Args:
+        optimizer: of one worker.
+        shards: as of :class:`Plan`.
+    """
+    held = [local(parameter) for parameter in all_parameters(optimizer)]
+    method, names, hypers = type(optimizer).__name__, optimizer.parameter_names, optimizer.hyperparameters()
+    return Replica(method, optimizer.options(), optimizer.param_groups, hypers, held, names, shards)
 
 
 def members_of(optimizer: Optimizer) -> Sequence[WorkersOptimizer]:

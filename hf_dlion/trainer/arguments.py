@@ -80,7 +80,8 @@ class DLionArgumentsMixin:
         default="auto",
         metadata={
             "help": "How votes travel: `gather`, everyone counts all of them; `sharded`, each rank counts its part; "
-            "`auto`, the one that sends fewer bytes.",
+            "`hierarchical`, they are counted on each machine first; `auto`, the one that sends fewer bytes, between "
+            "machines if there are several with several workers each.",
             "choices": list(EXCHANGES),
         },
     )
@@ -253,11 +254,15 @@ class DLionArgumentsMixin:
                 f"fp16 with virtual_workers={self.virtual_workers}: one gradient scaler cannot serve several workers. "
                 "Use bf16=True."
             )
-        if getattr(self, "deepspeed", None) or getattr(self, "fsdp", None):
+        if getattr(self, "fsdp", None) and getattr(self, "use_cpu", False):
             raise ValueError(
-                f"optim={self.optim!r} with {'deepspeed' if getattr(self, 'deepspeed', None) else 'fsdp'}: no worker "
-                "would hold the whole model and its own gradient. Supported is plain data parallelism, one process "
-                "per GPU; leave that argument out."
+                f"optim={self.optim!r} with fsdp on CPUs: accelerate shards on GPUs only. Leave one of the two out."
+            )
+        if getattr(self, "deepspeed", None):
+            raise ValueError(
+                f"optim={self.optim!r} with deepspeed: no worker would hold the whole model and its own gradient. "
+                "Leave that argument out; a model that does not fit a GPU is sharded by FSDP2, with fsdp and a "
+                "parallelism_config."
             )
 
     @property

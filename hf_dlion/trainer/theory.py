@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..optim.sharding import find_shards
 from ..optim.states import all_parameters
 from ..optim.tensors import local
 from ..optim.workers import members_of
@@ -101,7 +102,12 @@ def _observe(optimizer: Any) -> dict[str, float]:
         square = scaled.abs_().sub_(1).relu_().square_().sum()
         sums.append(torch.stack([square, surrogate]))
     squares, surrogates = torch.stack(sums).T.tolist()  # the only wait for the device
-    return {"lion_box_distance": math.sqrt(sum(squares)), "lion_surrogate": sum(surrogates)}
+    square, surrogate = sum(squares), sum(surrogates)
+    worker = optimizer.members[0]
+    if (shards := find_shards(all_parameters(worker), worker.process_group)) is not None:
+        own = torch.tensor([square, surrogate], dtype=torch.float64, device=sums[0].device)
+        square, surrogate = shards.sum(own).tolist()
+    return {"lion_box_distance": math.sqrt(square), "lion_surrogate": surrogate}
 
 
 def _mean_gradient(optimizer: Any, parameter: Tensor, index: int) -> Tensor:

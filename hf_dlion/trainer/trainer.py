@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import save_fsdp_model
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
@@ -27,9 +28,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_l
 from ..checkpoint.complete import check_complete, newest_complete
 from ..checkpoint.manifest import CheckpointError, has_workers, written_by_others
 from ..checkpoint.workers import load_workers, remove_manifest, save_workers
-from ..local_gradients import LocalGradients, keep_gradients_local
+from ..local_gradients import LocalGradients, keep_gradients_local, voting_group
 from ..optim.hidden import hidden_matrices
 from ..optim.states import all_parameters
+from ..optim.tensors import local, whole
 from ..optim.virtual import VirtualWorkers
 from ..optim.workers import members_of
 from ..wire.collectives import drain_gloo
@@ -79,6 +81,7 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin):
     lr_scheduler: Any
     model: Any
     state: Any
+    is_fsdp_enabled: bool
     control: Any
 
     _steps_made = 0
@@ -137,13 +140,22 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin):
         method = method_of(made) if isinstance(made, type) else None
         if method is None:
             return given
+        self._refuse_loaded_in_shards()
         keywords = dict(keywords)  # the parent takes some out
         if method.takes_hidden_matrices and "params" not in keywords:
             keywords["params"] = self._hidden_groups(model)
         if self._virtual_workers == 1:
-            return made, keywords
+            return made, {"process_group": voting_group(self.accelerator), **keywords}
         adversaries = {"adversaries": self.args.adversaries, "adversary": self.args.adversary}
         return VirtualWorkers, {"workers": self._virtual_workers, "method": made, **adversaries, **keywords}
+
+    def _refuse_loaded_in_shards(self) -> None:
+        if getattr(self, "is_distributed_loading_by_transformers", False):
+            raise ValueError(
+                f"optim={self.args.optim!r} with a model that was loaded in shards (DistributedConfig): its gradients "
+                "would be averaged over all of them. Load it whole, and let accelerate shard it: "
+                "examples/launch/sharded_replicas.yaml."
+            )
 
     def _hidden_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         decayed = set(self.get_decay_parameter_names(model))  # type: ignore[attr-defined]
@@ -240,7 +252,7 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin):
     @staticmethod
     def _clip_own(model: nn.Module, limit: float) -> torch.Tensor:
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        norm = whole(get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
         clip_grads_with_norm_(parameters, limit, torch.where(norm.isfinite(), norm, 0.0))
         return norm
 
@@ -283,7 +295,11 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self._gradients_stay_local:
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
-        elif self.args.should_save:
+            return
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_model(plugin, self.accelerator, self.model, output_dir, adapter_only=True)
+        if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -430,7 +446,8 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin):
             found["bits_received_per_param"] = 8 * new.received_bytes / (parameters * new.steps)
             workers = optimizer.members[0].workers
             if workers > 1:
-                dense = fp32_all_reduce_bytes(parameters, workers) * new.steps
+                held = sum(local(parameter).numel() for parameter in all_parameters(optimizer))
+                dense = fp32_all_reduce_bytes(held, workers) * new.steps
                 found["fp32_allreduce_ratio"] = new.sent_bytes / dense
         return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -102,6 +103,22 @@ class ProcessChannel(Channel):
         self.group = group
         atexit.unregister(drain_gloo)
         atexit.register(drain_gloo)
+
+    def all_to_all_uneven(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        """Part i goes to rank i, and a part of ``lengths[i]`` elements comes from there. One round, waited for.
+
+        Args:
+            parts: flat, of one dtype; N of them.
+            lengths: what each rank sends here.
+        """
+        sent = torch.cat([part.reshape(-1) for part in parts])
+        received = sent.new_empty(sum(lengths))
+        sizes = [part.numel() for part in parts]
+        width = sent.element_size()
+        self.ledger.record((len(sent) - sizes[self.rank]) * width, (len(received) - lengths[self.rank]) * width)
+        with report_lost_workers(ALL_TO_ALL, self.group):
+            dist.all_to_all_single(received, sent, list(lengths), sizes, group=self.group)
+        return list(received.split(list(lengths)))
 
     @override
     def gather_objects(self, value: Any) -> list[Any]:

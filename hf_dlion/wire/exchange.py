@@ -2,6 +2,7 @@
 
 The server of the paper (arXiv 2404.00438, Algorithm 1) needs no machine of its own. ``gather``: everyone sends all
 words to everyone and counts them all. ``sharded``: rank r is the server of the r-th part of the words.
+``hierarchical``: each node has servers of its own, which send each other what they have counted.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ..bits.counting import count_planes, equals, majority, parity_words, popcount
-from .collectives import Channel
+from ..bits.counting import add_counts, count_planes, equals, majority, parity_words, popcount
+from .collectives import Channel, ProcessChannel
 from .conversation import Conversation
+from .nodes import Nodes, split_by_node, workers_per_node
 
 AGGREGATIONS = ("mavo", "avg")
 TIES = ("zero", "alternate")
-EXCHANGES = ("auto", "gather", "sharded")
+EXCHANGES = ("auto", "gather", "sharded", "hierarchical")
 
 _SAMPLE_WORDS = 1 << 13
 
@@ -135,11 +137,14 @@ class Exchange(ABC):
 
     def _decided(self, votes: Sequence[Tensor], valid: int, ballot: Ballot) -> list[Tensor]:
         """The planes decided from the votes on one part, whose first ``valid`` words are the bucket's."""
-        count = count_planes(votes)
-        ahead, tied = majority(count, len(votes))
-        if valid > 0 and len(votes) == self.channel.size:
+        return self._decided_by(count_planes(votes), len(votes), valid, ballot)
+
+    def _decided_by(self, count: list[Tensor], voters: int, valid: int, ballot: Ballot) -> list[Tensor]:
+        """As that, from the count of so many votes."""
+        ahead, tied = majority(count, voters)
+        if valid > 0 and voters == self.channel.size:
             self.statistics.observe(
-                [plane[:valid] for plane in count], None if tied is None else tied[:valid], len(votes), ballot.padding
+                [plane[:valid] for plane in count], None if tied is None else tied[:valid], voters, ballot.padding
             )
         if self.aggregation == "avg":
             return count
@@ -220,6 +225,65 @@ class ShardedExchange(Exchange):
         return self._decision([plane[:width] for plane in planes], len(votes))
 
 
+class HierarchicalExchange(Exchange):
+    """M nodes of L workers: votes are counted inside each node, and the counts travel between nodes.
+
+    Worker p of each node counts its p-th of L equal parts, of C words. Round 1, all-to-all inside the node: (L-1) * 4C
+    bytes sent and received by each rank. Round 2, all-gather between the nodes of the counts from 0 to L, of
+    ceil(log2(L+1)) planes: (M-1) * 4C bytes a plane. Round 3, all-gather of the P planes of the decision inside the
+    node: (L-1) * 4CP bytes. The headers take a small round between the nodes.
+
+    Args:
+        channel: all workers, node by node.
+        nodes: this worker's place in them.
+        aggregation, tie, device: as of :class:`Exchange`.
+    """
+
+    buckets = 4
+
+    def __init__(self, channel: Channel, nodes: Nodes, aggregation: str, tie: str, device: torch.device) -> None:
+        super().__init__(channel, aggregation, tie, device)
+        self.nodes = nodes
+
+    @staticmethod
+    def words_between_nodes(word_count: int, workers: int, local: int) -> int:
+        """How many words a rank sends to other nodes for a bucket of ``word_count``."""
+        return (workers // local - 1) * ShardedExchange.part_size(word_count, local) * local.bit_length()
+
+    @override
+    def decide(self, ballot: Ballot, voters: Voters) -> Conversation[Decision | None]:
+        inside, across = self.nodes.inside, self.nodes.across
+        local, width = inside.size, len(ballot.words)
+        part = ShardedExchange.part_size(width, local)
+        padded = torch.nn.functional.pad(ballot.words, (0, local * part - width)).view(local, part)
+        theirs, work = inside.all_to_all(torch.cat([padded, ballot.header.expand(local, -1)], dim=1))
+        yield
+        work.wait()
+        headers = theirs.new_empty((across.size, local, len(ballot.header)))
+        if len(ballot.header):
+            headers, work = across.all_gather(theirs[:, part:].contiguous())
+            yield
+            work.wait()
+        counted = voters(headers.flatten(0, 1))
+        if not counted:
+            return None
+        here = [rank % local for rank in counted if rank // local == across.rank]
+        count = count_planes([theirs[place, :part] for place in here]) if here else []
+        count += [theirs.new_zeros(part)] * (local.bit_length() - len(count))
+        counts, work = across.all_gather(torch.stack(count))
+        yield
+        work.wait()
+        total = add_counts([one.unbind() for one in counts], len(counted))
+        # All nodes count the same; the first one looks at it.
+        valid = min(part, width - inside.rank * part) if across.rank == 0 else 0
+        decided = torch.stack(self._decided_by(total, len(counted), valid, ballot))
+        parts, work = inside.all_gather(decided)
+        yield
+        work.wait()
+        planes = parts.transpose(0, 1).reshape(len(decided), -1)
+        return self._decision([plane[:width] for plane in planes], len(counted))
+
+
 def highest_level(aggregation: str, tie: str, workers: int) -> int:
     """N of :class:`Decision`, if so many workers vote."""
     if aggregation == "avg":
@@ -232,6 +296,9 @@ def make_exchange(
 ) -> Exchange:
     """The exchange of that name; ``"auto"`` is the one that sends fewer bytes, then the one with fewer rounds.
 
+    Where the workers share nodes, and counting inside a node first sends less between them, it is that. A collective
+    over the workers, then.
+
     Args:
         exchange: one of ``EXCHANGES``.
         channel: the workers.
@@ -239,10 +306,26 @@ def make_exchange(
         aggregation: ``"mavo"`` or ``"avg"``.
         tie: ``"zero"`` or ``"alternate"``.
         device: of the words.
+
+    Raises:
+        ValueError: votes are to be counted by node, and there are not several nodes with as many workers each.
     """
-    if exchange == "auto":
-        planes = highest_level(aggregation, tie, channel.size).bit_length()
-        gathered = GatherExchange.words_sent(word_count, channel.size, planes)
-        exchange = "gather" if gathered <= ShardedExchange.words_sent(word_count, channel.size, planes) else "sharded"
-    kind = GatherExchange if exchange == "gather" else ShardedExchange
+    workers = channel.size
+    planes = highest_level(aggregation, tie, workers).bit_length()
+    sent = {kind: kind.words_sent(word_count, workers, planes) for kind in (GatherExchange, ShardedExchange)}
+    kind = min(sent, key=lambda kind: sent[kind])
+    if exchange in ("auto", "hierarchical"):
+        local = workers_per_node(channel, device) if workers >= 4 else 1
+        if exchange == "hierarchical" and local == 1:
+            raise ValueError(
+                "exchange='hierarchical' with workers that are not on several nodes, as many on each and at least two: "
+                "there is nothing to count inside a node first. Take 'auto', or start as many processes on each node."
+            )
+        # Of what a rank sends, that to other nodes.
+        flat = sent[kind] * (workers - local) // (workers - 1)
+        less = HierarchicalExchange.words_between_nodes(word_count, workers, local) < flat
+        if local > 1 and (exchange == "hierarchical" or less) and isinstance(channel, ProcessChannel):
+            return HierarchicalExchange(channel, split_by_node(channel, local), aggregation, tie, device)
+    else:
+        kind = GatherExchange if exchange == "gather" else ShardedExchange
     return kind(channel, aggregation, tie, device)

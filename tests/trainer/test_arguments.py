@@ -48,10 +48,10 @@ def test_an_unknown_name_lists_what_there_is(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"vote_tie": "coin"}, "vote_tie='coin'.*'auto', 'zero', 'alternate'"),
-        ({"vote_exchange": "ring"}, "vote_exchange='ring'.*'auto', 'gather', 'sharded'"),
+        ({"vote_exchange": "ring"}, "vote_exchange='ring'.*'auto', 'gather', 'sharded', 'hierarchical'"),
         ({"fp16": True, "virtual_workers": 2}, "fp16 with virtual_workers=2.*bf16=True"),
         ({"on_bad_gradient": "ignore"}, "on_bad_gradient='ignore'.*'abstain', 'raise'"),
-        ({"fsdp": True}, "with fsdp: no worker would hold the whole model"),
+        ({"fsdp": True}, "with fsdp on CPUs: accelerate shards on GPUs only"),
     ],
 )
 def test_wrong_options(options: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -79,7 +79,9 @@ def test_help_names_the_methods() -> None:
     except TypeError as error:  # a bare % in transformers 5.2
         pytest.skip(f"the help of this transformers fails by itself: {error}")
     text = HfArgumentParser(DLionTrainingArguments).format_help()
-    assert all(name in text for name in [*METHODS, "--lion_beta1", "--vote_exchange {auto,gather,sharded}"])
+    assert all(
+        name in text for name in [*METHODS, "--lion_beta1", "--vote_exchange {auto,gather,sharded,hierarchical}"]
+    )
 
 
 def test_importing_the_package_imports_no_transformers() -> None:

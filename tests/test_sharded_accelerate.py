@@ -1,0 +1,149 @@
+"""Replicas that accelerate shards, over gloo.
+
+accelerate shards on GPUs only: here its state is told that it does, after which all of its own code runs on the CPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from transformers import GPT2LMHeadModel, Trainer
+
+from hf_dlion import DistributedLion, DLionTrainer, DLionTrainerMixin, LionTheoryCallback, keep_gradients_local
+from hf_dlion.local_gradients import check_supported
+from tests.harness import run_workers
+from tests.trainer.tiny import act_as_launched, arguments, rows
+from tests.trainer.tiny import model as tiny
+
+
+def pretend(accelerator: Accelerator, replicas: int = 2, shards: int = 2, **plugin: Any) -> Accelerator:
+    state: Any = accelerator.state
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap", **plugin)
+    # Every AcceleratorState takes over what PartialState has.
+    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    state.parallelism_config = ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=shards)
+    state.device_mesh = state.parallelism_config.get_device_mesh("cpu")
+    return accelerator
+
+
+def loop(rank: int) -> list[torch.Tensor]:
+    act_as_launched(rank)
+    torch.manual_seed(0)
+    accelerator = pretend(Accelerator(cpu=True, gradient_accumulation_steps=2))
+    keep_gradients_local(accelerator)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
+    group = accelerator.torch_device_mesh["dp_replicate"].get_group()
+    optimizer = DistributedLion(model.parameters(), lr=0.1, process_group=group, check_replicas_steps=1)
+    assert accelerator.torch_device_mesh.ndim == 2
+    model, optimizer = accelerator.prepare(model, optimizer)
+    own = []
+    for step in range(6):
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.randn(4, 5, generator=generator)).square().mean())
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            if step == 1:
+                own = [parameter.grad.full_tensor() for parameter in model.parameters()]
+            optimizer.step()
+            optimizer.zero_grad()
+    assert optimizer.param_groups[0]["step"] == 3
+    return [*own, *(parameter.full_tensor().detach() for parameter in model.parameters())]
+
+
+def test_a_loop_of_accelerate() -> None:
+    first, second, third, fourth = run_workers(loop, 4)
+    for index in range(4):  # gradients
+        assert torch.equal(first[index], second[index])
+        assert torch.equal(third[index], fourth[index])
+        assert not torch.equal(first[index], third[index])
+    for index in range(4, 8):
+        assert torch.equal(first[index], third[index])
+
+
+@pytest.mark.parametrize(
+    ("version", "sizes", "message"),
+    [
+        (1, (2, 2), "FSDP version 1.*fsdp_version to 2.*sharded_replicas.yaml"),
+        (2, (1, 4), "dp_replicate_size=1 and dp_shard_size=4"),
+        (2, None, "dp_replicate_size=1 and dp_shard_size=1"),
+        (2, (2, 2, 2), "tensor, context or sequence parallelism"),
+    ],
+)
+def test_what_fsdp_cannot_do_here(version: int, sizes: tuple[int, ...] | None, message: str) -> None:
+    class Sharding:
+        distributed_type = DistributedType.FSDP
+        parallelism_config = sizes and ParallelismConfig(sizes[0], sizes[1], *sizes[2:])
+        state = type("State", (), {"fsdp_plugin": type("Plugin", (), {"fsdp_version": version})})
+
+    with pytest.raises(ValueError, match=message):
+        check_supported(Sharding())  # type: ignore[arg-type]
+
+
+class OnCpu:
+    """Between our mixin and the Trainer: its accelerator is told that it shards."""
+
+    args: Any
+    accelerator: Any
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        pretend(self.accelerator, state_dict_type="FULL_STATE_DICT")
+        self.is_fsdp_enabled = True
+
+
+class ShardedTrainer(DLionTrainerMixin, OnCpu, Trainer):
+    pass
+
+
+def shards_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [parameter.to_local().clone() for parameter in model.parameters()]  # type: ignore[attr-defined]
+
+
+def train(rank: int, folder: str, optim: str) -> dict[str, Any]:
+    """Four steps at once, and two and two, with a checkpoint between them."""
+    act_as_launched(rank)
+    found: dict[str, Any] = {}
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "max_grad_norm": 0.01}
+    for name, checkpoint in (("whole", None), ("resumed", f"{folder}/whole/checkpoint-2")):
+        own = arguments(f"{folder}/{name}", optim=optim, check_replicas_steps=1, **options)
+        callbacks = [LionTheoryCallback(every=1)] if optim == "dlion_mavo" else []
+        run = ShardedTrainer(model=tiny(), args=own, train_dataset=rows(), callbacks=callbacks)
+        run.train(resume_from_checkpoint=checkpoint)
+        logs = [entry for entry in run.state.log_history if "grad_norm" in entry]
+        found[name] = shards_of(run.model), [entry["grad_norm"] for entry in logs]
+        found["log"] = logs[-1]
+        found["state"] = [state["momentum"].clone() for state in run.optimizer.optimizer.state.values()]
+    whole, resumed = found["whole"], found["resumed"]
+    assert all(map(torch.equal, whole[0], resumed[0]))
+    assert whole[1] == resumed[1]  # with the log of before
+    saved = GPT2LMHeadModel.from_pretrained(f"{folder}/whole/checkpoint-4")
+    full = [parameter.full_tensor() for parameter in run.model.parameters()]  # type: ignore[attr-defined]
+    assert all(map(torch.equal, saved.parameters(), full))
+    return found
+
+
+@pytest.mark.parametrize("optim", ["dlion_mavo", "dmuon_avg"])
+def test_a_trainer_goes_on_where_it_stopped(optim: str, tmp_path: Path) -> None:
+    everyone = run_workers(train, 4, str(tmp_path), optim, timeout=300)
+    for rank, found in enumerate(everyone):
+        same, other = everyone[(rank + 2) % 4], everyone[rank ^ 1]
+        assert all(map(torch.equal, found["whole"][0], same["whole"][0]))
+        assert not all(map(torch.equal, found["state"], same["state"]))
+        assert found["log"]["grad_norm"] == other["log"]["grad_norm"]
+        assert 0.5 < found["log"]["bits_sent_per_param"] < 0.8  # half of a bit, and what fills up a small model's words
+        assert 1 / 32 < found["log"]["fp32_allreduce_ratio"] < 1 / 20
+        assert found["log"].get("lion_box_distance") == same["log"].get("lion_box_distance")
+        assert ("lion_surrogate" in found["log"]) == (optim == "dlion_mavo")
+
+
+def test_a_model_that_was_loaded_in_shards_is_refused(tmp_path: Path) -> None:
+    run = DLionTrainer(model=tiny(), args=arguments(tmp_path), train_dataset=rows())
+    run.is_distributed_loading_by_transformers = True
+    with pytest.raises(ValueError, match="loaded in shards.*sharded_replicas.yaml"):
+        run.create_optimizer()
