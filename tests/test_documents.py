@@ -26,6 +26,8 @@ from transformers.training_args import OptimizerNames
 
 from hf_dlion.trainer.methods import METHODS
 
+pytest.importorskip("transformers", minversion="5.16", reason="the examples, whose options are read, need it")
+
 ROOT = Path(__file__).parents[1]
 TEXTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md", "model_cards/README.md")),
