@@ -26,6 +26,8 @@ from transformers.training_args import OptimizerNames
 
 from hf_dlion.trainer.methods import METHODS
 
+pytest.importorskip("transformers", minversion="5.16", reason="the examples, whose options are read, need it")
+
 ROOT = Path(__file__).parents[1]
 TEXTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md", "model_cards/README.md")),
@@ -142,8 +144,8 @@ def commands(document: Path) -> Iterator[list[str]]:
     """The words of each, without what only sets the stage."""
     text = document.read_text(encoding="utf-8")
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    spans = re.findall(r"`((?:accelerate|torchrun|python|make|sudo|\.venv/bin)\b[^`\n]*)`", text)
-    rows = [span for span in spans if re.match(r"make |.*(\.py| -m )", span)]
+    spans = re.findall(r"`((?:accelerate|torchrun|python|make|sudo|hf_dlion|\.venv/bin)(?: |/)[^`\n]*)`", text)
+    rows = [span for span in spans if re.match(r"(make|hf_dlion) |(?!hf_dlion).*(\.py| -m )", span)]
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     for line in [*lines, *rows]:
         for part in line.split("&&"):
