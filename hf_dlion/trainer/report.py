@@ -79,7 +79,7 @@ def method_options(args: Any, optimizer: Any = None) -> dict[str, Any]:
         method = METHODS.get(name_of(optimizer) or "")
         if method is None or not isinstance(args, DLionArgumentsMixin):
             return made_with
-        known = {"lr": args.learning_rate, **method.fixed, **method.options(args)}
+        known = {"lr": None, **method.fixed, **method.options(args)}
         return {name: made_with.get(name, value) for name, value in known.items()}
     name = method_name(args)
     if name in METHODS:
