@@ -13,14 +13,13 @@ from tests.harness import run_workers
 from tests.trainer import tiny
 from tests.trainer.test_trainer import weights
 
-# Times; and the epoch, which processes count in rounded-up batches of their own.
-DIFFERENT = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "epoch")
+TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
 
 
 def train(rank: int, folder: str, options: dict[str, Any]) -> tuple[list[dict[str, float]], torch.Tensor, Any]:
     trainer = tiny.trainer(rank, folder, **options)
     trainer.train()
-    log = [{key: value for key, value in entry.items() if key not in DIFFERENT} for entry in trainer.state.log_history]
+    log = [{key: value for key, value in entry.items() if key not in TIMES} for entry in trainer.state.log_history]
     return log, weights(trainer.model), run_report(trainer)
 
 
@@ -62,7 +61,6 @@ def test_adversaries_change_the_vote(tmp_path: Path) -> None:
     [
         ({"virtual_workers": 0}, "virtual_workers=0"),
         ({"virtual_workers": 2, "optim": "adamw_torch"}, "'adamw_torch'.*gadamw"),
-        ({"virtual_workers": 4, "gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2"),
         ({"adversaries": 1}, "adversaries=1 with virtual_workers=1"),
         ({"virtual_workers": 2, "adversaries": 3}, "adversaries=3"),
         ({"virtual_workers": 2, "adversaries": 1, "adversary": "liar"}, "adversary='liar'"),
