@@ -260,13 +260,13 @@ class DistributedLion(WorkersOptimizer):
 
     @override
     def _make_plan(self, channel: Channel | None) -> VotePlan:
+        shards = find_shards(all_parameters(self), self.process_group)
         parameters = [local(parameter) for parameter in all_parameters(self)]
         device, workers = parameters[0].device, channel.size if channel else 1
         elements = sum(parameter.numel() for parameter in parameters)
         exchange = None
         if channel is not None:
             exchange = make_exchange(self.exchange, channel, elements // 32, self.aggregation, self.tie, device)
-        shards = find_shards(all_parameters(self), self.process_group)
         buckets = lay_out(self.param_groups, shards, exchange.buckets if exchange else 1)
         highest = highest_level(self.aggregation, self.tie, workers)
         kernels = None

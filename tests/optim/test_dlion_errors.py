@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from hf_dlion import DistributedLion
 from hf_dlion.trainer.methods import METHODS
@@ -191,21 +191,25 @@ def test_a_rank_outside_the_process_group_is_told() -> None:
     assert "rank 2 is not in the process_group" in outside
 
 
-def sharded(rank: int) -> list[str]:
-    mesh = init_device_mesh("cpu", (2,))
-    whole = torch.nn.Linear(8, 4)
-    parts = [torch.nn.Parameter(distribute_tensor(torch.ones(8, 8), mesh, [Shard(0)]))]
-    fully_shard(whole, mesh=mesh)
+def sharded(rank: int) -> list[list[str]]:
+    """Parallel to others by tensors, sharded over replicas, too, and with no replica beside it."""
+    mesh, two = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1))
+    rows = torch.ones(8, 8)
+    replicated = torch.nn.Parameter(distribute_tensor(rows, mesh, [Replicate()]))
+    hybrid = torch.nn.Parameter(distribute_tensor(rows, two, [Replicate(), Shard(0)]))
+    alone = torch.nn.Linear(8, 4)
+    fully_shard(alone, mesh=mesh)
     messages = []
-    for parameter in (*parts, whole.weight):
-        for name in METHODS:
-            make = partial(METHODS[name].optimizer, one_group(name, parameter), **METHODS[name].fixed)
-            messages.append(outcome(make))
+    for name in METHODS:
+        make = partial(METHODS[name].optimizer, **METHODS[name].fixed)
+        found = [outcome(partial(make, one_group(name, parameter))) for parameter in (replicated, hybrid)]
+        messages.append([*found, outcome(make(one_group(name, alone.weight)).step)])
     return messages
 
 
-def test_sharded_parameters_are_refused_as_the_optimizer_is_made() -> None:
+def test_sharded_parameters_without_replicas_are_refused() -> None:
     for messages in run_workers(sharded, 2, timeout=60):
-        for message in messages:
-            assert "is a DTensor, sharded over DeviceMesh" in message
-            assert "not supported yet" in message
+        for replicated, hybrid, alone in messages:
+            assert "is placed as R" in replicated
+            assert 'Give fully_shard the shard dimension alone, mesh=mesh["dp_shard"]' in hybrid
+            assert "they have one vote together" in alone
