@@ -68,6 +68,7 @@ benchmark: $(VENV)/.installed
 	$(BIN)/python -m examples.benchmarks.network --workers 2 --output model_cards/network/2_workers
 	$(BIN)/python -m examples.benchmarks.step --output model_cards/step
 	$(BIN)/python -m examples.benchmarks.checks --output model_cards/checks
+	$(BIN)/python -m examples.benchmarks.orthogonal --output model_cards/orthogonal
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
