@@ -204,8 +204,9 @@ class DistributedLion(WorkersOptimizer):
 
     @override
     def options(self) -> dict[str, Any]:
-        names = ("aggregation", "tie", "exchange", "norm_gradients")
-        return super().options() | {name: getattr(self, name) for name in names}
+        normed = {"norm_gradients": True} if self.norm_gradients else {}  # older checkpoints have no such option
+        options = {"aggregation": self.aggregation, "tie": self.tie, "exchange": self.exchange}
+        return super().options() | options | normed
 
     @override
     def hyperparameters(self) -> tuple[str, ...]:

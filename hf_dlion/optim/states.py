@@ -72,8 +72,16 @@ class StatefulOptimizer(Optimizer, ABC):
         Raises:
             ValueError: the param groups do not fit, or a tensor is missing or of another shape; nothing was loaded.
         """
-        states = fitting_states(state_dict, all_parameters(self), self.state_names, self.hyperparameters())
-        super().load_state_dict(state_dict)
+        states: list[dict[str, Tensor]] = []
+
+        def check(_: Optimizer, given: dict[str, Any]) -> None:
+            states.extend(fitting_states(given, all_parameters(self), self.state_names, self.hyperparameters()))
+
+        last_hook = self.register_load_state_dict_pre_hook(check)  # it sees what others have made of the state dict
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last_hook.remove()
         check_owner(self.param_groups, self.rank, self.workers, self.local_state_names)
         # torch casts state to the dtype of its parameter; ours keeps its own.
         self.state.clear()
@@ -98,7 +106,7 @@ def copyable(optimizer: Optimizer) -> dict[str, Any]:
 
 def marked(state_dict: dict[str, Any], worker: int) -> dict[str, Any]:
     """A state dict that says whose it is."""
-    for group in state_dict["param_groups"]:
+    for group in state_dict.get("param_groups", ()):  # a hook may have made something else of it
         group[WORKER] = worker
     return state_dict
 

@@ -189,8 +189,13 @@ class VirtualWorkers(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of every worker, and the param groups."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         workers = [member.state_dict() for member in self.members]
-        return {"state": {}, "param_groups": workers[0]["param_groups"], "workers": workers}
+        state: dict[str, Any] = {"state": {}, "param_groups": workers[0]["param_groups"], "workers": workers}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            state = after(self, state) or state
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave.
@@ -198,6 +203,9 @@ class VirtualWorkers(Optimizer):
         Raises:
             ValueError: it is of another number of workers, or does not fit the parameters.
         """
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
         found = state_dict.get("workers", ())
         if len(found) != self.workers:
             raise ValueError(
@@ -207,6 +215,8 @@ class VirtualWorkers(Optimizer):
         for member, own in zip(self.members, found, strict=True):
             member.load_state_dict(own)
         self.param_groups = self.members[0].param_groups
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def _tampered(self, gradient: Tensor, generator: torch.Generator) -> Tensor:
         if self._adversary == "flip":

@@ -77,7 +77,7 @@ def rounds_of_virtual_workers(images: str, output: str, workers: int) -> list[to
     found = []
     for epoch in range(2):
         loader.set_epoch(epoch)
-        found += [batch["pixel_values"] for batch in loader]
+        found += [batch["pixel_values"] for item in loader for batch in (item if workers > 1 else [item])]
     return found
 
 

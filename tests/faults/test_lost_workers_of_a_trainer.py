@@ -27,19 +27,25 @@ class Dies(TrainerCallback):
             die()
 
 
-def train_until(rank: int, folder: str, victim: int, event: str) -> None:
-    trainer = tiny.trainer(rank, folder, max_steps=8, logging_steps=2)
+def train_until(rank: int, folder: str, victim: int, event: str, options: dict[str, Any]) -> None:
+    trainer = tiny.trainer(rank, folder, max_steps=8, **options)
     if rank == victim:
         trainer.add_callback(Dies(event))
     trainer.train()
 
 
 @pytest.mark.parametrize(
-    ("victim", "event", "failed"), [(2, "on_pre_optimizer_step", "an all-"), (0, "on_step_end", "training of 3 ranks")]
+    ("victim", "event", "options", "failed"),
+    [
+        (2, "on_pre_optimizer_step", {"logging_steps": 2}, "an all-"),
+        (0, "on_step_end", {"logging_steps": 100, "eval_strategy": "steps", "eval_steps": 2}, "training of 3 ranks"),
+    ],
 )
-def test_the_trainer_names_the_lost_rank(victim: int, event: str, failed: str, tmp_path: Path) -> None:
-    """At the end of a step that is logged, it is a gather of the Trainer that fails."""
-    outcomes = run_to_their_ends(train_until, 3, str(tmp_path), victim, event, timeout=100)
+def test_the_trainer_names_the_lost_rank(
+    victim: int, event: str, options: dict[str, Any], failed: str, tmp_path: Path
+) -> None:
+    """In an evaluation, it is a gather of the Trainer that fails."""
+    outcomes = run_to_their_ends(train_until, 3, str(tmp_path), victim, event, options, timeout=100)
     check_survivors(outcomes, victim)
     for outcome in outcomes[:victim] + outcomes[victim + 1 :]:
         assert f"{'did not answer: ' if CAN_NAME else LOST}{failed}" in str(outcome.error)

@@ -139,7 +139,7 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], list[str]]] = {
     "dtype": (other_dtype, (), [ANOTHER, "parameter 0 is float32 (8,)", "bfloat16 (8,)"]),
     "groups": (other_groups, (), [ANOTHER, "the number of param groups is 1 on rank 0 and 2 on rank 1"]),
     "step": (other_step, (), [SETTING, "step of param group 0 is 0 on rank 0 and 2 on rank 1"]),
-    "complex": (complex_parameter, (), ["a parameter of dtype torch.complex64", "Leave others out of the optimizer"]),
+    "complex": (complex_parameter, (), ["parameter has dtype torch.complex64", "Leave others out of the optimizer"]),
     "sparse": (sparse_gradient, ((0, 1),), ["layout torch.sparse_coo", "nn.Embedding(sparse=False)"]),
     "inf": (bad_gradient, (float("inf"), "raise", (1,)), ["rank 1: the gradient of parameter 0 (weight)", "at step 0"]),
     "nan": (bad_gradient, (float("nan"), "abstain", (0, 1)), ["rank 0: the gradient of parameter 0 (weight)"]),
@@ -147,7 +147,7 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], list[str]]] = {
     "same data": (plain_loop, (True, True), AVERAGED),
     "unknown optim": (train, ([{"optim": "dlion_mvo"}] * 2,), ["Did you mean 'dlion_mavo'?", "adamw_torch"]),
     "GPUs": (train, ([{}] * 2, 2), ["with 2 GPUs in one process", "accelerate launch --multi_gpu"]),
-    "fsdp": (train, ([{"fsdp": True}] * 2,), ["with fsdp: no worker would hold the whole model"]),
+    "fsdp": (train, ([{"fsdp": True}] * 2,), ["with fsdp on CPUs: accelerate shards on GPUs only"]),
     "learning_rate": (
         train,
         ([{}, {"learning_rate": 1e-3}],),

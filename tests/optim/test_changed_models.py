@@ -246,3 +246,35 @@ def test_the_state_of_another_worker_is_loaded_with_a_warning(caplog: pytest.Log
     assert "worker 1 of 3 has loaded the momentum of worker 0" in caplog.text
     assert "worker" not in second.param_groups[0]
     assert second.state_dict()["param_groups"][0]["worker"] == 1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_hooks_are_called_as_by_torch(workers: int) -> None:
+    called: list[str] = []
+
+    def note(name: str, result: Any = None) -> Callable[..., Any]:
+        return lambda *_: called.append(name) or result
+
+    params = parameters()
+    chosen = workers_of("dlion_mavo", params, workers)
+    step(chosen, params, 0, workers, lambda rank: [])
+    kept = copy.deepcopy(chosen.state_dict())
+    step(chosen, params, 1, workers, lambda rank: [])
+    chosen.register_step_pre_hook(note("before a step"))
+    chosen.register_step_post_hook(note("after a step"))
+    chosen.register_state_dict_pre_hook(note("before saving"))
+    chosen.register_state_dict_post_hook(note("after saving", {"of the hook": True}))
+    chosen.register_load_state_dict_pre_hook(note("before loading", kept))
+    chosen.register_load_state_dict_post_hook(note("after loading"))
+    assert chosen.state_dict() == {"of the hook": True}
+    chosen.load_state_dict({"state": {}, "param_groups": []})  # the hook gives another
+    step(chosen, params, 2, workers, lambda rank: [])
+    expected = ["before saving", "after saving", "before loading", "after loading", "before a step", "after a step"]
+    assert list(dict.fromkeys(called)) == expected
+    again = parameters()
+    other = workers_of("dlion_mavo", again, workers)
+    step(other, again, 0, workers, lambda rank: [])
+    member, reference = (getattr(one, "members", [one])[0] for one in (chosen, other))
+    step(other, again, 2, workers, lambda rank: [])
+    for mine, theirs in zip(params, again, strict=True):
+        assert torch.equal(member.state[mine]["momentum"], reference.state[theirs]["momentum"])
