@@ -105,6 +105,7 @@ def known_options() -> set[str]:
         "examples.studies.run",
         "examples.benchmarks.network",
         "examples.benchmarks.checks",
+        "examples.benchmarks.orthogonal",
         "examples.benchmarks.step",
     ]
     parsers = [*map(parser_of, names), launch_command_parser(), torchrun_parser()]

@@ -11,7 +11,7 @@ import operator
 import os
 import struct
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -101,13 +101,12 @@ class Header:
     @classmethod
     def unpack(cls, headers: Tensor) -> list[Header]:
         """Everyone's, by rank, from int32 ``[N, H]``."""
-        rows = [row.tobytes() for row in headers.cpu().contiguous().numpy()]
-        return [cls(**cls._numbers(row), present=int.from_bytes(row[32:], "little")) for row in rows]
-
-    @staticmethod
-    def _numbers(packed: bytes) -> dict[str, int]:
-        names = [field.name for field in fields(Header)[:4]]
-        return dict(zip(names, struct.unpack_from("<4q", packed), strict=True))
+        unpacked = []
+        for row in headers.cpu().contiguous().numpy():
+            hyperparameters, bad_gradient, parameters, changed = struct.unpack_from("<4q", row.tobytes())
+            present = int.from_bytes(row.tobytes()[32:], "little")
+            unpacked.append(cls(hyperparameters, bad_gradient, parameters, changed, present))
+        return unpacked
 
 
 class LayoutChangedError(RuntimeError):
@@ -315,9 +314,8 @@ class Agreement:
         voters = [rank for rank in range(len(headers)) if rank not in bad]
         present = functools.reduce(operator.or_, (headers[rank].present for rank in voters), 0)
         everywhere = (1 << len(replica.parameters)) - 1
-        self.absent = frozenset(
-            index for index in range(len(replica.parameters)) if present != everywhere and not present >> index & 1
-        )
+        indices = range(0 if present == everywhere else len(replica.parameters))
+        self.absent = frozenset(index for index in indices if not present >> index & 1)
         return voters
 
     def _raise_for_bad(self, replica: Replica, bad: dict[int, int], workers: int) -> None:

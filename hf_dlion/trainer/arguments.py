@@ -24,20 +24,6 @@ from .methods import METHODS, Method
 logger = logging.getLogger(__name__)
 
 _FOREIGN = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules")
-_OF_METHODS = (
-    "lion_beta1",
-    "lion_beta2",
-    "muon_beta2",
-    "vote_tie",
-    "vote_exchange",
-    "signum_momentum",
-    "base_rule",
-    "sgd_momentum",
-    "terngrad_clip",
-    "drop_share",
-    "dgc_warmup_steps",
-    "dgc_clip",
-)
 
 _NAMES = "; ".join(f"`{name}`: {method.summary}" for name, method in METHODS.items())
 
@@ -226,11 +212,13 @@ class DLionArgumentsMixin:
         method.keywords(self)
         defaults = {each.name: each.default for each in fields(self)}
         changed = [name for name in defaults if getattr(self, name) != defaults[name] and name not in read]
-        takes = f"optim={self.optim!r} takes {', '.join(sorted(read & {*_OF_METHODS, *_FOREIGN})) or 'none of these'}"
+        own = [each.name for each in fields(DLionArgumentsMixin)]
+        of_methods = {name for each in METHODS.values() for name in each.reads(self)} & {*own}
+        takes = f"optim={self.optim!r} takes {', '.join(sorted(read & {*of_methods, *_FOREIGN})) or 'none of these'}"
         for name in _FOREIGN:
             if name in changed:
                 raise ValueError(f"{name}={getattr(self, name)!r} would change nothing: {takes}. Leave it out.")
-        unread = [f"{name}={getattr(self, name)!r}" for name in _OF_METHODS if name in changed]
+        unread = [f"{name}={getattr(self, name)!r}" for name in own if name in of_methods and name in changed]
         if unread and self.process_index == 0:  # type: ignore[attr-defined]
             logger.warning("%s would be for other methods, and changes nothing: %s.", ", ".join(unread), takes)
 

@@ -74,11 +74,13 @@ def test_options_of_another_method_are_named(tmp_path: Path) -> None:
     tiny.arguments(tmp_path, optim="dsignum_mavo", lion_beta1=0.5, drop_share=0.5, vote_tie="zero")
     assert said == [
         "lion_beta1=0.5, drop_share=0.5 would be for other methods, and changes nothing: optim='dsignum_mavo' takes "
-        "signum_momentum, vote_exchange, vote_tie."
+        "norm_gradients, signum_momentum, vote_exchange, vote_tie."
     ]
     tiny.arguments(tmp_path, optim="dlion_mavo", lion_beta1=0.5)
     tiny.arguments(tmp_path, optim="adamw_torch", adam_beta1=0.5, optim_target_modules=["q_proj"])
     assert len(said) == 1
+    tiny.arguments(tmp_path, optim="glion", norm_gradients=True)
+    assert said[1].startswith("norm_gradients=True would be for other methods, and changes nothing: optim='glion'")
 
 
 def test_set_optimizer(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The measurement of the checks: its models are those of the pretraining example, and it runs."""
+"""What parts of a step take of it: the models are those of the pretraining example, and it is measured."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks import checks
+from benchmarks import shares
 from common import gpt2_models
 
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.mark.parametrize("name", checks.SIZES)
+@pytest.mark.parametrize("name", shares.SIZES)
 def test_models_are_those_of_pretrain_gpt2(name: str) -> None:
-    words = {str(number): number for number in range(checks.VOCABULARY)}
+    words = {str(number): number for number in range(shares.VOCABULARY)}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="0")))
     theirs = gpt2_models.build_model(name, tokenizer, 32)
-    ours = checks.build_model(name, 32)
+    ours = shares.build_model(name, 32)
     shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in (ours, theirs)]
     assert shapes[0] == shapes[1]
 
 
-def test_the_share_is_measured(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["checks", "orthogonal"])
+def test_the_share_is_measured(name: str, tmp_path: Path) -> None:
     few = ["--models", "gpt2-tiny", "--rows", "1", "--length", "16", "--steps", "4", "--output", str(tmp_path)]
-    command = [sys.executable, "-m", "examples.benchmarks.checks", *few]
+    command = [sys.executable, "-m", f"examples.benchmarks.{name}", *few]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     (found,) = json.loads((tmp_path / "results.json").read_text())["models"]
