@@ -8,11 +8,14 @@ both ends of each link: what a worker sends, and what it receives. Elsewhere the
 the unlimited rate is measured. Nothing outside these namespaces is touched; they are removed at the end, and what a
 killed run left behind by the next run.
 
+With `--tokens 512` it is a whole step that is measured: forward and backward of a real GPT-2 on so many tokens, and the
+update; and `computing`, the same with fused AdamW and no network, is what it can be at best.
+
 - The loss is linear in the parameters, so that backward only writes the gradients, through autograd and DDP as in
   training; what is left to measure is the update. Every worker has gradients of its own.
 - The methods take turns, so that noise of the machine meets all alike; a turn's first step is not counted.
 - Before each step the workers wait for each other over pipes to the parent: no byte of that is on the link.
-- A step takes as long as it takes the slowest worker. The forward pass is not part of it.
+- A step takes as long as it takes the slowest worker. The forward pass is not part of it, without `--tokens`.
 - Bytes sent are the difference of the interface's `tx_bytes`: TCP, acknowledgements and retransmissions too.
   The MTU is 1500, but a piece of up to 64 KiB that the kernel passes on whole (GSO) has one header there: a
   cable would carry about 5 % more, with every method. tbf limits by what a cable would carry.
@@ -36,12 +39,12 @@ from typing import Any
 
 from .links import UNLIMITED, BenchmarkError, bits_per_second, limit, namespaces
 from .machine import machine
-from .network_report import METHODS, plot, table
+from .network_report import METHODS, WHOLE_STEP, plot, table
 from .stopping import stop_on_signals
 from .workers import TURNS, Workers, say
 
 RATES = ("100mbit", "1gbit", "10gbit", UNLIMITED)
-SETTINGS = ("workers", "methods", "hidden", "layers", "vocab", "seed", "steps", "seconds")
+SETTINGS = ("workers", "methods", "hidden", "layers", "vocab", "tokens", "seed", "steps", "seconds")
 WARMUP_STEPS = 6  # optimizers compile, DDP rebuilds its buckets, PowerSGD begins to compress
 
 
@@ -102,7 +105,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=about, formatter_class=defaults, allow_abbrev=False)
     add = parser.add_argument
     add("--workers", type=int, default=4, help="how many, each a process of one thread")
-    add("--methods", nargs="+", default=METHODS, choices=METHODS, metavar="METHOD", help="to compare")
+    known = (*METHODS, *WHOLE_STEP)
+    about_methods = f"to compare; all that there are by default. Known: {', '.join(known)}, the last ones with --tokens"
+    add("--methods", nargs="+", choices=known, metavar="METHOD", help=about_methods)
+    add("--tokens", type=int, default=0, help="of a worker's batch, for a whole step; 0: the update alone")
     add("--rates", nargs="+", default=RATES, metavar="RATE", help="of each link: 10mbit, 2.5gbit, ...")
     add("--steps", type=int, default=30, help="measured steps of a method at a rate, at most")
     add("--seconds", type=float, default=15, help=f"for these; slow methods take fewer, at least {TURNS}")
@@ -115,7 +121,10 @@ def parse() -> argparse.Namespace:
     add("--output", type=Path, default=Path("network"), help="folder for results.json and step_time.png")
     add("--plot-only", type=Path, metavar="JSON", help="only draw and print this results.json again")
     options = parser.parse_args()
-    options.methods = list(dict.fromkeys(options.methods))
+    usual = known if options.tokens else METHODS
+    options.methods = list(dict.fromkeys(options.methods or usual))
+    if not options.tokens and (unusual := set(options.methods) - set(METHODS)):
+        parser.error(f"{', '.join(unusual)}: of a whole step only, with --tokens 512")
     if not 1 <= options.workers <= 250 or options.steps < 1 or options.hidden < 64 or options.hidden % 64:
         parser.error("--workers is 1 to 250, --steps at least 1, --hidden a multiple of 64")
     return options

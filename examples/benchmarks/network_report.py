@@ -9,19 +9,36 @@ from .links import UNLIMITED, bits_per_second
 
 METHODS = ("dlion_mavo", "dlion_avg", "ddp_fp32", "ddp_fp16", "ddp_powersgd")
 BASELINE = "ddp_fp32"
+ALONE = "computing"
+"""Fused AdamW on a worker's own gradients: what a whole step takes without a network."""
+AFTER = "_after"
+"""Of a method's name: its votes leave after backward."""
+WHOLE_STEP = ("dmuon_mavo", "dlion_mavo_after", ALONE)
+"""Further methods, of a whole step."""
+LOOKS = {
+    "dlion_mavo": ("o", "C0"),
+    "dlion_avg": ("s", "C9"),
+    "ddp_fp32": ("^", "C3"),
+    "ddp_fp16": ("v", "C1"),
+    "ddp_powersgd": ("D", "C2"),
+    "dmuon_mavo": ("P", "C4"),
+    "dlion_mavo_after": ("x", "C0"),
+    ALONE: (".", "0.4"),
+}
 
 
 def table(report: dict[str, Any]) -> str:
     """The results in Markdown. Bits are those that a worker sends per parameter and step."""
-    lines = [
-        f"| link | method | seconds, median (min to max) | {BASELINE} / it | bits, interface | ledger |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    alone = {r["rate"]: r["median"] for r in report["results"] if r["method"] == ALONE}
     baseline = {r["rate"]: r["median"] for r in report["results"] if r["method"] == BASELINE}
+    ratios = f"{BASELINE} / it" + f" | it / {ALONE}" * bool(alone)
+    lines = [f"| link | method | seconds, median (min to max) | {ratios} | bits, interface | ledger |"]
+    lines.append("| --- " * (6 + bool(alone)) + "|")
     for r in report["results"]:
-        ratio = f"{baseline[r['rate']] / r['median']:.2f}" if r["rate"] in baseline else "-"
+        ratio = [f"{baseline[r['rate']] / r['median']:.2f}" if r["rate"] in baseline else "-"]
+        ratio += [f"{r['median'] / alone[r['rate']]:.2f}"] if r["rate"] in alone else []
         bits = [r[f"{counter}_bits_per_parameter"] for counter in ("interface", "ledger")]
-        cells = [r["rate"], r["method"], f"{r['median']:.4f} ({r['min']:.4f} to {r['max']:.4f})", ratio]
+        cells = [r["rate"], r["method"], f"{r['median']:.4f} ({r['min']:.4f} to {r['max']:.4f})", *ratio]
         lines.append(f"| {' | '.join(cells + [f'{b:.3f}' if b else '-' for b in bits])} |")
     facts = ", ".join(f"{name} {fact}" for name, fact in report["machine"].items())
     return "\n".join([*lines, "", f"{title(report)}; {report['network']}; {facts}."])
@@ -29,7 +46,9 @@ def table(report: dict[str, Any]) -> str:
 
 def title(report: dict[str, Any]) -> str:
     settings = report["settings"]
-    return f"One update of {settings['parameters'] / 1e6:.1f} M parameters, {settings['workers']} workers"
+    tokens = settings.get("tokens", 0)
+    what = f"A whole step of {tokens} tokens a worker," if tokens else "One update of"
+    return f"{what} {settings['parameters'] / 1e6:.1f} M parameters, {settings['workers']} workers"
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
@@ -40,7 +59,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     rates = sorted({r["rate"] for r in report["results"]}, key=bits_per_second)
     top = 10 * max([bits_per_second(rate) for rate in rates if rate != UNLIMITED], default=1e9)
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for method, marker, color in zip(METHODS, "os^vD", ("C0", "C9", "C3", "C1", "C2"), strict=True):
+    for method, (marker, color) in LOOKS.items():
         points = [r for r in report["results"] if r["method"] == method]
         limited = [r for r in points if r["rate"] != UNLIMITED]
         for part, style, label in ((limited, "-", None), (points, "none", method)) if points else ():

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
-from hf_dlion import DistributedLion, keep_gradients_local
+from hf_dlion import DistributedLion, DistributedMuon, hidden_matrices, keep_gradients_local
 
+from .network_report import AFTER, ALONE
 from .shapes import gpt2_shapes
 
 
@@ -38,12 +39,42 @@ def linear_model(shapes: list[tuple[int, ...]], seed: int) -> torch.nn.Module:
     return Linear()
 
 
+def language_model(options: argparse.Namespace, seed: int) -> torch.nn.Module:
+    """A module whose forward is a GPT-2's loss on random tokens, others each time; of this seed."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": options.hidden, "n_layer": options.layers, "n_head": options.hidden // 64}
+    config = GPT2Config(vocab_size=options.vocab, use_cache=False, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0, **sizes)
+
+    class Trained(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = GPT2LMHeadModel(config)
+            self.source = torch.Generator().manual_seed(seed)
+
+        def forward(self) -> Any:
+            tokens = torch.randint(options.vocab, (-(-options.tokens // 128), 128), generator=self.source)
+            return self.model(input_ids=tokens, labels=tokens).loss
+
+    return Trained()
+
+
 class Contender:
     """One method in one worker: a copy of the model, a process group and an optimizer of its own."""
 
     def __init__(self, method: str, rank: int, options: argparse.Namespace) -> None:
         torch.manual_seed(options.seed)
-        model = linear_model(gpt2_shapes(options.hidden, options.layers, options.vocab), options.seed + 1 + rank)
+        self.whole = options.tokens > 0
+        if self.whole:
+            model = language_model(options, options.seed + 1 + rank)
+        else:
+            model = linear_model(gpt2_shapes(options.hidden, options.layers, options.vocab), options.seed + 1 + rank)
+        self.interface: str | None = options.interface
+        self.optimizer: torch.optim.Optimizer
+        if method == ALONE:
+            self.model = model
+            self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+            return
         group = torch.distributed.new_group()
         # PowerSGD starts rounds in callbacks. With several buckets, gloo lets those of one bucket pass those
         # of another on some ranks only, and the run breaks: so it gets all gradients in one.
@@ -52,13 +83,19 @@ class Contender:
         self.model = torch.nn.parallel.DistributedDataParallel(
             model, process_group=group, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb
         )
-        self.interface: str | None = options.interface
-        self.optimizer: torch.optim.Optimizer
-        if method.startswith("dlion_"):
+        kind, _, aggregation = method.removesuffix(AFTER).partition("_")
+        if kind in ("dlion", "dmuon"):
             keep_gradients_local(self.model)
-            self.optimizer = DistributedLion(
-                model.parameters(), lr=1e-4, aggregation=method.removeprefix("dlion_"), process_group=group
-            )
+            vote = {
+                "lr": 1e-4,
+                "aggregation": aggregation,
+                "process_group": group,
+                "overlap": not method.endswith(AFTER),
+            }
+            if kind == "dmuon":
+                self.optimizer = DistributedMuon(hidden_matrices(model), **vote)
+            else:
+                self.optimizer = DistributedLion(model.parameters(), **vote)
             return
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         if method == "ddp_fp16":
@@ -70,12 +107,15 @@ class Contender:
     def prepare(self) -> int:
         """Do all of a step that is not timed. Returns the number of parameters."""
         self.optimizer.zero_grad()
-        self.loss = self.model()
+        if not self.whole:
+            self.loss = self.model()
         return sum(p.numel() for p in self.model.parameters())
 
     def step(self) -> float:
-        """From the start of backward to updated parameters, in seconds."""
+        """From the start of backward, or of a whole step, to updated parameters, in seconds."""
         start = time.perf_counter()
+        if self.whole:
+            self.loss = self.model()
         self.loss.backward()
         self.optimizer.step()
         return time.perf_counter() - start
