@@ -72,6 +72,7 @@ FIELDS = [
     "vote_tie",
     "vote_exchange",
     "norm_gradients",
+    "overlap_votes",
     "signum_momentum",
     "base_rule",
     "sgd_momentum",
@@ -97,6 +98,7 @@ ARGUMENTS: dict[Callable[..., Any], list[str]] = {
         "tie",
         "exchange",
         "norm_gradients",
+        "overlap",
         "options",
     ],
     DistributedMuon: [

@@ -1,7 +1,8 @@
 """The passes over parameters: vote, apply the decision, and a step without a vote.
 
-Each is written once as a formula for ``torch.compile``, and once in eager operations on chunks that stay in cache.
-Both round every operation as the formula stands, so on a CPU they agree bit for bit.
+Each is written as a formula for ``torch.compile``, for GPUs, and in eager operations on chunks that stay in cache;
+:mod:`native` has them in C, for CPUs. All round every operation as the formula stands, so on a CPU they agree bit for
+bit.
 
 ``hyper`` is a float32 tensor [beta1, 1 - beta1, beta2, 1 - beta2, lr, weight_decay]: a tensor, so that a schedule
 does not recompile. ``seed`` is that of the rounding of bfloat16 parameters (``rounding``), int32 ``[1]``; others do not
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 Vote = Callable[..., None]  # takes a varying number of states
 Apply = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, tuple[Tensor, ...]], None]
+Move = Callable[[Tensor, Tensor, Tensor], None]
 Step = Callable[..., None]
 
 
@@ -37,16 +39,22 @@ class Kernels:
         vote: ``(gradient, momentum, hyper, zero_votes, words)``: writes the packed signs of the direction into
             ``words``, and updates the momentum. ``zero_votes``, bool ``[32]``, is what an exact zero votes, by lane.
         sign: ``(direction, hyper, zero_votes, words)``: writes the packed signs of a direction that is given.
+        move: ``(gradient, momentum, hyper)``: the momentum's part of ``vote``, on flat tensors.
         apply: ``(parameter, hyper, seed, scale, highest, planes)``: the update by the decision
             (``wire.exchange.Decision``).
         step: ``(parameter, gradient, momentum, hyper, seed, scale)``: a whole step of Lion, for one worker, on flat
             tensors.
+        peek: as ``vote``, and leaves the momentum as it is.
+        any_level: whether decisions may have other highest levels than the one that was compiled for.
     """
 
     vote: Vote
     sign: Vote
+    move: Move
     apply: Apply
     step: Step
+    peek: Vote
+    any_level: bool = True
 
 
 def _vote(gradient: Tensor, momentum: Tensor, hyper: Tensor, zero_votes: Tensor, words: Tensor) -> None:
@@ -56,11 +64,19 @@ def _vote(gradient: Tensor, momentum: Tensor, hyper: Tensor, zero_votes: Tensor,
     _sign(u, hyper, zero_votes, words)
 
 
+def _peek(gradient: Tensor, momentum: Tensor, hyper: Tensor, zero_votes: Tensor, words: Tensor) -> None:
+    _sign(hyper[0] * momentum + hyper[1] * gradient.float(), hyper, zero_votes, words)
+
+
 def _sign(direction: Tensor, hyper: Tensor, zero_votes: Tensor, words: Tensor) -> None:
     bits = (direction > 0) | ((direction == 0) & zero_votes)
     rows = torch.arange(LANES, dtype=torch.int32, device=words.device).view(1, LANES, 1)
     # Summed as int64, whose low 32 bits are the word: with dtype=int32, torch 2.6 and 2.8 generate C++ that fails.
     words.copy_((bits.to(torch.int32) << rows).sum(1))
+
+
+def _move(gradient: Tensor, momentum: Tensor, hyper: Tensor) -> None:
+    momentum.copy_(hyper[2] * momentum + hyper[3] * gradient.float())
 
 
 def _apply(
@@ -128,10 +144,22 @@ def _eager_vote(gradient: Tensor, momentum: Tensor, hyper: Tensor, zero_votes: T
         _pack_signs(u, zero_votes, out)
 
 
+def _eager_peek(gradient: Tensor, momentum: Tensor, hyper: Tensor, zero_votes: Tensor, words: Tensor) -> None:
+    size = _chunk(gradient)
+    for part, m, out in zip(gradient.split(size), momentum.split(size), words.split(size), strict=True):
+        _pack_signs((m * hyper[0]).add_(part.float() * hyper[1]), zero_votes, out)
+
+
 def _eager_sign(direction: Tensor, hyper: Tensor, zero_votes: Tensor, words: Tensor) -> None:
     size = _chunk(direction)
     for part, out in zip(direction.split(size), words.split(size), strict=True):
         _pack_signs(part, zero_votes, out)
+
+
+def _eager_move(gradient: Tensor, momentum: Tensor, hyper: Tensor) -> None:
+    size = _chunk(gradient) * BLOCK
+    for g, m in zip(gradient.split(size), momentum.split(size), strict=True):
+        m.mul_(hyper[2]).add_(g.float() * hyper[3])
 
 
 def _pack_signs(direction: Tensor, zero_votes: Tensor, words: Tensor) -> None:
@@ -171,12 +199,15 @@ def _eager_step(
         _step(x, g, m, hyper, seed, scale, index * size)
 
 
-EAGER = Kernels(_eager_vote, _eager_sign, _eager_apply, _eager_step)
+EAGER = Kernels(_eager_vote, _eager_sign, _eager_move, _eager_apply, _eager_step, _eager_peek)
 
 
 @functools.cache
 def _compiled() -> Kernels:
-    return Kernels(*(torch.compile(formula, fullgraph=True) for formula in (_vote, _sign, _apply, _step)))
+    vote, sign, move, apply, step, peek = (
+        torch.compile(formula, fullgraph=True) for formula in (_vote, _sign, _move, _apply, _step, _peek)
+    )
+    return Kernels(vote, sign, move, apply, step, peek, any_level=False)
 
 
 @torch.no_grad()
@@ -214,6 +245,8 @@ def compile_kernels(
             gradient, momentum = example(dtype, LANES, LANES), example(torch.float32, LANES, LANES)
             words = example(torch.int32, LANES)
             kernels.vote(gradient, momentum, hyper, zero_votes, words)
+            kernels.peek(gradient, momentum, hyper, zero_votes, words)
+            kernels.move(example(dtype), example(torch.float32), hyper)
             if directed:
                 kernels.sign(example(torch.float32, LANES, LANES), hyper, zero_votes, words)
             planes = tuple(example(torch.int32, LANES) for _ in range(highest.bit_length()))

@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 ON_BAD_GRADIENT = ("abstain", "raise")
 
+CHANGED_GRADIENT = -2
+"""In a header for the number of a bad gradient: there is none, but one has changed since its votes were sent."""
+
 _SHOWN = 4
 # Of a gradient scaler, steps in a row in which all workers overflow; from 65536, its scale is 6e-8 then.
 _MOST_OVERFLOWS = 40
@@ -79,7 +82,8 @@ class Header:
 
     Attributes:
         hyperparameters: digest of the step number and of every group's hyperparameters.
-        bad_gradient: index of the first parameter with a NaN or Inf in its gradient; -1 if there is none.
+        bad_gradient: index of the first parameter with a NaN or Inf in its gradient; -1 if there is none, or
+            ``CHANGED_GRADIENT``.
         parameters: checksum of the parameters; 0 where it is not this step's turn to be compared.
         changed: digest of the layout, where it is another one than the votes were laid out for; else 0.
         present: bit i is set where parameter i has a gradient.
@@ -252,6 +256,21 @@ class Agreement:
             self._voters = self._hear(channel, replica, Header.unpack(headers))
         return self._voters
 
+    def stands(self, headers: Sequence[Header], parameters: int) -> bool:
+        """Whether votes that were sent before the headers decide the step: all ranks vote, and nothing is amiss.
+
+        Args:
+            headers: everyone's.
+            parameters: how many there are.
+        """
+        first = headers[0]
+        alike = all((h.hyperparameters, h.parameters) == (first.hyperparameters, first.parameters) for h in headers)
+        if not alike or any(header.changed or header.bad_gradient != -1 for header in headers):
+            return False
+        self._overflows = 0
+        self._note_absent(headers, parameters)
+        return True
+
     def check_alone(self, inputs: StepInputs, default_group: bool) -> None:
         """What is checked at a step of one worker alone.
 
@@ -312,11 +331,14 @@ class Agreement:
         self._raise_for_bad(replica, bad, len(headers))
         self.bad_gradients += len(bad)
         voters = [rank for rank in range(len(headers)) if rank not in bad]
-        present = functools.reduce(operator.or_, (headers[rank].present for rank in voters), 0)
-        everywhere = (1 << len(replica.parameters)) - 1
-        indices = range(0 if present == everywhere else len(replica.parameters))
-        self.absent = frozenset(index for index in indices if not present >> index & 1)
+        self._note_absent([headers[rank] for rank in voters], len(replica.parameters))
         return voters
+
+    def _note_absent(self, headers: Sequence[Header], parameters: int) -> None:
+        """Of so many parameters, by the headers of those whose votes count."""
+        present = functools.reduce(operator.or_, (header.present for header in headers), 0)
+        indices = range(0 if present == (1 << parameters) - 1 else parameters)
+        self.absent = frozenset(index for index in indices if not present >> index & 1)
 
     def _raise_for_bad(self, replica: Replica, bad: dict[int, int], workers: int) -> None:
         """Raise FloatingPointError where these bad gradients, by rank, do not only lead to abstentions."""

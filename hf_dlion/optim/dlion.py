@@ -12,8 +12,9 @@ from torch import Tensor
 from typing_extensions import Unpack, override
 
 from ..bits.kernels import EAGER, Kernels, compile_kernels
+from ..bits.native import load_passes
 from ..bits.packing import LANES
-from ..wire.collectives import Channel
+from ..wire.collectives import Channel, ProcessChannel
 from ..wire.conversation import Conversation
 from ..wire.exchange import (
     AGGREGATIONS,
@@ -28,7 +29,8 @@ from ..wire.exchange import (
 )
 from ..wire.shards import Shards
 from .agreement import StepInputs
-from .layout import Bucket, last_buckets
+from .layout import Bucket, buckets_of
+from .overlap import BUCKETS, EarlyVotes
 from .sharding import find_shards, lay_out
 from .states import all_parameters
 from .tensors import local
@@ -40,18 +42,23 @@ from .workers import (
     WorkersOptions,
     check_betas,
     check_known,
+    replica_of,
 )
 
 MOMENTUM = "momentum"
 
 COMPILE_FROM = 1 << 22
-"""Parameters from which on compiling, some 10 seconds once, pays."""
+"""Parameters from which on compiling for a GPU, some 10 seconds once, pays."""
+
+NATIVE_FROM = 1 << 20
+"""Parameters from which on compiling for a CPU, a second the first time on a machine, pays."""
 
 
 class VoteOptions(WorkersOptions, total=False):
     """Keyword arguments that all votes have; see :class:`DistributedLion`."""
 
     norm_gradients: bool
+    overlap: bool
 
 
 @dataclass(kw_only=True)
@@ -65,7 +72,8 @@ class VotePlan(Plan):
         exchange: of the votes; None for one worker alone.
         highest: level of a decision of all workers, for which the kernels are compiled.
         group_of: the index of each parameter's group.
-        last_bucket: the number of the last bucket with a part of each parameter; -1 of one without elements.
+        buckets_of: the numbers of the buckets with a part of each parameter.
+        overlaps: whether votes can leave during backward.
     """
 
     views: SegmentViews
@@ -74,7 +82,8 @@ class VotePlan(Plan):
     exchange: Exchange | None
     highest: int
     group_of: Sequence[int]
-    last_bucket: Sequence[int]
+    buckets_of: Sequence[Sequence[int]]
+    overlaps: bool
 
     @property
     def usable_kernels(self) -> Kernels:
@@ -83,7 +92,8 @@ class VotePlan(Plan):
 
     def kernels_for(self, decision: Decision) -> Kernels:
         """A decision of fewer voters can have other levels, for which nothing was compiled."""
-        return self.usable_kernels if decision.highest == self.highest else EAGER
+        kernels = self.usable_kernels
+        return kernels if kernels.any_level or decision.highest == self.highest else EAGER
 
 
 @dataclass(frozen=True)
@@ -95,12 +105,14 @@ class Ballots:
         hypers: for each param group, as the kernels take it.
         zero_votes: bool ``[32]``, what an exact zero votes, by lane.
         voters: whose votes count.
+        early: whether the votes are packed before the step, and momenta are moved on later.
     """
 
     inputs: StepInputs
     hypers: Sequence[Tensor]
     zero_votes: Tensor
     voters: Voters
+    early: bool = False
 
 
 class DistributedLion(WorkersOptimizer):
@@ -126,9 +138,10 @@ class DistributedLion(WorkersOptimizer):
     and float16 parameters are updated in float32. An update of lr is less than half a unit in the last place of most
     bfloat16 parameters, so these are rounded at random, without bias and the same on every rank; float16 to nearest.
 
-    From 4 million parameters on, the passes over the parameters are compiled at the first step, if ``torch.compile``
-    works on all ranks. Memory beyond parameters, gradients and momentum is bounded by buckets of 16.8 million
-    parameters and does not grow with the model. ``ledger`` counts the bytes that have travelled.
+    The passes over the parameters are compiled at the first step, if that works on all ranks: on a CPU from C, for 1
+    million parameters or more; on a GPU by ``torch.compile``, for 4 million or more. Memory beyond parameters,
+    gradients and momentum is bounded by buckets of 16.8 million parameters and does not grow with the model, except for
+    decisions that wait (``overlap``). ``ledger`` counts the bytes that have travelled.
 
     Parameters may be sharded by FSDP2 over the ranks of a replica, which then is one worker: give ``fully_shard`` the
     shard dimension of a mesh, and the optimizer the group of the other. A rank votes on its shards with the ranks that
@@ -149,6 +162,9 @@ class DistributedLion(WorkersOptimizer):
             less, between nodes where there are several.
         norm_gradients: divide the gradient of each parameter by its root mean square first, in place, so that all steps
             weigh the same in a momentum. Clipping then changes nothing.
+        overlap: send votes while backward still computes other gradients, where that changes no bit: on the CPU, for
+            models of several buckets whose replicas are whole, and if gradients stay as backward leaves them. Keeps the
+            decisions of a step, a bit or two a parameter, until all are known.
         process_group, on_bad_gradient, check_replicas_steps: as in :class:`hf_dlion.optim.workers.WorkersOptimizer`.
 
     Raises:
@@ -171,6 +187,7 @@ class DistributedLion(WorkersOptimizer):
         tie: str = "zero",
         exchange: str = "auto",
         norm_gradients: bool = False,
+        overlap: bool = True,
         **options: Unpack[WorkersOptions],
     ) -> None:
         check_known("aggregation", aggregation, AGGREGATIONS)
@@ -180,17 +197,23 @@ class DistributedLion(WorkersOptimizer):
         self.tie = tie
         self.exchange = exchange
         self.norm_gradients = norm_gradients
+        self.overlap = overlap
+        self._early: EarlyVotes | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, (), (MOMENTUM,), **options)
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_early": None}
 
     @override
     def vote_shares(self) -> VoteShares | None:
         plan = self._plan
-        if not isinstance(plan, VotePlan) or plan.exchange is None:
+        if not isinstance(plan, VotePlan) or plan.exchange is None or plan.channel is None:
             return None
         seen = plan.exchange.statistics
         mine = [int(seen.ties), int(seen.unanimous), seen.counted, round(seen.padding)]
         seen.reset()
-        rows = plan.exchange.channel.gather_integers(mine, plan.views.device)
+        rows = plan.channel.gather_integers(mine, plan.views.device)
         sums = torch.tensor(rows, device=plan.views.device).sum(0)
         ties, unanimous, counted, padding = (sums if plan.shards is None else plan.shards.sum(sums)).tolist()
         votes = max(counted - padding, 1)
@@ -204,27 +227,78 @@ class DistributedLion(WorkersOptimizer):
 
     @override
     def options(self) -> dict[str, Any]:
-        normed = {"norm_gradients": True} if self.norm_gradients else {}  # older checkpoints have no such option
         options = {"aggregation": self.aggregation, "tie": self.tie, "exchange": self.exchange}
-        return super().options() | options | normed
+        newer = {"norm_gradients": (self.norm_gradients, False), "overlap": (self.overlap, True)}
+        # Older checkpoints have no such options.
+        changed = {name: value for name, (value, default) in newer.items() if value != default}
+        return super().options() | options | changed
 
     @override
     def hyperparameters(self) -> tuple[str, ...]:
         return "lr", "betas", "weight_decay"
 
+    @property
+    def plan(self) -> VotePlan | None:
+        """What stays the same from step to step, as it is now."""
+        return self._plan if isinstance(self._plan, VotePlan) else None
+
+    def begin_ballots(self, plan: VotePlan) -> Ballots:
+        """Of votes that are packed before the step, and of which all count."""
+        nothing = StepInputs(replica_of(self), [], -1)
+        return self._begin(plan, nothing, self._hypers(plan), early=True)
+
+    def pack_early(
+        self, plan: VotePlan, bucket: Bucket, ballots: Ballots, gradients: Sequence[Tensor | None]
+    ) -> Tensor:
+        """Own votes on a bucket, from gradients that stay as they are."""
+        found = [gradients[index] for index in bucket.parameters]
+        if self.norm_gradients:
+            parameters = all_parameters(self)
+            found = [None if gradient is None else gradient.clone() for gradient in found]
+            _norm(found, [parameters[index] for index in bucket.parameters], None)
+        ballots.inputs.gradients[:] = [None] * len(gradients)
+        for index, gradient in zip(bucket.parameters, found, strict=True):
+            ballots.inputs.gradients[index] = gradient
+        return self._pack(plan, bucket, ballots)
+
+    @override
+    def _decide(self, plan: VotePlan, inputs: StepInputs) -> None:
+        early = self._early
+        if early is not None:
+            early.look()
+        decisions = early.finish(inputs) if early is not None and early.under_way else None
+        if decisions is not None:
+            self._apply_all(plan, inputs, decisions)
+        else:
+            super()._decide(plan, inputs)
+        if early is not None and early.plan is plan:
+            early.next_step()
+            return
+        if early is not None:
+            early.close()
+        self._early = None
+        if plan.overlaps and plan.exchange is not None and isinstance(plan.channel, ProcessChannel):
+            self._early = EarlyVotes(self, plan, plan.exchange, plan.channel, early)
+
+    def _apply_all(self, plan: VotePlan, inputs: StepInputs, decisions: Sequence[Decision]) -> None:
+        """A step whose votes are decided, but have not moved the momenta."""
+        hypers = self._hypers(plan)
+        if self.norm_gradients:
+            _norm(inputs.gradients, all_parameters(self), plan.shards)
+        plan.views.move(plan.usable_kernels, inputs.gradients, [hypers[group] for group in plan.group_of], MOMENTUM)
+        ballots = self._begin(plan, inputs, hypers)
+        for bucket, decision in zip(plan.buckets, decisions, strict=True):
+            self._apply(plan, bucket, decision, ballots)
+
     @override
     def _conversations(self, plan: VotePlan, inputs: StepInputs) -> Iterator[Conversation[None]]:
-        hypers = [_hyper(group, plan.views.device) for group in self.param_groups]
+        hypers = self._hypers(plan)
         if self.norm_gradients:
             _norm(inputs.gradients, all_parameters(self), plan.shards)
         if plan.exchange is None:  # nothing to say
             self._step_alone(plan, inputs, hypers)
             return
-        channel = plan.exchange.channel
-        lanes = torch.arange(LANES, device=plan.views.device)
-        zero_votes = ((lanes + channel.rank + inputs.step) & 1).bool()
-        voters = partial(self.agreement.voters, channel, inputs.replica)
-        ballots = self._ballots(plan, Ballots(inputs, hypers, zero_votes, voters))
+        ballots = self._begin(plan, inputs, hypers)
         header = self.agreement.header(inputs)
         for bucket in plan.buckets:
             yield self._vote(plan, plan.exchange, bucket, ballots, header)
@@ -240,13 +314,25 @@ class DistributedLion(WorkersOptimizer):
         if decision is not None:
             self._apply(plan, bucket, decision, ballots)
 
+    def _hypers(self, plan: VotePlan) -> list[Tensor]:
+        return [_hyper(group, plan.views.device) for group in self.param_groups]
+
+    def _begin(self, plan: VotePlan, inputs: StepInputs, hypers: Sequence[Tensor], early: bool = False) -> Ballots:
+        lanes = torch.arange(LANES, device=plan.views.device)
+        zero_votes = ((lanes + self.rank + inputs.step) & 1).bool()
+        channel = plan.channel
+        assert channel is not None
+        voters = partial(self.agreement.voters, channel, inputs.replica)
+        return self._ballots(plan, Ballots(inputs, hypers, zero_votes, voters, early))
+
     def _ballots(self, plan: VotePlan, ballots: Ballots) -> Ballots:
         """With what else this method's ballots have in common."""
         return ballots
 
     def _pack(self, plan: VotePlan, bucket: Bucket, ballots: Ballots) -> Tensor:
         gradients = ballots.inputs.gradients
-        return plan.views.pack(bucket, plan.usable_kernels, gradients, ballots.hypers, ballots.zero_votes)
+        kernels, keep = plan.usable_kernels, ballots.early
+        return plan.views.pack(bucket, kernels, gradients, ballots.hypers, ballots.zero_votes, keep_states=keep)
 
     def _apply(self, plan: VotePlan, bucket: Bucket, decision: Decision, ballots: Ballots) -> None:
         kernels = plan.kernels_for(decision)
@@ -268,12 +354,12 @@ class DistributedLion(WorkersOptimizer):
         exchange = None
         if channel is not None:
             exchange = make_exchange(self.exchange, channel, elements // 32, self.aggregation, self.tie, device)
-        buckets = lay_out(self.param_groups, shards, exchange.buckets if exchange else 1)
+        overlaps = self.overlap and shards is None and device.type == "cpu" and isinstance(channel, ProcessChannel)
+        count = BUCKETS if overlaps else exchange.buckets if exchange else 1
+        buckets = lay_out(self.param_groups, shards, count)
         highest = highest_level(self.aggregation, self.tie, workers)
-        kernels = None
-        if elements >= COMPILE_FROM:
-            dtypes = {parameter.dtype for parameter in parameters}
-            kernels = compile_kernels(device, dtypes, workers, highest, self.directed)
+        dtypes = {parameter.dtype for parameter in parameters}
+        kernels = make_kernels(elements, device, dtypes, workers, highest, self.directed)
         return VotePlan(
             workers=workers,
             channel=channel,
@@ -285,12 +371,22 @@ class DistributedLion(WorkersOptimizer):
             exchange=exchange,
             highest=highest,
             group_of=[index for index, group in enumerate(self.param_groups) for _ in group["params"]],
-            last_bucket=last_buckets(buckets, len(parameters)),
+            buckets_of=buckets_of(buckets, len(parameters)),
+            overlaps=overlaps and len(buckets) > 1,
         )
 
     def _vote_states(self, group: dict[str, Any]) -> tuple[str, ...]:
         """What the vote of a group's parameters reads and changes; none, where its direction is given."""
         return (MOMENTUM,)
+
+
+def make_kernels(
+    elements: int, device: torch.device, dtypes: set[torch.dtype], workers: int, highest: int, directed: bool
+) -> Kernels | None:
+    """Compiled, if that pays for so many parameters, and works; other arguments as of ``compile_kernels``."""
+    if device.type == "cpu":
+        return load_passes() if elements >= NATIVE_FROM else None
+    return compile_kernels(device, dtypes, workers, highest, directed) if elements >= COMPILE_FROM else None
 
 
 def _norm(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], shards: Shards | None) -> None:

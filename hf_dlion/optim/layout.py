@@ -140,24 +140,25 @@ def make_buckets(
 
     def append(group: int, spans: list[Span], starts: list[int], dtype: torch.dtype, staged: bool) -> None:
         blocks = -(-(starts[-1] + spans[-1].length) // BLOCK)
-        if buckets[-1].blocks + blocks > limit:
+        if buckets[-1].blocks and buckets[-1].blocks + blocks > limit:
             buckets.append(Bucket(len(buckets)))
         buckets[-1].add(group, tuple(spans), tuple(starts), blocks, dtype, staged)
 
+    parities: dict[Span, int | None] = {}
+    remainders: dict[tuple[int, torch.dtype], list[Span]] = {}
     for group, members in enumerate(groups):
-        parities: dict[Span, int | None] = {}
-        remainders: dict[torch.dtype, list[Span]] = {}
         for index, parameter in members:
             for piece in [Piece(0, parameter.numel())] if pieces is None else pieces[index]:
                 in_place, staged = _spans(index, piece)
                 for span in in_place:
                     append(group, [span], [0], parameter.dtype, staged=False)
-                remainders.setdefault(parameter.dtype, []).extend(staged)
+                remainders.setdefault((group, parameter.dtype), []).extend(staged)
                 parities |= dict.fromkeys(staged, piece.parity)  # all begin an even number of elements further on
-        for dtype, spans in remainders.items():
-            for part in batches(spans, SEGMENT_BLOCKS * BLOCK):
-                append(group, part, _starts(part, parities), dtype, staged=True)
-    return [bucket for bucket in buckets if bucket.blocks] or buckets[:1]
+    # Last, as they are of all layers: the other buckets are complete as soon as backward has passed a few layers.
+    for (group, dtype), spans in remainders.items():
+        for part in batches(spans, SEGMENT_BLOCKS * BLOCK):
+            append(group, part, _starts(part, parities), dtype, staged=True)
+    return buckets
 
 
 def _spans(parameter: int, piece: Piece) -> tuple[list[Span], list[Span]]:
@@ -181,13 +182,13 @@ def _starts(spans: Sequence[Span], parities: Mapping[Span, int | None]) -> list[
     return starts
 
 
-def last_buckets(buckets: Sequence[Bucket], parameters: int) -> list[int]:
-    """The number of the last bucket with a part of each of so many parameters; -1 of one without elements."""
-    last = [-1] * parameters
+def buckets_of(buckets: Sequence[Bucket], parameters: int) -> list[list[int]]:
+    """The numbers of the buckets with a part of each of so many parameters, ascending; none of one without elements."""
+    found: list[list[int]] = [[] for _ in range(parameters)]
     for bucket in buckets:
         for parameter in bucket.parameters:
-            last[parameter] = bucket.number
-    return last
+            found[parameter].append(bucket.number)
+    return found
 
 
 def cut(sizes: Sequence[int], limit: int | None) -> Iterator[Span]:

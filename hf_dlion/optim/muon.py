@@ -32,12 +32,14 @@ class DirectedBallots(Ballots):
         directions: flat, by parameter; of hidden matrices, from their first bucket to their last.
         squares: by parameter, the sum of squared levels 2c - n of the decisions so far.
         waiting: buckets that are decided, but have a matrix that is not yet decided as a whole.
+        packed: by parameter, in how many buckets its direction was packed.
         undirected: of a sharded replica, the hidden matrices whose directions are still to be made, in order.
     """
 
     directions: dict[int, Tensor] = field(default_factory=dict)
     squares: dict[int, Tensor] = field(default_factory=dict)
     waiting: list[tuple[Bucket, Decision]] = field(default_factory=list)
+    packed: dict[int, int] = field(default_factory=dict)
     undirected: list[int] = field(default_factory=list)
 
 
@@ -110,19 +112,21 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
     @override
     def _ballots(self, plan: VotePlan, ballots: Ballots) -> DirectedBallots:
         hidden = self._with_gradients(plan, ballots.inputs) if plan.shards else []
-        return DirectedBallots(ballots.inputs, ballots.hypers, ballots.zero_votes, ballots.voters, undirected=hidden)
+        return DirectedBallots(**vars(ballots), undirected=hidden)
 
     @override
     def _pack(self, plan: VotePlan, bucket: Bucket, ballots: DirectedBallots) -> Tensor:  # type: ignore[override]
         hidden = [index for index in bucket.parameters if self._is_hidden(plan, index)]
         for indices in self._next(plan, bucket, hidden, ballots):
-            ballots.directions.update(self._directions(plan, ballots.inputs, indices))
+            ballots.directions.update(self._directions(plan, ballots.inputs, indices, ballots.early))
         gradients = list(ballots.inputs.gradients)
         for index in hidden:
             gradients[index] = ballots.directions.get(index)
-        words = plan.views.pack(bucket, plan.usable_kernels, gradients, ballots.hypers, ballots.zero_votes)
+        kernels, keep = plan.usable_kernels, ballots.early
+        words = plan.views.pack(bucket, kernels, gradients, ballots.hypers, ballots.zero_votes, keep_states=keep)
         for index in hidden:
-            if plan.last_bucket[index] == bucket.number:
+            ballots.packed[index] = ballots.packed.get(index, 0) + 1
+            if ballots.packed[index] == len(plan.buckets_of[index]):
                 ballots.directions.pop(index, None)
         return words
 
@@ -192,8 +196,10 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
     def _is_hidden(self, plan: VotePlan, index: int) -> bool:
         return bool(self.param_groups[plan.group_of[index]][ORTHOGONAL])
 
-    def _directions(self, plan: VotePlan, inputs: StepInputs, indices: Sequence[int]) -> dict[int, Tensor]:
-        """The orthogonalised directions of hidden matrices with a gradient, flat; moves their momenta on."""
+    def _directions(
+        self, plan: VotePlan, inputs: StepInputs, indices: Sequence[int], early: bool = False
+    ) -> dict[int, Tensor]:
+        """The orthogonalised directions of hidden matrices with a gradient, flat; if not early, moves their momenta."""
         if plan.shards is not None:
             return self._directions_of_shards(plan, plan.shards, inputs, indices)
         parameters = all_parameters(self)
@@ -204,6 +210,7 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
             if gradient is None:
                 continue
             momentum, group = plan.views.states[index][MOMENTUM], self.param_groups[plan.group_of[index]]
+            momentum = momentum.clone() if early else momentum
             wholes[index], own, results = begin_direction(local(parameters[index]), gradient.float(), momentum, group)
             matrices += own
             outputs += results
@@ -234,7 +241,7 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         """Whether the squares of all hidden matrices in the bucket are known, or need not be."""
         if decision.highest == 1:
             return True
-        ends = (plan.last_bucket[index] for index in bucket.parameters if self._is_hidden(plan, index))
+        ends = (plan.buckets_of[index][-1] for index in bucket.parameters if self._is_hidden(plan, index))
         return max(ends, default=0) <= latest.number
 
     def _update(self, plan: VotePlan, bucket: Bucket, decision: Decision, ballots: DirectedBallots) -> None:

@@ -50,6 +50,10 @@ class Views:
         """A tensor for each parameter, or None, in the memory order of its parameter."""
         return [None if t is None else flatten(t, order) for t, order in zip(tensors, self._orders, strict=True)]
 
+    def flat(self, index: int, tensor: Tensor) -> Tensor:
+        """As that, for one parameter."""
+        return flatten(tensor, self._orders[index])
+
 
 class SegmentViews(Views):
     """Views that are cut into segments, and what kernels do to them.
@@ -89,6 +93,8 @@ class SegmentViews(Views):
         gradients: Sequence[Tensor | None],
         hypers: Sequence[Tensor],
         zero_votes: Tensor,
+        *,
+        keep_states: bool = False,
     ) -> Tensor:
         """Own votes on a bucket, int32 ``[W]``; updates the states that the vote has.
 
@@ -98,14 +104,24 @@ class SegmentViews(Views):
             gradients: of all parameters, flat, or directions; None votes zero and leaves the states.
             hypers: for each param group, as the kernels take it.
             zero_votes: bool ``[32]``, what an exact zero votes, by lane.
+            keep_states: leave the states as they are; :meth:`move` updates them later.
         """
         words = torch.empty((bucket.blocks, LANES), dtype=torch.int32, device=self.device)
         for segment in bucket.segments:
             chosen = _for_size(kernels, segment)
-            kernel = chosen.vote if self._state_names[segment.group] else chosen.sign
+            own = chosen.peek if keep_states else chosen.vote
+            kernel = own if self._state_names[segment.group] else chosen.sign
             vote = self._vote_staged if segment.staged else self._vote_in_place
             vote(segment, kernel, gradients, hypers[segment.group], zero_votes, words[segment.rows])
         return words.view(-1)
+
+    def move(
+        self, kernels: Kernels, gradients: Sequence[Tensor | None], hypers: Sequence[Tensor], state_name: str
+    ) -> None:
+        """Update a state of all parameters with a gradient, as the vote would; hypers by parameter."""
+        for state, gradient, hyper in zip(self.states, gradients, hypers, strict=True):
+            if gradient is not None:
+                (kernels if len(gradient) >= BLOCK else EAGER).move(gradient, state[state_name], hyper)
 
     def apply(
         self,
@@ -223,7 +239,7 @@ class SegmentViews(Views):
             kept_staged += [staged[part] for part in slices]
         _copy(kept, kept_staged)
         kernel(staged_gradient.view(-1, LANES, LANES), *staged_states, hyper, zero_votes, out)
-        _copy(kept_staged, kept)
+        _copy(kept_staged, kept)  # as they are, if the kernel only peeked
 
     def _seed(self, dtype: torch.dtype, step: int, first: Span) -> Tensor:
         if dtype != torch.bfloat16:

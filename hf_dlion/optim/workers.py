@@ -245,6 +245,10 @@ class WorkersOptimizer(StatefulOptimizer):
             self.agreement.check_alone(inputs, self.process_group is None)
         else:
             plan.compiled = self.agreement.shake_hands(plan.channel, replica, gradients, plan.compiled)
+        self._decide(plan, inputs)
+
+    def _decide(self, plan: Any, inputs: StepInputs) -> None:
+        """Hold the conversations of a step."""
         side_by_side(self._conversations(plan, inputs))
 
     def _current_plan(self) -> Plan:

@@ -76,7 +76,15 @@ class DLionArgumentsMixin:
         default=False,
         metadata={
             "help": "Of dlion, dsignum and dmuon: divide the gradient of each parameter by its root mean square, so "
-            "that all steps weigh the same in a momentum. Clipping, max_grad_norm, then changes nothing."
+            "that all steps weigh the same in a momentum. In place of clipping: max_grad_norm is 0 then."
+        },
+    )
+    overlap_votes: bool = field(
+        default=True,
+        metadata={
+            "help": "Of dlion, dsignum and dmuon: send votes while backward still computes other gradients, on CPUs. "
+            "It changes no bit, and needs gradients that nothing changes after backward: max_grad_norm 0, or "
+            "norm_gradients."
         },
     )
     signum_momentum: float = field(default=0.9, metadata={"help": "Signum's decay of the momentum that is voted on."})
@@ -193,6 +201,8 @@ class DLionArgumentsMixin:
         self._check_virtual_workers(self.optim)
         self._check_method()
         self._check_options(METHODS[self.optim])
+        if self.norm_gradients and "norm_gradients" in METHODS[self.optim].reads(self):
+            self.max_grad_norm = 0.0
 
     def _check_virtual_workers(self, name: str) -> None:
         if self.virtual_workers < 1 or (self.virtual_workers > 1 and name not in METHODS):

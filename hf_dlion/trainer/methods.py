@@ -108,6 +108,7 @@ def _vote_options(arguments: Any, tie: str = "zero") -> dict[str, Any]:
         "tie": tie if given == "auto" else given,
         "exchange": arguments.vote_exchange,
         "norm_gradients": arguments.norm_gradients,
+        "overlap": arguments.overlap_votes,
     }
 
 

@@ -253,7 +253,10 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin):
     def _clip_own(model: nn.Module, limit: float) -> torch.Tensor:
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
         norm = whole(get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
-        clip_grads_with_norm_(parameters, limit, torch.where(norm.isfinite(), norm, 0.0))
+        # On a CPU, which need not wait for the norm, gradients that are short enough are not multiplied by 1: votes on
+        # them may be on their way.
+        if norm.device.type != "cpu" or limit < norm + 1e-6 < math.inf:
+            clip_grads_with_norm_(parameters, limit, torch.where(norm.isfinite(), norm, 0.0))
         return norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from .ledger import Ledger
 from .liveness import report_lost_workers
-from .torch_versions import all_gather_single
+from .torch_versions import all_gather_single, time_limit
 
 ALL_GATHER, ALL_TO_ALL = "an all-gather", "an all-to-all"
 
@@ -103,6 +103,20 @@ class ProcessChannel(Channel):
         self.group = group
         atexit.unregister(drain_gloo)
         atexit.register(drain_gloo)
+
+    def beside(self, places: Sequence[int] | None = None) -> ProcessChannel:
+        """A channel of its own to the same workers, or to those at some places. A collective over these.
+
+        Collectives of the two channels can be under way at once, in any order.
+        """
+        own = self.group or dist.group.WORLD
+        assert own is not None
+        ranks = dist.get_process_group_ranks(own)
+        if places is not None:
+            ranks = [ranks[place] for place in places]
+        # Only its members make a group.
+        group = dist.new_group(ranks, timeout=time_limit(own), use_local_synchronization=True)
+        return ProcessChannel(group, self.ledger)
 
     def all_to_all_uneven(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
         """Part i goes to rank i, and a part of ``lengths[i]`` elements comes from there. One round, waited for.

@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from .collectives import Channel, ProcessChannel
 from .ledger import Ledger
@@ -45,9 +44,6 @@ def workers_per_node(channel: Channel, device: torch.device) -> int:
 
 def split_by_node(channel: ProcessChannel, size: int) -> Nodes:
     """The channels of this worker inside its node of so many workers, and across nodes; they share a ledger."""
-    ranks = dist.get_process_group_ranks(channel.group or dist.group.WORLD)
     node, place = divmod(channel.rank, size)
-    # Only its members make a group.
-    inside = dist.new_group(ranks[node * size : (node + 1) * size], use_local_synchronization=True)
-    across = dist.new_group(ranks[place::size], use_local_synchronization=True)
-    return Nodes(ProcessChannel(inside, channel.ledger), ProcessChannel(across, channel.ledger))
+    inside = channel.beside(range(node * size, (node + 1) * size))
+    return Nodes(inside, channel.beside(range(place, channel.size, size)))

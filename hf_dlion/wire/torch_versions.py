@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -14,6 +15,13 @@ def all_gather_single(
     """As torch.distributed's, which is ``all_gather_into_tensor`` before 2.13."""
     gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     return gather(parts, part, group=group, async_op=async_op)
+
+
+def time_limit(group: dist.ProcessGroup) -> timedelta | None:
+    """How long a collective of this group may take; None where torch does not say."""
+    backends: list[Any] = [group._get_backend(device) for device in getattr(group, "_device_types", [])]
+    limits = [getattr(getattr(backend, "options", None), "_timeout", None) for backend in backends]
+    return next((limit for limit in limits if limit is not None), None)
 
 
 def group_store(group: dist.ProcessGroup) -> Any:

@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
 from hf_dlion import DistributedLion
-from hf_dlion.optim import dlion
 from hf_dlion.optim.virtual import VirtualWorkers
 from hf_dlion.trainer.methods import METHODS
 from tests.harness import run_workers
+from tests.kernels import use_kernels
 from tests.optim import test_dlion as dense
 from tests.optim.test_methods import DECAY, LR, OPTIONS, STEPS, gradients, groups, parameters
 from tests.reference import ReferenceLion
@@ -30,8 +30,8 @@ def spoil(given: list[torch.Tensor], value: float) -> list[torch.Tensor]:
     return given
 
 
-def follow_reference(rank: int, workers: int, compiled: bool) -> None:
-    dlion.COMPILE_FROM = 0 if compiled else 1 << 30
+def follow_reference(rank: int, workers: int, kernels: str) -> None:
+    use_kernels(kernels)
     for aggregation, tie, exchange in itertools.product(("mavo", "avg"), ("zero", "alternate"), ("gather", "sharded")):
         mine = dense.parameters(torch.float32)
         options = {"aggregation": aggregation, "tie": tie}
@@ -57,11 +57,11 @@ def follow_reference(rank: int, workers: int, compiled: bool) -> None:
 
 @pytest.mark.parametrize("workers", [3, 4])
 def test_votes_without_the_bad_ones(workers: int) -> None:
-    run_workers(follow_reference, workers, workers, False)
+    run_workers(follow_reference, workers, workers, "native" if workers % 2 else "eager")
 
 
 def test_compiled_votes_without_the_bad_ones() -> None:
-    run_workers(follow_reference, 3, 3, True, timeout=400)
+    run_workers(follow_reference, 3, 3, "compiled", timeout=400)
 
 
 @pytest.mark.parametrize("name", METHODS)

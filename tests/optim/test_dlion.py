@@ -14,8 +14,9 @@ import torch.distributed as dist
 from hf_dlion import DistributedLion
 from hf_dlion.bits.hashing import digest
 from hf_dlion.bits.packing import LANES
-from hf_dlion.optim import dlion, layout
+from hf_dlion.optim import layout
 from tests.harness import run_workers
+from tests.kernels import use_kernels
 from tests.reference import ReferenceLion
 
 SETTINGS = {"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}
@@ -89,8 +90,8 @@ def same_on_all_ranks(tensor: torch.Tensor, workers: int) -> bool:
     return all(torch.equal(other, tensor) for other in everyone)
 
 
-def follow_reference(rank: int, workers: int, cases: list[tuple[str, str, str, torch.dtype]], compiled: bool) -> None:
-    dlion.COMPILE_FROM = 0 if compiled else 1 << 30
+def follow_reference(rank: int, workers: int, cases: list[tuple[str, str, str, torch.dtype]], kernels: str) -> None:
+    use_kernels(kernels)
     for aggregation, tie, exchange, dtype in cases:
         case = f"{aggregation} {tie} {exchange} {dtype}"
         mine = parameters(dtype)
@@ -109,19 +110,19 @@ def follow_reference(rank: int, workers: int, cases: list[tuple[str, str, str, t
             assert torch.equal(flatten(mine), reference.parameters), f"{case}: not the reference after step {step}"
             momenta = flatten([optimizer.state[parameter]["momentum"] for parameter in mine])
             assert torch.equal(momenta, reference.momenta[rank]), f"{case}: momentum after step {step}"
-        assert not compiled or optimizer._plan.kernels is not None
 
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
+@pytest.mark.parametrize("kernels", ["eager", "native"])
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 5])
-def test_equals_the_reference(workers: int) -> None:
+def test_equals_the_reference(workers: int, kernels: str) -> None:
     cases = list(itertools.product(("mavo", "avg"), ("zero", "alternate"), ("gather", "sharded"), DTYPES))
-    run_workers(follow_reference, workers, workers, cases, False)
+    run_workers(follow_reference, workers, workers, cases, kernels)
 
 
 @pytest.mark.parametrize(("workers", "aggregation"), [(1, "mavo"), (2, "mavo"), (3, "avg")])
 def test_compiled_equals_the_reference(workers: int, aggregation: str) -> None:
     cases = [(aggregation, "zero", "sharded", dtype) for dtype in DTYPES]
-    run_workers(follow_reference, workers, workers, cases, True, timeout=400)
+    run_workers(follow_reference, workers, workers, cases, "compiled", timeout=400)

@@ -74,7 +74,7 @@ def test_options_of_another_method_are_named(tmp_path: Path) -> None:
     tiny.arguments(tmp_path, optim="dsignum_mavo", lion_beta1=0.5, drop_share=0.5, vote_tie="zero")
     assert said == [
         "lion_beta1=0.5, drop_share=0.5 would be for other methods, and changes nothing: optim='dsignum_mavo' takes "
-        "norm_gradients, signum_momentum, vote_exchange, vote_tie."
+        "norm_gradients, overlap_votes, signum_momentum, vote_exchange, vote_tie."
     ]
     tiny.arguments(tmp_path, optim="dlion_mavo", lion_beta1=0.5)
     tiny.arguments(tmp_path, optim="adamw_torch", adam_beta1=0.5, optim_target_modules=["q_proj"])

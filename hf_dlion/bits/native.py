@@ -1,0 +1,158 @@
+"""The passes over parameters in C, for CPUs: bit for bit those of :mod:`kernels`, at the speed of memory.
+
+``passes.c`` is compiled at the first use, in a second, and kept in the user's cache. It needs a C compiler (``cc``, or
+what the environment variable CC names) and no headers but the compiler's own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels import EAGER, Kernels
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("passes.c")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")
+
+_NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+
+
+@functools.cache
+def load_passes() -> Kernels | None:
+    """The passes; None, with a warning, where they cannot be compiled or loaded. Float16 parameters step eagerly."""
+    try:
+        library = ctypes.CDLL(str(_compiled()))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or error
+        logger.warning(
+            "the optimizer steps in eager mode, which is several times slower: its passes in C could not be compiled. "
+            "A C compiler (gcc, clang) on the path, or named by CC, makes it work. The cause: %s",
+            said,
+        )
+        return None
+    return Kernels(
+        functools.partial(_vote, library, "vote"),
+        functools.partial(_sign, library),
+        functools.partial(_move, library),
+        functools.partial(_apply, library),
+        functools.partial(_step, library),
+        functools.partial(_vote, library, "peek"),
+    )
+
+
+def _compiled() -> Path:
+    """The library, compiled now unless it is in the cache."""
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    # What -march=native means differs from machine to machine, and a home can be that of several.
+    key = hashlib.sha256(repr((SOURCE.read_bytes(), FLAGS, compiler, version, _processor())).encode()).hexdigest()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hf_dlion")
+    library = folder / f"passes-{key[:32]}.so"
+    if library.exists():
+        return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="hf_dlion_"))
+        library = folder / library.name
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        made = Path(own, "passes.so")
+        for threads in (["-fopenmp"], []):  # Apple's clang has no OpenMP
+            command = [*compiler, *FLAGS, *threads, str(SOURCE), "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            if done.returncode == 0:
+                break
+        done.check_returncode()
+        os.replace(made, library)
+    return library
+
+
+def _processor() -> str:
+    """What the processor can do."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()} {platform.node()}"
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+
+
+def _call(function: Any, *arguments: Any) -> None:
+    """With tensors as pointers to their data."""
+    function(*(ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else value for value in arguments))
+
+
+def _counts(elements: int) -> tuple[ctypes.c_int64, int]:
+    return ctypes.c_int64(elements), torch.get_num_threads()
+
+
+def _vote(
+    library: Any, name: str, gradient: Tensor, momentum: Tensor, hyper: Tensor, zero_votes: Tensor, words: Tensor
+) -> None:
+    kind = _NAMES.get(gradient.dtype)
+    if kind is None:
+        (EAGER.vote if name == "vote" else EAGER.peek)(gradient, momentum, hyper, zero_votes, words)
+        return
+    _call(getattr(library, f"{name}_{kind}"), gradient, momentum, hyper, zero_votes, words, *_counts(len(gradient)))
+
+
+def _sign(library: Any, direction: Tensor, hyper: Tensor, zero_votes: Tensor, words: Tensor) -> None:
+    _call(library.sign_float, direction, zero_votes, words, *_counts(len(direction)))
+
+
+def _move(library: Any, gradient: Tensor, momentum: Tensor, hyper: Tensor) -> None:
+    kind = _NAMES.get(gradient.dtype)
+    if kind is None:
+        EAGER.move(gradient, momentum, hyper)
+        return
+    _call(getattr(library, f"move_{kind}"), gradient, momentum, hyper, *_counts(len(gradient)))
+
+
+def _apply(
+    library: Any,
+    parameter: Tensor,
+    hyper: Tensor,
+    seed: Tensor,
+    scale: Tensor | None,
+    highest: int,
+    planes: Sequence[Tensor],
+) -> None:
+    kind = _NAMES.get(parameter.dtype)
+    if kind is None:
+        EAGER.apply(parameter, hyper, seed, scale, highest, tuple(planes))
+        return
+    pointers = (ctypes.c_void_p * len(planes))(*(plane.data_ptr() for plane in planes))
+    scales = ctypes.c_int64(0 if scale is None else scale.numel())
+    function = getattr(library, f"apply_{kind}")
+    _call(function, parameter, hyper, seed, scale, scales, highest, pointers, len(planes), *_counts(len(parameter)))
+
+
+def _step(
+    library: Any,
+    parameter: Tensor,
+    gradient: Tensor,
+    momentum: Tensor,
+    hyper: Tensor,
+    seed: Tensor,
+    scale: Tensor | None,
+) -> None:
+    kind = _NAMES.get(parameter.dtype)
+    if kind is None or gradient.dtype != parameter.dtype:
+        EAGER.step(parameter, gradient, momentum, hyper, seed, scale)
+        return
+    function = getattr(library, f"step_{kind}")
+    _call(function, parameter, gradient, momentum, hyper, seed, scale, *_counts(len(parameter)))

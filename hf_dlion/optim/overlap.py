@@ -1,0 +1,356 @@
+"""Votes that leave while backward still computes other gradients.
+
+A step's buckets are sent in one order on all ranks, the header with the last of them, and nothing is applied before it
+is known. When a bucket leaves is each rank's own business: as soon as its gradients are complete, or in ``step()``. If
+what was sent turns out not to hold on some rank (a gradient changed afterwards, by clipping say, or a worker abstains),
+its header says so, and all ranks drop the decisions and exchange again. So no bit depends on the guess of when a
+gradient is complete.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..wire.collectives import ProcessChannel
+from ..wire.conversation import Conversation, side_by_side
+from ..wire.exchange import Ballot, Decision, Exchange
+from .agreement import CHANGED_GRADIENT, Agreement, Header, StepInputs
+from .layout import Bucket
+from .replica import STEP
+from .tensors import local_gradient
+from .views import SegmentViews
+
+logger = logging.getLogger(__name__)
+
+BUCKETS = 16
+"""Into how many buckets a step's words are cut, if they are not too small then: backward hides all but the last."""
+
+_MOST_CHANGES = 3
+
+_WHY_NOT = (
+    "votes are exchanged after backward, not beside it: gradients change between backward and step(), as clipping and "
+    "gradient scalers change them. Without that (max_grad_norm=0, or norm_gradients=True, which makes clipping "
+    "needless) backward hides the exchange."
+)
+
+
+class Plan(Protocol):
+    """What votes are laid out by, as of ``VotePlan``."""
+
+    @property
+    def views(self) -> SegmentViews:
+        """Of the parameters."""
+
+    @property
+    def buckets(self) -> Sequence[Bucket]:
+        """By number."""
+
+    @property
+    def buckets_of(self) -> Sequence[Sequence[int]]:
+        """By parameter, the numbers of those with a part of it."""
+
+
+class Voter(Protocol):
+    """The optimizer whose votes leave early."""
+
+    agreement: Agreement
+    param_groups: list[dict[str, Any]]
+
+    @property
+    def plan(self) -> Any:
+        """The present one."""
+
+    def begin_ballots(self, plan: Any) -> Any:
+        """What the ballots of one step have in common."""
+
+    def pack_early(self, plan: Any, bucket: Bucket, ballots: Any, gradients: Sequence[Tensor | None]) -> Tensor:
+        """Own votes on a bucket; changes no state."""
+
+
+class VotesChangedError(RuntimeError):
+    """The votes that were sent do not hold on some rank: exchange again. All ranks know."""
+
+
+class Arrivals:
+    """When the gradients of a step are complete, as the steps before have shown.
+
+    A gradient is complete after as many accumulations as it ever had between two steps: one for each micro-batch, or
+    more where a checkpointed model makes several of one.
+
+    Args:
+        parameters: those that are trained are watched.
+        listener: called in backward with the index of a parameter whose gradient is complete.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], listener: Callable[[int], None]) -> None:
+        self.parameters = parameters
+        self.watched = frozenset(i for i, parameter in enumerate(parameters) if parameter.requires_grad)
+        self._listener = listener
+        self._counts = [0] * len(parameters)
+        self._expected = [0] * len(parameters)
+        self._seen: dict[int, tuple[int, int]] = {}
+        own = weakref.ref(self)
+        self._hooks = [
+            parameters[i].register_post_accumulate_grad_hook(partial(_arrived, own, i)) for i in self.watched
+        ]
+
+    @property
+    def order(self) -> list[int]:
+        """The parameters whose gradients are complete, as they became so."""
+        return list(self._seen)
+
+    def unchanged(self, indices: Iterable[int]) -> bool:
+        """Whether these gradients are what they were when they were complete; or are not there, and were not."""
+        return all(self._seen.get(i) == _identity(self.parameters[i].grad) for i in indices)
+
+    def next_step(self) -> None:
+        """Learn from this step."""
+        self._expected = [max(before, now) for before, now in zip(self._expected, self._counts, strict=True)]
+        self._counts = [0] * len(self.parameters)
+        self._seen = {}
+
+    def close(self) -> None:
+        """Watch no longer."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def arrived(self, index: int) -> None:
+        """A gradient was accumulated."""
+        self._counts[index] += 1
+        if self._counts[index] < self._expected[index]:
+            return
+        # One too many leaves something that no gradient is equal to: it came after the votes.
+        self._seen.pop(index, None)
+        late = 0 < self._expected[index] < self._counts[index]
+        self._seen[index] = (-1, -1) if late else _identity(self.parameters[index].grad) or (-1, -1)
+        if self._counts[index] == self._expected[index]:
+            self._listener(index)
+
+
+def _arrived(arrivals: weakref.ref[Arrivals], index: int, parameter: Tensor) -> None:
+    watching = arrivals()
+    if watching is not None:
+        watching.arrived(index)
+
+
+def _parameters(optimizer: Voter) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _identity(gradient: Tensor | None) -> tuple[int, int] | None:
+    return None if gradient is None else (gradient.data_ptr(), gradient._version)
+
+
+class EarlyVotes:
+    """One optimizer's votes that leave during backward. A step is watched first, then the ranks agree on an order.
+
+    Args:
+        optimizer: whose votes.
+        plan: its layout; its exchange gets a channel of its own.
+        exchange: that of the plan.
+        channel: the workers.
+        before: those of the optimizer's former plan; their channel is taken over.
+
+    Attributes:
+        plan: as given.
+        under_way: whether the ranks send the buckets of the present step in their agreed order.
+    """
+
+    def __init__(
+        self,
+        optimizer: Voter,
+        plan: Plan,
+        exchange: Exchange,
+        channel: ProcessChannel,
+        before: EarlyVotes | None,
+    ) -> None:
+        self.plan = plan
+        self.under_way = False
+        self._optimizer = weakref.ref(optimizer)
+        self._exchange = exchange
+        self._channel = channel
+        self._world = dist.group.WORLD
+        self._beside: ProcessChannel | None = None
+        if before is not None and (before._world, before._channel.group) == (self._world, channel.group):
+            self._beside = before._beside
+        self._order: Sequence[Bucket] = ()
+        self._changes = 0
+        self._closed = False
+        self._watch()
+        self._start()
+
+    @torch.no_grad()
+    def finish(self, inputs: StepInputs) -> list[Decision] | None:
+        """Send what has not been sent, and learn the decisions. A collective over the workers.
+
+        Args:
+            inputs: of the step.
+
+        Returns:
+            The decisions on the plan's buckets; None, on all ranks, where votes that were sent do not hold.
+        """
+        holds = self._holds(inputs)
+        bad = inputs.bad_gradient if holds or inputs.bad_gradient >= 0 else CHANGED_GRADIENT
+        header = self._agreement.header(replace(inputs, bad_gradient=bad))
+        for bucket in self._order[self._sent :]:
+            last = bucket is self._order[-1]
+            self._send(bucket, header if last else header[:0], inputs.gradients if holds else None)
+        self._conversations.put(None)
+        if self._thread is None:
+            self._talk()
+        else:
+            self._thread.join()
+        self.under_way = False
+        if isinstance(self._error, VotesChangedError):
+            self._changes += 1
+            return None
+        if self._error is not None:
+            raise self._error
+        self._changes = 0
+        return [self._decisions[bucket.number] for bucket in self.plan.buckets]
+
+    def look(self) -> None:
+        """At the beginning of a step: whether gradients are as backward has left them."""
+        self._unchanged = self._arrivals.unchanged(self._arrivals.order)
+
+    def next_step(self) -> None:
+        """After a step: agree with the others, if that is still to be done, and begin to listen for the next one."""
+        if self._closed:
+            return
+        if not self._order:
+            self._agree()
+        elif self._changes == _MOST_CHANGES:
+            self.close()
+        elif self._changes:
+            self._arrivals.close()
+            self._watch()  # parameters may have been frozen or not, or come more often
+        self._arrivals.next_step()
+        self._start()
+
+    def close(self) -> None:
+        """Send no votes early any more. On all ranks alike."""
+        self._closed = True
+        self._arrivals.close()
+        if self._channel.rank == 0 and self._changes == _MOST_CHANGES:
+            logger.warning(_WHY_NOT)
+
+    @property
+    def _agreement(self) -> Agreement:
+        return self._owner().agreement
+
+    def _owner(self) -> Voter:
+        owner = self._optimizer()
+        assert owner is not None  # it is in its step, or in backward of its parameters
+        return owner
+
+    def _watch(self) -> None:
+        self._arrivals = Arrivals(_parameters(self._owner()), self._complete)
+        self._needed = [len(self._arrivals.watched & set(bucket.parameters)) for bucket in self.plan.buckets]
+
+    def _start(self) -> None:
+        self.under_way = bool(self._order) and not self._closed
+        self._missing = list(self._needed)
+        self._sent = 0
+        self._ballots: Any = None
+        self._decisions: dict[int, Decision] = {}
+        self._conversations: queue.SimpleQueue[Conversation[None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def _agree(self) -> None:
+        """On an order of the buckets, that in which rank 0's became complete; or not to send early. A collective."""
+        never = len(self.plan.buckets_of)
+        places = {index: place for place, index in enumerate(self._arrivals.order)}
+        ends = [
+            max((places.get(i, never) for i in bucket.parameters if i in self._arrivals.watched), default=-1)
+            for bucket in self.plan.buckets
+        ]
+        order = sorted(range(len(ends)), key=lambda number: (ends[number], number))
+        useful = min(ends) < never
+        answers = self._channel.gather_integers([self._unchanged, useful, *order], self.plan.views.device)
+        if all(answer[0] and answer[1] for answer in answers):
+            self._changes = 0
+            self._order = [self.plan.buckets[number] for number in answers[0][2:]]
+            self._beside = self._beside or self._channel.beside()
+            self._exchange.channel = self._beside
+            return
+        if all(answer[0] for answer in answers):
+            self.close()
+            return
+        self._changes += 1
+        if self._changes == _MOST_CHANGES:
+            self.close()
+
+    def _complete(self, index: int) -> None:
+        if not self.under_way:
+            return
+        for number in self.plan.buckets_of[index]:
+            self._missing[number] -= 1
+        # The last one waits for the header.
+        while self._sent < len(self._order) - 1 and self._missing[self._order[self._sent].number] == 0:
+            self._send_early(self._order[self._sent])
+
+    @torch.no_grad()
+    def _send_early(self, bucket: Bucket) -> None:
+        views, parameters = self.plan.views, _parameters(self._owner())
+        gradients: list[Tensor | None] = [None] * len(parameters)
+        for index in bucket.parameters:
+            gradient = local_gradient(parameters[index], type(self._owner()).__name__)
+            gradients[index] = None if gradient is None else views.flat(index, gradient)
+        self._send(bucket, torch.empty(0, dtype=torch.int32, device=views.device), gradients)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._talk, name="votes", daemon=True)
+            self._thread.start()
+
+    def _send(self, bucket: Bucket, header: Tensor, gradients: Sequence[Tensor | None] | None) -> None:
+        """Hand a bucket over; without gradients, its votes are of no meaning."""
+        if self._ballots is None:
+            self._settings, self._views = self._read_settings(), self.plan.views.parameters
+            self._ballots = self._owner().begin_ballots(self.plan)
+        if gradients is None:
+            words = torch.zeros(bucket.blocks * 32, dtype=torch.int32, device=self.plan.views.device)
+        else:
+            words = self._owner().pack_early(self.plan, bucket, self._ballots, gradients)
+        ballot = Ballot(words, header, self._ballots.inputs.step, bucket.padding)
+        self._sent += 1
+        self._conversations.put(self._decide(bucket, ballot))
+
+    def _decide(self, bucket: Bucket, ballot: Ballot) -> Conversation[None]:
+        decision = yield from self._exchange.decide(ballot, self._voters)
+        assert decision is not None  # all vote
+        self._decisions[bucket.number] = decision
+
+    def _voters(self, headers: Tensor) -> Sequence[int]:
+        if headers.shape[1] and not self._agreement.stands(Header.unpack(headers), len(self.plan.buckets_of)):
+            raise VotesChangedError
+        return range(self._channel.size)
+
+    def _talk(self) -> None:
+        try:
+            side_by_side(iter(self._conversations.get, None))
+        except BaseException as error:
+            self._error = error
+
+    def _holds(self, inputs: StepInputs) -> bool:
+        """Whether what was sent is what would be sent now, and what is still to be sent can be."""
+        if self._owner().plan is not self.plan or inputs.changed or inputs.bad_gradient >= 0:
+            return False
+        if self._ballots is None:
+            return True
+        indices = {index for bucket in self._order[: self._sent] for index in bucket.parameters}
+        same = self._settings == self._read_settings() and self._views is self.plan.views.parameters
+        return same and self._arrivals.unchanged(indices)
+
+    def _read_settings(self) -> list[Any]:
+        return [(group[STEP], *group["betas"]) for group in self._owner().param_groups]

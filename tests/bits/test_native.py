@@ -1,0 +1,121 @@
+"""The passes in C against the eager ones, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_dlion.bits.kernels import EAGER, Kernels
+from hf_dlion.bits.native import load_passes
+
+HYPER = torch.tensor([0.9, 1 - 0.9, 0.99, 1 - 0.99, 3e-3, 0.1])
+ZERO_VOTES = torch.arange(32) % 2 == 0
+SEED = torch.tensor([123456789], dtype=torch.int32)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BLOCKS = 5
+
+
+@pytest.fixture(scope="module")
+def native() -> Kernels:
+    passes = load_passes()
+    assert passes is not None
+    return passes
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    """Numbers of all magnitudes, zeros of both signs, subnormal ones."""
+    source = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=source) * 10 ** torch.randn(shape, generator=source).mul(6)
+    kinds = torch.randint(10, shape, generator=source)
+    values[kinds == 0] = 0.0
+    values[kinds == 1] = -0.0
+    values[kinds == 2] *= 1e-40
+    return values.nan_to_num(posinf=1e30, neginf=-1e30)
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Bit for bit, signs of zeros included."""
+    kind = torch.int32 if one.element_size() == 4 else torch.int16
+    return torch.equal(one.view(kind), other.view(kind))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["vote", "peek", "move"])
+def test_votes(native: Kernels, name: str, dtype: torch.dtype) -> None:
+    gradient = drawn(BLOCKS, 32, 32, seed=1).clamp(-6e4, 6e4).to(dtype)
+    results = []
+    for kernels in (EAGER, native):
+        momentum, words = drawn(BLOCKS, 32, 32, seed=2), torch.zeros(BLOCKS, 32, dtype=torch.int32)
+        if name == "move":
+            kernels.move(gradient.view(-1)[:-7], momentum.view(-1)[:-7], HYPER)
+        else:
+            getattr(kernels, name)(gradient, momentum, HYPER, ZERO_VOTES, words)
+        results.append((momentum, words))
+    assert all(same(one, other) for one, other in zip(*results, strict=True))
+    assert (results[0][1] != 0).any() == (name != "move")
+    assert same(results[0][0], drawn(BLOCKS, 32, 32, seed=2)) == (name == "peek")
+
+
+def test_signs_of_directions(native: Kernels) -> None:
+    words = [torch.zeros(BLOCKS, 32, dtype=torch.int32) for _ in range(2)]
+    for kernels, out in zip((EAGER, native), words, strict=True):
+        kernels.sign(drawn(BLOCKS, 32, 32), HYPER, ZERO_VOTES, out)
+    assert torch.equal(*words)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("highest", [1, 2, 3, 4, 5, 8, 11])
+@pytest.mark.parametrize("scales", [0, 1, BLOCKS * 1024])
+def test_updates(native: Kernels, dtype: torch.dtype, highest: int, scales: int) -> None:
+    levels = torch.randint(highest + 1, (BLOCKS, 32, 32), generator=torch.Generator().manual_seed(3))
+    rows = torch.arange(32).view(1, 32, 1)
+    planes = tuple(((levels >> p & 1) << rows).sum(1).to(torch.int32) for p in range(highest.bit_length()))
+    scale = None if scales == 0 else drawn(scales).abs().view((1,) if scales == 1 else (-1, 32, 32))
+    results = []
+    for kernels in (EAGER, native):
+        parameter = drawn(BLOCKS, 32, 32, seed=4).clamp(-6e4, 6e4).to(dtype)
+        kernels.apply(parameter, HYPER, SEED, scale, highest, planes)
+        results.append(parameter)
+    assert same(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [None, 0.2])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_step_alone(native: Kernels, dtype: torch.dtype, scale: float | None, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    results = []
+    for kernels in (EAGER, native):
+        parameter, momentum = drawn(4999, seed=5).clamp(-6e4, 6e4).to(dtype), drawn(4999, seed=6)
+        gradient = drawn(4999, seed=7).clamp(-6e4, 6e4).to(dtype)
+        kernels.step(parameter, gradient, momentum, HYPER, SEED, None if scale is None else torch.tensor([scale]))
+        results.append((parameter, momentum))
+    torch.set_num_threads(before)
+    assert all(itertools.starmap(same, zip(*results, strict=True)))
+
+
+def test_the_library_is_compiled_once_and_kept(tmp_path: Path) -> None:
+    script = (
+        "import logging, sys, hf_dlion.bits.native as native\n"
+        "logging.basicConfig()\n"
+        "print(native.load_passes() is not None)"
+    )
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    where: list[float] = []
+    for compiler in ("cc", "cc", "no-such-compiler"):
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment | {"CC": compiler}, capture_output=True, text=True
+        )
+        assert done.stdout.split() == [str(compiler == "cc")], done.stderr
+        where += [library.stat().st_mtime for library in tmp_path.glob("hf_dlion/*.so")]
+    assert len(where) == 3
+    assert len(set(where)) == 1
+    assert "no-such-compiler" in done.stderr

@@ -1,0 +1,199 @@
+"""Votes that leave during backward: bit for bit as without, whatever happens between backward and step."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_dlion import DistributedLion, DistributedMuon, hidden_matrices
+from hf_dlion.optim import layout
+from hf_dlion.optim.overlap import EarlyVotes
+from hf_dlion.optim.signum import DistributedSignum
+
+from ..harness import run_workers, what_is_logged
+
+STEPS = 9
+
+
+class Net(nn.Module):
+    """Two blocks, one that only some batches come to, and an embedding tied to the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(96, 64)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)) for _ in range(3))
+        self.norm = nn.LayerNorm(64)
+
+    def forward(self, tokens: Tensor, blocks: tuple[int, ...] = (0, 1, 2)) -> Tensor:
+        hidden = self.embedding(tokens)
+        for index in blocks:
+            hidden = hidden + self.blocks[index](hidden)
+        return F.linear(self.norm(hidden), self.embedding.weight)
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+
+def lion(model: nn.Module, **options: Any) -> DistributedLion:
+    return DistributedLion(model.parameters(), 1e-2, weight_decay=0.1, **options)
+
+
+def signum(model: nn.Module, **options: Any) -> DistributedLion:
+    return DistributedSignum(model.parameters(), 1e-2, weight_decay=0.1, **options)
+
+
+def muon(model: nn.Module, **options: Any) -> DistributedLion:
+    return DistributedMuon(hidden_matrices(model), 1e-2, weight_decay=0.1, **options)
+
+
+Make = Callable[..., DistributedLion]
+Event = Callable[[int, int, nn.Module, DistributedLion], None]
+"""What happens between the backward passes of a step and the step, on a rank."""
+
+
+def nothing(rank: int, step: int, model: nn.Module, optimizer: DistributedLion) -> None:
+    pass
+
+
+def clipped(rank: int, step: int, model: nn.Module, optimizer: DistributedLion) -> None:
+    if step == 5 and rank == 1:
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+
+def bad(rank: int, step: int, model: nn.Module, optimizer: DistributedLion) -> None:
+    if step in (4, 6) and rank == 0:
+        next(model.parameters()).grad[0, 0] = float("nan")  # type: ignore[index]
+
+
+def replaced(rank: int, step: int, model: nn.Module, optimizer: DistributedLion) -> None:
+    for parameter in model.parameters():
+        if step == 4 and parameter.grad is not None:
+            parameter.grad = parameter.grad.clamp(-1e-3, 1e-3)
+
+
+def skipped(rank: int, step: int, model: nn.Module, optimizer: DistributedLion) -> None:
+    if step == 5 and rank == 0:  # one batch more, whose predecessor counts no longer
+        optimizer.zero_grad()
+        backward(model, rank, 99)
+
+
+def loaded(rank: int, step: int, model: nn.Module, optimizer: DistributedLion) -> None:
+    if step == 4:
+        state = copy.deepcopy(optimizer.state_dict())
+        for one in state["state"].values():
+            one["momentum"].mul_(0.5)
+        optimizer.load_state_dict(state)
+
+
+def betas(rank: int, step: int, model: nn.Module, optimizer: DistributedLion) -> None:
+    if step == 5:
+        for group in optimizer.param_groups:
+            group["betas"] = (0.5, 0.9)
+
+
+def frozen(rank: int, step: int, model: Any, optimizer: DistributedLion) -> None:
+    if step in (3, 6):
+        model.blocks[1].requires_grad_(step == 6)
+
+
+def resized(rank: int, step: int, model: Any, optimizer: DistributedLion) -> None:
+    if step == 4:
+        model.blocks[0][0].weight.data = model.blocks[0][0].weight.data.t().contiguous().t()
+
+
+EVENTS = [nothing, clipped, bad, replaced, skipped, loaded, betas, frozen, resized]
+
+
+def backward(model: nn.Module, rank: int, seed: int, blocks: tuple[int, ...] = (0, 1, 2)) -> None:
+    tokens = torch.randint(96, (4, 17), generator=torch.Generator().manual_seed(1000 * rank + seed))
+    logits = model(tokens[:, :-1], blocks)
+    F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+
+
+def train(rank: int, make: Make, event: Event, micro_batches: int, options: dict[str, Any]) -> tuple[list[Tensor], Any]:
+    """Parameters and momenta after some steps, and the optimizer."""
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = make(model, **options)
+    for step in range(STEPS):
+        blocks = (0, 1) if (rank, step) == (0, 3) else (0, 1, 2)
+        for micro_batch in range(micro_batches + (step == 7)):
+            backward(model, rank, 10 * step + micro_batch, blocks)
+        event(rank, step, model, optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+    state = [optimizer.state[p]["momentum"] for group in optimizer.param_groups for p in group["params"]]
+    return [p.detach().clone() for p in model.parameters()] + state, optimizer
+
+
+def small_buckets() -> list[int]:
+    """Buckets of four blocks; a list that gets the number of each bucket that is sent early."""
+    layout.MIN_BUCKET_BLOCKS, layout.DIRECT_BLOCKS = 4, 2
+    sent: list[int] = []
+    send = EarlyVotes._send_early
+
+    def noted(self: EarlyVotes, bucket: layout.Bucket) -> None:
+        sent.append(bucket.number)
+        send(self, bucket)
+
+    EarlyVotes._send_early = noted  # type: ignore[method-assign]
+    return sent
+
+
+def both_ways(rank: int, cases: list[tuple[Make, Event, int, dict[str, Any]]]) -> list[tuple[str, bool, int]]:
+    """Of each case, whether it ends in the same bits with and without overlap, and how many buckets left early."""
+    sent = small_buckets()
+    found = []
+    for make, event, micro_batches, options in cases:
+        del sent[:]
+        ours, optimizer = train(rank, make, event, micro_batches, options)
+        early = len(sent)
+        plain, _ = train(rank, make, event, micro_batches, options | {"overlap": False})
+        assert len(sent) == early
+        same = all(torch.equal(one, other) for one, other in zip(ours, plain, strict=True))
+        found.append((f"{make.__name__} {event.__name__} {micro_batches} {options}", same, early))
+        assert copy.deepcopy(optimizer)._early is None
+        assert pickle.loads(pickle.dumps(optimizer))._early is None
+    return found
+
+
+METHODS = [
+    (lion, {}),
+    (lion, {"aggregation": "avg", "exchange": "sharded"}),
+    (signum, {"tie": "alternate", "exchange": "gather"}),
+    (muon, {}),
+    (muon, {"tie": "zero", "exchange": "sharded"}),
+    (muon, {"aggregation": "avg"}),
+    (lion, {"norm_gradients": True}),
+    (muon, {"norm_gradients": True, "exchange": "sharded"}),
+]
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_all_methods_and_events_end_in_the_same_bits(workers: int) -> None:
+    cases = [(make, nothing, micro_batches, options) for make, options in METHODS for micro_batches in (1, 2)]
+    cases += [(make, event, 1, options) for make, options in (METHODS[1], METHODS[4]) for event in EVENTS]
+    for name, same, early in (case for rank in run_workers(both_ways, workers, cases, timeout=400) for case in rank):
+        assert same, name
+        assert early > 10, name
+
+
+def _clip_always(rank: int) -> tuple[int, list[str]]:
+    sent, said = small_buckets(), what_is_logged("hf_dlion.optim.overlap")
+    for _ in range(2):
+        train(rank, lion, lambda r, s, model, o: nn.utils.clip_grad_norm_(model.parameters(), 0.1) and None, 1, {})
+    return len(sent), said
+
+
+def test_clipping_at_every_step_is_noticed_before_anything_is_sent() -> None:
+    for rank, (sent, said) in enumerate(run_workers(_clip_always, 2)):
+        assert sent == 0
+        assert [message for message in said if "norm_gradients" in message] == said
+        assert len(said) == (2 if rank == 0 else 0)
