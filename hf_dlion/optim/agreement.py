@@ -264,7 +264,7 @@ class Agreement:
             default_group: whether the optimizer was given no process group.
 
         Raises:
-            RuntimeError: other processes were launched with this one; or its shards differ in method or hyperparameters.
+            RuntimeError: other processes were launched with this one, or its shards differ in method or settings.
             FloatingPointError: its gradient is bad, without a gradient scaler or too often.
         """
         launched = int(os.environ.get("WORLD_SIZE", "1"))
