@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, ClassVar, overload
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -94,6 +95,9 @@ class WorkersOptimizer(StatefulOptimizer):
         parameter_names: for errors, by index; empty where they are those that the params were given with.
     """
 
+    living: ClassVar[WeakSet[WorkersOptimizer]] = WeakSet()
+    """Those that were made and are still there."""
+
     bounded_by_decay = False
     """Whether weight decay keeps the parameters in Lion's box (arXiv 2310.05898)."""
 
@@ -122,6 +126,7 @@ class WorkersOptimizer(StatefulOptimizer):
         self.parameter_names: list[str] = []
         self._plan: Plan | None = None
         super().__init__(params, defaults | {STEP: 0})
+        self.living.add(self)
 
     @property
     def workers(self) -> int:
