@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .optim.states import all_parameters
-from .optim.workers import members_of
+from .optim.workers import WorkersOptimizer, members_of
 
 if not (compare_versions("accelerate", ">=", "1.10") and compare_versions("accelerate", "<", "2")):
     raise ImportError("accelerate>=1.10,<2 is required: how it wraps a model in DDP is known of these versions.")
@@ -131,7 +131,6 @@ def _check_launch(accelerator: Accelerator) -> None:
 
 _local_modules: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 _steps: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
-_voted: weakref.WeakKeyDictionary[DistributedDataParallel, set[int]] = weakref.WeakKeyDictionary()
 
 
 def _keep_local(module: DistributedDataParallel) -> None:
@@ -185,8 +184,8 @@ def _check_votes(optimizer: Optimizer, args: object, keywords: object) -> None:
                 "replicas would come apart: keep_gradients_local leaves averaging to the votes. Give the parameter to "
                 "an optimizer of hf_dlion, or leave keep_gradients_local out."
             )
-        voted = _voted.setdefault(module, set())
-        voted |= own
+        # Others of ours may step less often, a generator's say, and not have stepped yet.
+        voted = own.union(*({id(p) for p in all_parameters(other)} for other in WorkersOptimizer.living))
         left = [name for key, (name, p) in trained.items() if key not in voted and p.grad is not None]
         if steps == 2 and left:
             raise RuntimeError(

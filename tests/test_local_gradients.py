@@ -141,6 +141,34 @@ def test_every_trained_parameter_is_voted_on_or_named() -> None:
         assert "nor on those of 1 more" in nobody
 
 
+def critic_before_generator(rank: int) -> tuple[str, str]:
+    """What is said where one part steps three times as often, and both have gradients; and where a third part is left."""
+
+    def loop(model: torch.nn.Sequential) -> None:
+        wrapped = DistributedDataParallel(model)
+        keep_gradients_local(wrapped)
+        generator, critic = (DistributedLion(model[i].parameters(), lr=0.1) for i in (0, 2))
+        for step in range(6):
+            wrapped(inputs(rank, step)).pow(2).mean().backward()
+            critic.step()
+            critic.zero_grad()
+            if step % 3 == 2:
+                generator.step()
+                generator.zero_grad()
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, [parameter.detach() for parameter in model.parameters()])
+        assert all(map(torch.equal, *everyone))
+
+    larger = two_layers().append(torch.nn.Linear(2, 2))
+    return said(lambda: loop(two_layers())), said(lambda: loop(larger))
+
+
+def test_an_optimizer_that_steps_later_votes_on_its_own() -> None:
+    for both, third in run_workers(critic_before_generator, 2):
+        assert both == "nothing"
+        assert third.startswith("3.weight is trained, and in no optimizer of hf_dlion")
+
+
 def replaced_entirely(rank: int) -> list[str]:
     def loop() -> None:
         act_as_launched(rank)

@@ -15,9 +15,17 @@ from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers import GPT2LMHeadModel, Trainer
 
-from hf_dlion import DistributedLion, DLionTrainer, DLionTrainerMixin, LionTheoryCallback, keep_gradients_local
+from hf_dlion import (
+    DistributedLion,
+    DLionTrainer,
+    DLionTrainerMixin,
+    LionTheoryCallback,
+    keep_gradients_local,
+    load_workers,
+    save_workers,
+)
 from hf_dlion.local_gradients import check_supported
-from tests.harness import run_workers
+from tests.harness import run_workers, what_is_logged
 from tests.trainer.tiny import act_as_launched, arguments, rows
 from tests.trainer.tiny import model as tiny
 
@@ -32,16 +40,20 @@ def pretend(accelerator: Accelerator, replicas: int = 2, shards: int = 2, **plug
     return accelerator
 
 
-def loop(rank: int) -> list[torch.Tensor]:
+def prepared(rank: int, steps: int, **plugin: Any) -> tuple[Accelerator, Any, Any]:
     act_as_launched(rank)
     torch.manual_seed(0)
-    accelerator = pretend(Accelerator(cpu=True, gradient_accumulation_steps=2))
+    accelerator = pretend(Accelerator(cpu=True, gradient_accumulation_steps=steps), **plugin)
     keep_gradients_local(accelerator)
     model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
     group = accelerator.torch_device_mesh["dp_replicate"].get_group()
     optimizer = DistributedLion(model.parameters(), lr=0.1, process_group=group, check_replicas_steps=1)
     assert accelerator.torch_device_mesh.ndim == 2
-    model, optimizer = accelerator.prepare(model, optimizer)
+    return accelerator, *accelerator.prepare(model, optimizer)
+
+
+def loop(rank: int) -> list[torch.Tensor]:
+    accelerator, model, optimizer = prepared(rank, 2)
     own = []
     for step in range(6):
         generator = torch.Generator().manual_seed(10 * step + rank)
@@ -64,6 +76,49 @@ def test_a_loop_of_accelerate() -> None:
         assert not torch.equal(first[index], third[index])
     for index in range(4, 8):
         assert torch.equal(first[index], third[index])
+
+
+def step_on(rank: int, accelerator: Accelerator, model: Any, optimizer: Any, steps: range) -> list[torch.Tensor]:
+    for step in steps:
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        accelerator.backward(model(torch.randn(4, 5, generator=generator)).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+    return [parameter.full_tensor().detach().clone() for parameter in model.parameters()]
+
+
+def saved_by_accelerate(rank: int, folder: str) -> dict[tuple[str, bool], tuple[bool, bool, int]]:
+    """By kind of state dict, and whether ours is saved beside it: whether momentum and end are the same; warnings."""
+    found, said = {}, what_is_logged()
+    for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
+        into = f"{folder}/{kind}"
+        accelerator, model, optimizer = prepared(rank, 1, state_dict_type=kind)
+        step_on(rank, accelerator, model, optimizer, range(3))
+        accelerator.save_state(into)
+        save_workers(into, optimizer)
+        momenta = [state["momentum"].clone() for state in optimizer.optimizer.state.values()]
+        end = step_on(rank, accelerator, model, optimizer, range(3, 6))
+        for ours in (True, False):
+            accelerator.free_memory()
+            accelerator, model, optimizer = prepared(rank, 1, state_dict_type=kind)
+            said.clear()
+            accelerator.load_state(into)
+            warnings = [one for one in said if "Save and load by hf_dlion.save_workers" in one]
+            if ours:
+                load_workers(into, optimizer)
+            own = [state["momentum"] for state in optimizer.optimizer.state.values()]
+            same = all(map(torch.equal, momenta, own))
+            again = step_on(rank, accelerator, model, optimizer, range(3, 6))
+            found[kind, ours] = same, all(map(torch.equal, end, again)), len(warnings)
+    return found
+
+
+def test_save_state_with_ours_beside_it_is_exact_and_alone_warns(tmp_path: Path) -> None:
+    everyone = run_workers(saved_by_accelerate, 4, str(tmp_path), timeout=200)
+    for kind, ours in everyone[0]:
+        outcomes = [found[kind, ours] for found in everyone]
+        assert all(same and end for same, end, _ in outcomes) == ours
+        assert any(warned for *_, warned in outcomes)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ ELSEWHERE = "Resume from another checkpoint."
 _TRAINER_STATE = "trainer_state.json"
 _SCHEDULER = ("scheduler.pt", "scheduler.bin")
 _OPTIMIZER = ("optimizer.pt", "optimizer.bin")
-_STATE = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".distcp", ".index.json")
+_STATE = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".distcp", ".metadata", ".index.json")
 """Ends of the names of files that a run goes on from: weights, states of workers, schedulers and generators."""
 
 _FORMAT = 2

@@ -31,6 +31,7 @@ CHANGED_GRADIENT = -2
 """In a header for the number of a bad gradient: there is none, but one has changed since its votes were sent."""
 
 _SHOWN = 4
+_UNKNOWN = "they differ in a way that their description does not show"
 # Of a gradient scaler, steps in a row in which all workers overflow; from 65536, its scale is 6e-8 then.
 _MOST_OVERFLOWS = 40
 
@@ -199,15 +200,18 @@ class Agreement:
             checksum([g for g in gradients if g is not None]),
         )
         if replica.shards is not None:
-            values = [own.layout, own.parameters, own.gradients]
-            layout, parameters, found = replica.shards.combine(values, replica.parameters[0].device)
-            layout = digest((layout, replica.shards.rank, replica.shards.size))
+            values = [digest(replica.describe_method()), own.layout, own.parameters, own.gradients]
+            device = replica.parameters[0].device
+            method, layout, parameters, found = replica.shards.combine(values, device, alike=1)
+            layout = digest((method, layout, replica.shards.rank, replica.shards.size))
             own = Handshake(layout, own.compiled, parameters, found)
         everyone = [
             Handshake(*row) for row in channel.gather_integers(list(astuple(own)), replica.parameters[0].device)
         ]
         if any(other.layout != own.layout for other in everyone):
-            where = differing(channel, replica.describe_layout(), replica.shards)
+            where = differing(channel, replica.describe_method(), replica.shards, alike=True)
+            if where == _UNKNOWN:
+                where = differing(channel, replica.describe_layout(), replica.shards)
             raise RuntimeError(
                 f"the ranks do not optimize the same parameters in the same way: {where}. Build model and optimizer "
                 "alike on every rank."
@@ -279,7 +283,7 @@ class Agreement:
             default_group: whether the optimizer was given no process group.
 
         Raises:
-            RuntimeError: other processes were launched with this one.
+            RuntimeError: other processes were launched with this one, or its shards differ in method or settings.
             FloatingPointError: its gradient is bad, without a gradient scaler or too often.
         """
         launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -289,6 +293,8 @@ class Agreement:
                 "would train for itself. First create an accelerate.Accelerator, or call "
                 "torch.distributed.init_process_group."
             )
+        if inputs.replica.shards is not None:
+            _check_alike(inputs.replica, inputs.replica.shards)
         self._raise_for_bad(inputs.replica, {0: inputs.bad_gradient} if inputs.bad_gradient >= 0 else {}, 1)
         self.absent = frozenset(index for index, gradient in enumerate(inputs.gradients) if gradient is None)
 
@@ -301,7 +307,8 @@ class Agreement:
                 f"all {len(checksums)} workers have exactly the same gradients, so their votes say nothing. Either "
                 "the gradients were averaged before the step (DDP still all-reduces: call "
                 "hf_dlion.keep_gradients_local before accelerator.prepare, or use DLionTrainer), or every worker "
-                "was given the same data (shard the data loader: accelerator.prepare does)."
+                "was given the same data (shard the data loader: accelerator.prepare does, if accelerator.num_processes "
+                f"is {len(checksums)}; on a machine without GPUs, that takes Accelerator(cpu=True) or --use_cpu)."
             )
         self._comparing_gradients = False
 
@@ -354,6 +361,18 @@ class Agreement:
             raise FloatingPointError(f"{so_often}rank {rank}: {replica.describe_bad_gradient(index)}")
 
 
+def _check_alike(replica: Replica, shards: Shards) -> None:
+    """Raise RuntimeError, on all ranks of a replica, unless all of its shards would be stepped in the same way."""
+    description = replica.describe_method() | replica.describe_hyperparameters()
+    rows = shards.channel.gather_integers([digest(description)], replica.parameters[0].device)
+    if len({row[0] for row in rows}) > 1:
+        raise RuntimeError(
+            "the ranks of one replica do not optimize their shards in the same way: "
+            f"{differing(shards.channel, description)}. Build the optimizer, set its hyperparameters, and step the "
+            "scheduler, alike on every rank."
+        )
+
+
 def _of_all_shards(
     replica: Replica, shards: Shards, gradients: list[Tensor | None], bad: int
 ) -> tuple[list[Tensor | None], int]:
@@ -401,4 +420,4 @@ def differing(
         if len(ranks) > 1:
             where = [f"{value} on rank{'s' * (len(of) > 1)} {', '.join(map(str, of))}" for value, of in ranks.items()]
             return f"{name} is {' and '.join(where[:_SHOWN])}{', and so on' * (len(where) > _SHOWN)}"
-    return "they differ in a way that their description does not show"
+    return _UNKNOWN

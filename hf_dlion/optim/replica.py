@@ -50,15 +50,20 @@ class Replica:
         """How many steps were made."""
         return int(self.groups[0][STEP])
 
-    def describe_layout(self) -> dict[str, Any]:
-        """Method, options, and the shapes of the parameters."""
+    def describe_method(self) -> dict[str, Any]:
+        """Method, options, and the sizes of the param groups."""
         described: dict[str, Any] = {"method": self.method, **self.options}
         described["the number of param groups"] = len(self.groups)
+        return described | {f"the size of param group {i}": len(g["params"]) for i, g in enumerate(self.groups)}
+
+    def describe_layout(self) -> dict[str, Any]:
+        """As :meth:`describe_method`, with the shapes of the parameters."""
+        described = self.describe_method()
         for index, parameter in enumerate(self.parameters):
             described[f"parameter {index}"] = (
                 f"{str(parameter.dtype).removeprefix('torch.')} {tuple(parameter.shape)}, strides {parameter.stride()}"
             )
-        return described | {f"the size of param group {i}": len(g["params"]) for i, g in enumerate(self.groups)}
+        return described
 
     def describe_parameters(self) -> dict[str, Any]:
         """Their checksums."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .replica import STEP, Replica
-from .tensors import check_parameter, float32_state, laid_out_state, local
+from .tensors import alike_sharded, check_parameter, float32_state, laid_out_state, local, placed_as
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +62,15 @@ class StatefulOptimizer(Optimizer, ABC):
         return copyable(self) | {"_plan": None}
 
     def state_dict(self) -> dict[str, Any]:
-        """The state and the param groups, with the number of this worker in each."""
-        return marked(super().state_dict(), self.rank)
+        """The state and the param groups, with the number of this worker in each.
+
+        Of sharded parameters, the state is sharded as they are.
+        """
+        first_hook = self.register_state_dict_post_hook(_place_as_parameters, prepend=True)
+        try:
+            return marked(super().state_dict(), self.rank)
+        finally:
+            first_hook.remove()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -99,6 +106,12 @@ def all_parameters(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def _place_as_parameters(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    parameters = all_parameters(optimizer)
+    for index, state in state_dict["state"].items():
+        state_dict["state"][index] = {name: placed_as(parameters[index], held) for name, held in state.items()}
+
+
 def copyable(optimizer: Optimizer) -> dict[str, Any]:
     """What copying and pickling takes along: as with torch's optimizers, no hooks."""
     return {name: value for name, value in vars(optimizer).items() if not name.endswith("_hooks")}
@@ -121,8 +134,9 @@ def check_owner(groups: list[dict[str, Any]], rank: int, workers: int, local_sta
         local_states: names of states that differ between the workers.
     """
     owners = [group.pop(WORKER, rank) for group in groups]
-    if local_states and owners[0] != rank:
-        logger.warning(_OF_ANOTHER, rank, workers, local_states[0], owners[0])
+    others = [owner for owner in owners if owner != rank]
+    if local_states and others:
+        logger.warning(_OF_ANOTHER, rank, workers, local_states[0], others[0])
 
 
 def fitting_states(
@@ -147,14 +161,18 @@ def fitting_states(
 
 
 def _fitting(found: Tensor | None, name: str, index: int, parameter: Tensor) -> Tensor:
-    shape = local(parameter).shape
-    if found is None or found.shape != shape:
+    if found is None or found.shape != parameter.shape:
         what = "there is none" if found is None else f"it has shape {tuple(found.shape)}"
         raise ValueError(
-            f"no {name} of shape {tuple(shape)} for parameter {index}: {what}. This state is of "
+            f"no {name} of shape {tuple(parameter.shape)} for parameter {index}: {what}. This state is of "
             "another model or optimizer."
         )
-    return float32_state(parameter).copy_(found)
+    if not alike_sharded(found, parameter):
+        raise ValueError(
+            f"the {name} of parameter {index} is not sharded as the parameter is. hf_dlion.save_workers and "
+            "load_workers reshard the state of every worker; torch.distributed.checkpoint, that of one."
+        )
+    return float32_state(parameter).copy_(local(found))
 
 
 def check_layout(replica: Replica, states: Sequence[Mapping[str, Tensor]]) -> None:

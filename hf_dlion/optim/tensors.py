@@ -37,6 +37,31 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if kind is not None and isinstance(tensor, kind) else tensor
 
 
+def placed_as(parameter: Tensor, held: Tensor) -> Tensor:
+    """What this process holds of a state as a part of the whole, if that is what it holds of the parameter.
+
+    Raises:
+        ValueError: as of :func:`local`.
+    """
+    kind = _dtensor()
+    if kind is None or not isinstance(parameter, kind):
+        return held
+    local(parameter)
+    shape, stride = parameter.shape, parameter.stride()
+    part: Tensor = kind.from_local(held, parameter.device_mesh, parameter.placements, shape=shape, stride=stride)
+    return part
+
+
+def alike_sharded(tensor: Tensor, parameter: Tensor) -> bool:
+    """Whether both are whole, or parts of as many that are placed alike."""
+    kind = _dtensor()
+    places = [
+        (t.shape, t.placements, t.device_mesh.size()) if kind is not None and isinstance(t, kind) else t.shape
+        for t in (tensor, parameter)
+    ]
+    return bool(places[0] == places[1])
+
+
 def shard_group(parameters: Sequence[Tensor]) -> dist.ProcessGroup | None:
     """The ranks over which the parameters are sharded, all over the same; None if they are whole.
 

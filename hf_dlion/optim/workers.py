@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, ClassVar, overload
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ..wire.collectives import Channel
 from ..wire.conversation import Conversation, side_by_side
 from ..wire.groups import Group, group_size, make_channel, rank_in
 from ..wire.ledger import Ledger
+from ..wire.liveness import in_step
 from ..wire.shards import Shards
 from .agreement import ON_BAD_GRADIENT, Agreement, LayoutChangedError, StepInputs
 from .renamed import renamed_keywords
@@ -93,6 +95,9 @@ class WorkersOptimizer(StatefulOptimizer):
         parameter_names: for errors, by index; empty where they are those that the params were given with.
     """
 
+    living: ClassVar[WeakSet[WorkersOptimizer]] = WeakSet()
+    """Those that were made and are still there."""
+
     bounded_by_decay = False
     """Whether weight decay keeps the parameters in Lion's box (arXiv 2310.05898)."""
 
@@ -121,6 +126,7 @@ class WorkersOptimizer(StatefulOptimizer):
         self.parameter_names: list[str] = []
         self._plan: Plan | None = None
         super().__init__(params, defaults | {STEP: 0})
+        self.living.add(self)
 
     @property
     def workers(self) -> int:
@@ -197,13 +203,14 @@ class WorkersOptimizer(StatefulOptimizer):
         replica = replica_of(self, plan.shards)
         gradients = [local_gradient(parameter, replica.method) for parameter in all_parameters(self)]
         scaler = [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
-        gradients, bad = self.agreement.own_gradients(gradients, replica, self.rank, *scaler)
-        try:
-            self._exchange(plan, replica, gradients, bad)
-        except LayoutChangedError:
-            self.state_changed()
-            plan = self._current_plan()
-            self._exchange(plan, replica_of(self, plan.shards), gradients, bad)
+        with in_step(replica.step, None if plan.shards else self.process_group):
+            gradients, bad = self.agreement.own_gradients(gradients, replica, self.rank, *scaler)
+            try:
+                self._exchange(plan, replica, gradients, bad)
+            except LayoutChangedError:
+                self.state_changed()
+                plan = self._current_plan()
+                self._exchange(plan, replica_of(self, plan.shards), gradients, bad)
         for group in self.param_groups:
             group[STEP] += 1
         self.ledger.steps += 1

@@ -10,6 +10,7 @@ the latter, an error names no rank.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import threading
 import time
@@ -23,7 +24,10 @@ import torch.distributed as dist
 
 from .torch_versions import group_store
 
+logger = logging.getLogger(__name__)
+
 HEARTBEAT_SECONDS = 1.0
+PATIENCE_SECONDS = 10.0
 LISTEN_SECONDS = 3.5
 STORE_SECONDS = 5.0
 
@@ -45,10 +49,20 @@ class _Heartbeat:
     Args:
         group: the default group.
         store: its store, over a connection of its own: waiting for a key blocks everything else on a connection.
+
+    Attributes:
+        step: that this process has come to; None before the first.
+        began: when it did, by the monotonic clock; None, if that step is over.
+        ranks: that take part in it.
     """
 
     def __init__(self, group: dist.ProcessGroup, store: Any) -> None:
         self.store = store
+        self.step: int | None = None
+        self.began: float | None = None
+        self.ranks: Sequence[int] = ()
+        self._warned: float | None = None
+        self._patience = PATIENCE_SECONDS
         self._group = weakref.ref(group)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._beat, args=(dist.get_rank(),), daemon=True)
@@ -65,14 +79,41 @@ class _Heartbeat:
         self._stopped.set()
         self._thread.join(timeout=1)
 
+    def apart(self, ranks: Sequence[int]) -> str:
+        """Which of the ranks have come to another step than this one, in words; nothing, if none has."""
+        by_step: dict[str, list[int]] = {}
+        for rank in ranks:
+            key = f"{store_prefix()}/step/{rank}"
+            shown = self.store.get(key).decode() if self.store.check([key]) else None
+            by_step.setdefault("before its first step" if shown is None else f"at step {shown}", []).append(rank)
+        by_step.pop(f"at step {self.step}", None)
+        where = [f"{_named(those)} {'is' if len(those) == 1 else 'are'} {place}" for place, those in by_step.items()]
+        return f"{', '.join(where)}, this one at step {self.step}" if where and self.step is not None else ""
+
     def _beat(self, rank: int) -> None:
+        shown = None
         try:
             while self.belongs_to(dist.group.WORLD):
                 self.count(rank, 1)
+                if shown != self.step:
+                    shown = self.step
+                    self.store.set(f"{store_prefix()}/step/{rank}", str(shown))
+                self._warn_of_waiting()
                 if self._stopped.wait(HEARTBEAT_SECONDS):
                     return
         except RuntimeError:
             return  # the store is gone; who misses a rank says so
+
+    def _warn_of_waiting(self) -> None:
+        """Once a step; each time it takes longer, since ranks may often be late that save or evaluate."""
+        began = self.began
+        waits = 0.0 if began is None else time.monotonic() - began
+        if began == self._warned or waits < self._patience:
+            return
+        apart = self.apart(self.ranks)
+        if apart and began == self.began:
+            logger.warning("waiting for %d seconds: %s. %s", waits, apart, _ELSEWHERE)
+            self._warned, self._patience = began, 2 * waits
 
 
 _heartbeat: _Heartbeat | None = None
@@ -91,6 +132,26 @@ def start_heartbeat() -> _Heartbeat | None:
         store = group_store(group)
         _heartbeat = _Heartbeat(group, store) if store is not None else None
     return _heartbeat
+
+
+@contextmanager
+def in_step(step: int, group: Any = None) -> Iterator[None]:
+    """Inside, this process is at that step of its training, and says who is not if it takes long.
+
+    Args:
+        step: its number.
+        group: the ranks that take part; None, or what is no process group, stands for all.
+    """
+    heartbeat = start_heartbeat()
+    if heartbeat is None:
+        yield
+        return
+    ranks = dist.get_process_group_ranks(group if isinstance(group, dist.ProcessGroup) else dist.group.WORLD)
+    heartbeat.step, heartbeat.ranks, heartbeat.began = step, ranks, time.monotonic()
+    try:
+        yield
+    finally:
+        heartbeat.began = None
 
 
 def _stop_heartbeat() -> None:
@@ -132,23 +193,21 @@ def _explain(what: str, error: RuntimeError, heartbeat: _Heartbeat | None, ranks
             f"{what} of {len(ranks)} ranks failed. torch {torch.__version__} cannot name the rank that did not answer, "
             f"as newer ones do: see the logs of all. {_ADVICE} The backend said: {said}"
         )
-    lost = _lost(heartbeat, ranks)
-    if lost is None:
+    found = _listen(heartbeat, ranks)
+    if found is None:
         return (
             f"{what} failed, and the store of the process group does not answer either: rank 0 or what started it is "
             f"gone, as one of the two hosts the store, or this rank, {dist.get_rank()}, is cut off from them. "
             f"{_ADVICE} The backend said: {said}"
         )
+    lost, apart = found
     if not lost:
-        return (
-            f"{what} failed, though all of the ranks {_listed(ranks)} are alive: the network between two of them is "
-            "cut, one needed longer than the time limit of the process group, or the ranks do not call the same "
-            f"collectives in the same order. The backend said: {said}"
-        )
+        why = f"{apart}. {_ELSEWHERE}" if apart else _TOGETHER
+        return f"{what} failed, though all of the ranks {_listed(ranks)} are alive: {why} The backend said: {said}"
     return (
         f"{_named(lost)} did not answer: {what} of {len(ranks)} ranks failed, and then there was no sign of life for "
-        f"{LISTEN_SECONDS} seconds. The process has ended or hangs, or its machine is gone or cut off: see its log. "
-        f"{_ADVICE} The backend said: {said}"
+        f"{LISTEN_SECONDS} seconds{f' ({apart})' if apart else ''}. The process has ended or hangs, or its machine is "
+        f"gone or cut off: see its log. {_ADVICE} The backend said: {said}"
     )
 
 
@@ -156,11 +215,22 @@ _ADVICE = (
     "`torchrun --max-restarts` starts all ranks again; let the script resume from the last checkpoint, as with "
     "--resume_from_checkpoint."
 )
+_TOGETHER = (
+    "the network between two of them is cut, one needed longer than the time limit of the process group, or the ranks "
+    "do not call the same collectives in the same order."
+)
+_ELSEWHERE = (
+    "One of them is slow, or calls a collective that the others do not: let all ranks come to evaluations, barriers "
+    "and saves."
+)
 
 
-def _lost(heartbeat: _Heartbeat, ranks: Sequence[int]) -> list[int] | None:
-    """The ranks that show no sign of life, the same on all that ask; None if the store does not answer in time."""
-    found: list[list[int]] = []
+def _listen(heartbeat: _Heartbeat, ranks: Sequence[int]) -> tuple[list[int], str] | None:
+    """The ranks that show no sign of life, the same on all that ask, and which are at another step, in words.
+
+    None if the store does not answer in time.
+    """
+    found: list[tuple[list[int], str]] = []
 
     def listen() -> None:
         try:
@@ -171,7 +241,8 @@ def _lost(heartbeat: _Heartbeat, ranks: Sequence[int]) -> list[int] | None:
                 silent = [rank for rank, count in zip(ranks, before, strict=True) if heartbeat.count(rank) == count]
                 heartbeat.store.compare_set(finding, "", " ".join(map(str, silent)) or "none")
             first = heartbeat.store.get(finding).decode()
-            found.append([] if first == "none" else [int(rank) for rank in first.split()])
+            lost = [] if first == "none" else [int(rank) for rank in first.split()]
+            found.append((lost, heartbeat.apart(ranks)))
         except RuntimeError:
             return
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,7 +25,7 @@ from hf_dlion.wire.conversation import Conversation
 from hf_dlion.wire.exchange import Ballot, Decision, ShardedExchange, Voters
 from hf_dlion.wire.liveness import report_lost_workers
 from tests.faults.victims import LOST, check_survivors, die, needs_names
-from tests.harness import run_to_their_ends, run_workers
+from tests.harness import run_to_their_ends, run_workers, what_is_logged
 from tests.links import NEEDS_ROOT, links, namespaces_work
 
 DECIDE = ShardedExchange.decide
@@ -87,20 +88,36 @@ def test_a_stopped_rank_is_named_after_the_time_limit() -> None:
     check_survivors(run_to_their_ends(take_steps, 3, 1, "stopped", timeout=100, collective_timeout=8), 1)
 
 
-def late(rank: int) -> None:
+def late(rank: int, elsewhere: bool) -> tuple[str, list[str]]:
+    """The last rank does not come to step 1 in time: it is slow, or in a collective that the others do not call."""
+    liveness.PATIENCE_SECONDS = 2.0
+    said = what_is_logged("hf_dlion.wire.liveness")
     parameter = torch.nn.Parameter(torch.ones(8))
     optimizer = DistributedLion([parameter])
-    for step in range(2):
-        parameter.grad = torch.linspace(1, 2 + rank, 8)
-        if rank == 1 and step == 1:
-            time.sleep(15)
-        optimizer.step()
+    last = rank == dist.get_world_size() - 1
+    try:
+        for step in range(2):
+            parameter.grad = torch.linspace(1, 2 + rank, 8)
+            if last and step == 1:
+                time.sleep(2)  # until all know that it has come to step 0
+                dist.barrier() if elsewhere else time.sleep(13)
+            optimizer.step()
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}", said
+    return "nothing", said
 
 
 @needs_names
-def test_a_rank_that_is_late_but_alive_is_not_called_lost() -> None:
-    waiting, _ = run_to_their_ends(late, 2, timeout=100, collective_timeout=8)
-    assert f"{LOST}an all-gather failed, though all of the ranks 0, 1 are alive" in str(waiting.error)
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_rank_that_is_waited_for_but_alive_is_not_called_lost(elsewhere: bool) -> None:
+    waiting = run_to_their_ends(late, 2 + elsewhere, elsewhere, timeout=100, collective_timeout=8)[:-1]
+    where = f"rank {len(waiting)} is at step 0, this one at step 1"
+    for error, said in [outcome.value for outcome in waiting]:
+        assert len(said) == 1  # well before the time limit, and once
+        assert re.match(rf"waiting for [2-6] seconds: {where}\. One of them is slow, or calls a collective", said[0])
+        assert where in error
+        if not elsewhere:  # else the barrier ends first, and its process with it
+            assert error.startswith("WorkerLostError: an all-gather failed, though all of the ranks 0, 1 are alive")
 
 
 def in_a_group(rank: int) -> None:

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tests.faults.sharded_training import train
 from tests.faults.test_soak import (
     RECORDS,
     SCRIPT,
@@ -29,7 +31,9 @@ from tests.faults.test_soak import (
     training,
     workers_of,
 )
+from tests.harness import run_workers
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 STEPS = 60
 SAVED = 20  # steps between checkpoints
 
@@ -58,6 +62,21 @@ def test_goes_on_after(fault: str, tmp_path: Path) -> None:
         assert second["incomplete"] is None
         assert last["step"] == STEPS
     assert len(set(end_of(folder)["checksums"])) == 1
+
+
+@pytest.mark.skipif(TORCH < (2, 7), reason="torch 2.6 cannot run a model of FSDP2 on a CPU")
+def test_sharded_replicas_end_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    """A rank is killed when it has written its part of the second checkpoint, so the first one counts."""
+    (tmp_path / "undisturbed").mkdir()
+    ends = run_workers(train, 4, str(tmp_path / "undisturbed"))
+    assert ends[:2] == ends[2:]
+    launch = "--standalone --nproc-per-node 4 --max-restarts 1 --monitor-interval 0.3 -m tests.faults.sharded_training"
+    command = [sys.executable, "-m", "torch.distributed.run", *launch.split(), str(tmp_path)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(4):
+        records = [json.loads(line) for line in (tmp_path / f"rank{rank}.jsonl").read_text().splitlines()]
+        assert records == [None, str(tmp_path / "checkpoint-3"), ends[rank]]
 
 
 def records_of(folder: Path, rank: int) -> list[dict[str, Any]]:

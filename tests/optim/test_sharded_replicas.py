@@ -220,6 +220,7 @@ def wrong_use(rank: int) -> dict[str, str]:
 
     case("one shard's rate", rate(0.2 if rank == 1 else 0.1))
     case("one rate in all replicas", rate(0.2 if rank % 2 else 0.1))
+    case("one tie in all replicas", lambda *_: None, tie="alternate" if rank % 2 else "zero")
     case("replicas", add)
     case("bad", lambda *_: None, math.nan if rank == 2 else None, on_bad_gradient="raise")
     case("all bad", lambda *_: None, math.nan if rank in (0, 3) else None)
@@ -231,6 +232,10 @@ def wrong_use(rank: int) -> dict[str, str]:
     for name, group in (("default group", None), ("its own replica", mesh["dp_shard"].get_group())):
         optimizer = DistributedLion(params, process_group=group)
         told[name] = message(lambda optimizer=optimizer: steps(rank, mesh, params, optimizer))  # type: ignore[misc]
+    mesh = make_mesh(1, 4)
+    case("a replica alone", lambda *_: None)
+    case("a rate of one alone", rate(0.2 if rank == 2 else 0.1))
+    case("a tie of one alone", lambda *_: None, tie="alternate" if rank == 2 else "zero")
     return told
 
 
@@ -239,6 +244,10 @@ def test_what_does_not_fit_is_said_on_all_ranks() -> None:
     for name, parts in {
         "one shard's rate": ["lr of param group 0 is 0.1 on shard 0, 0.2 on shard 1 of replica 0 on rank 0 and 0.1 on"],
         "one rate in all replicas": ["0.1 on shard 0, 0.2 on shard 1 of replica 0 on rank 0 and 0.1 on shard 0, 0.2"],
+        "one tie in all replicas": ["tie is zero on shard 0, alternate on shard 1 of replica 0 on rank 0 and zero on"],
+        "a replica alone": ["nothing"],
+        "a rate of one alone": ["one replica do not", "lr of param group 0 is 0.1 on ranks 0, 1, 3 and 0.2 on rank 2"],
+        "a tie of one alone": ["one replica do not", "tie is zero on ranks 0, 1, 3 and alternate on rank 2"],
         "replicas": ["differ between the ranks before the first step", "on shard 1 on rank 0"],
         "bad": ["FloatingPointError: rank 1: the gradient of parameter 0"],
         "all bad": ["FloatingPointError: rank 0: the gradient of parameter 0"],
