@@ -107,6 +107,11 @@ def _prepare_votes(accelerator: Accelerator, options: dict[str, Any]) -> None:
             'yet. Leave sharding out, or take a method that votes between replicas: optim="dmuon_mavo" or '
             "DistributedMuon."
         )
+    if accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
+        raise ValueError(
+            "vote_gradients was given an Accelerator with sync_each_batch: each micro-batch would be voted on together "
+            "with the decision on the one before. Leave sync_each_batch out of GradientAccumulationPlugin."
+        )
     voted = VotedGradients(**{f.name: getattr(handler, f.name) for f in fields(handler)})
     voted.options = options | ({} if accelerator.scaler is None else {"on_bad_gradient": PROPAGATE})
     voted.votes = []

@@ -164,7 +164,7 @@ def test_gradients_are_what_the_signs_decide(workers: int) -> None:
 
 
 def steps_of_adamw(rank: int, folder: str) -> list[torch.Tensor]:
-    """Accelerate with accumulation, AdamW and clipping: the gradients of two micro-batches are summed, then voted on."""
+    """Accelerate with accumulation, AdamW and clipping: votes are on the sum of two micro-batches."""
     act_as_launched(rank)
     torch.manual_seed(rank)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)

@@ -233,6 +233,31 @@ class VirtualGradients:
             member.end_step()
         self.forget_turns()
 
+    @property
+    def workers(self) -> int:
+        """N."""
+        return len(self.members)
+
+    @property
+    def ledger(self) -> Ledger:
+        """What the first worker would have sent and received."""
+        return self.members[0].ledger
+
+    @property
+    def bad_gradients(self) -> int:
+        """As of :class:`SignedGradients`."""
+        return self.members[0].bad_gradients
+
+    @property
+    def step(self) -> int:
+        """The number of the next step."""
+        return self.members[0].step
+
+    @step.setter
+    def step(self, number: int) -> None:
+        for member in self.members:
+            member.step = number
+
     def vote_shares(self) -> VoteShares | None:
         """As :meth:`SignedGradients.vote_shares`."""
         return self._group.run(lambda rank: self.members[rank].vote_shares())[0]

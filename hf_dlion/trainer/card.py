@@ -101,6 +101,11 @@ def _body(name: str, report: dict[str, Any], datasets: list[str], curve: bool) -
     method = report["method"]
     if method in METHODS:
         how = f'Trained with `optim="{method}"` of hf_dlion ({METHODS[method].summary}), as in {_PAPER}.'
+    elif report["gradient_votes"]:
+        how = (
+            f'Trained with `optim="{method}"` of transformers on gradients that the workers voted on, one bit a '
+            f'parameter each (`gradient_votes="{report["gradient_votes"]}"` of hf_dlion).'
+        )
     else:
         how = f'Trained with `optim="{method}"` of transformers, with averaged gradients.'
     settings = {
