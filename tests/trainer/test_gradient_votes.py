@@ -52,7 +52,7 @@ def test_bitwise_what_virtual_workers_train(tmp_path: Path) -> None:
         assert 1 <= log[-2]["bits_sent_per_param"] < 1.2
         assert report["bytes_sent"] == pytest.approx(own["bytes_sent"], rel=0.05)  # cut into other buckets
         assert report["method"] == "adamw_torch"
-        assert f'gradients that the workers voted on, one bit a parameter each (`gradient_votes="{report["gradient_votes"]}"`' in card  # fmt: skip
+        assert f'one bit a parameter each (`gradient_votes="{report["gradient_votes"]}"` of hf_dlion)' in card
     for rank, runs in enumerate(everyone):
         assert torch.equal(runs[0][1], summed[1]), rank
     assert torch.equal(resumed, whole[1])
