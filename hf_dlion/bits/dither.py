@@ -15,25 +15,18 @@ WIDTH = 2.0
 """w, in root mean squares of the gradient of a parameter."""
 
 
-def dithered(values: Tensor, width: Tensor, elements: Tensor, seed: int) -> Tensor:
-    """The values with noise added; exact zeros stay.
+def vote_bits(values: Tensor, zero_votes: Tensor, elements: Tensor, width: Tensor | None, seed: int) -> Tensor:
+    """Whether each votes for +1, bool ``[E]``.
 
     Args:
         values: float32 ``[E]``.
-        width: float32 scalar tensor, w.
+        zero_votes: bool ``[E]``, what exact zeros vote.
         elements: int32 ``[E]``, the place of each value in its parameter.
+        width: float32 scalar tensor, w; None for no noise.
         seed: another one for each worker, step and parameter; below 2^31.
     """
-    noise = scatter(elements, seed).float().mul_(2.0**-31)  # of int32, so uniform in [-1, 1]
-    return torch.where(values == 0, values, values + width * noise)
-
-
-def vote_bits(values: Tensor, elements: Tensor, turn: int) -> Tensor:
-    """Whether each votes for +1. A zero does so where place and turn are odd together: its votes cancel.
-
-    Args:
-        values: float32 ``[E]``.
-        elements: int32 ``[E]``, as of :func:`dithered`.
-        turn: rank and step together.
-    """
-    return (values > 0) | ((values == 0) & (((elements + turn) & 1) > 0))
+    moved = values
+    if width is not None:
+        # An int32 over 2^31 is uniform in [-1, 1].
+        moved = scatter(elements, seed).float().mul_(2.0**-31).mul_(width).add_(values)
+    return torch.where(values == 0, zero_votes, moved > 0)

@@ -37,6 +37,6 @@ def scatter(elements: Tensor, seed: Tensor | int) -> Tensor:
     """
     # Two rounds of xor, shift and multiply ("lowbias32"), in int32 that wraps; >> is arithmetic, so masked.
     h = elements ^ seed
-    h = (h ^ ((h >> 16) & 0xFFFF)) * 0x7FEB352D
-    h = (h ^ ((h >> 15) & 0x1FFFF)) * -0x7B935975
-    return h ^ ((h >> 16) & 0xFFFF)
+    h.bitwise_xor_((h >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D)
+    h.bitwise_xor_((h >> 15).bitwise_and_(0x1FFFF)).mul_(-0x7B935975)
+    return h.bitwise_xor_((h >> 16).bitwise_and_(0xFFFF))

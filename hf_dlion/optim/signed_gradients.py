@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bits.dither import WIDTH, dithered, vote_bits
+from ..bits.dither import WIDTH, vote_bits
 from ..bits.hashing import digest
 from ..bits.packing import BLOCK, LANES, pack_bits, unpack_bits
 from ..wire.conversation import Conversation, run
@@ -157,16 +157,16 @@ class SignedGradients:
         """The votes, int32 ``[W]``; on padding, as on zeros."""
         padded = -(-len(flat) // BLOCK) * BLOCK
         bits = torch.empty(padded, dtype=torch.bool, device=flat.device)
+        counting = torch.arange(_CHUNK, dtype=torch.int32, device=flat.device)
+        alternating = (counting & 1) > 0
         turn = self.rank + self.step
         for place, first, where in _pieces(parts, _CHUNK):
             values = flat[where].float()
-            elements = torch.arange(first, first + len(values), dtype=torch.int32, device=flat.device)
-            if self.dither:
-                seed = digest((self.step, self.rank, parts[place][0])) & 0x7FFFFFFF
-                values = dithered(values, WIDTH * rms[place], elements, seed)
-            bits[where] = vote_bits(values, elements, turn)
-        rest = torch.arange(len(flat), padded, dtype=torch.int32, device=flat.device)
-        bits[len(flat) :] = (rest + turn) & 1 > 0
+            shift, width = (first + turn) & 1, WIDTH * rms[place] if self.dither else None
+            zero_votes = alternating[: len(values)] ^ bool(shift)
+            seed = digest((self.step, self.rank, parts[place][0])) & 0x7FFFFFFF
+            bits[where] = vote_bits(values, zero_votes, counting[: len(values)] + first, width, seed)
+        bits[len(flat) :] = alternating[: padded - len(flat)] ^ bool(turn & 1)
         words = torch.empty(padded // 32, dtype=torch.int32, device=flat.device)
         for some, out in zip(bits.split(_CHUNK), words.split(_CHUNK // 32), strict=True):
             pack_bits(some.view(-1, LANES, LANES), out.view(-1, LANES))
