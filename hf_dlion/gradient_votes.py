@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .local_gradients import check_hook_is_free, refuse_join, taken_over, voting_group
-from .optim.signed_gradients import PROPAGATE, SignedGradients, check_options
+from .optim.signed_gradients import SignedGradients, check_options
 from .optim.workers import members_of
 from .wire.conversation import Conversation
 
@@ -57,14 +57,15 @@ def vote_gradients(
     dither: bool = True,
     exchange: str = "auto",
     on_bad_gradient: str = "abstain",
+    scaler: torch.amp.GradScaler | None = None,
 ) -> SignedGradients | None:
     """Let the workers vote on the gradients, in place of averaging them: one bit a parameter, for any optimizer.
 
     Call it with the ``Accelerator`` before ``accelerator.prepare(model)``, or with a DDP module before its first
-    backward. After backward, gradients are what :class:`hf_dlion.optim.signed_gradients.SignedGradients` says, the
-    same on all workers: sizes are about those of averaged gradients, so clipping, gradient scalers, and optimizers
-    that are not free of scale go on as before. With gradient accumulation, the votes are on the sum of a step
-    (``accelerator.accumulate``, or DDP's ``no_sync``).
+    backward. After backward, the gradients of all workers are what they decided, from -1 to 1
+    (:class:`hf_dlion.optim.signed_gradients.SignedGradients`): for optimizers that are free of scale. Their norm grows
+    with the root of the number of parameters, so clipping at 1 makes all steps equally large.
+    With gradient accumulation, the votes are on the sum of a step (``accelerator.accumulate``, or DDP's ``no_sync``).
 
     Args:
         target: the accelerator that will wrap the model, or the wrapped model.
@@ -72,8 +73,9 @@ def vote_gradients(
         dither: whether noise is added before the sign is taken, so that the votes say how large a gradient is.
         exchange: how votes travel, as of :class:`hf_dlion.DistributedLion`.
         on_bad_gradient: ``"abstain"``, a worker has no vote on a bucket in which its gradient has a NaN or Inf;
-            ``"raise"``, all ranks raise; ``"propagate"``, the bucket is NaN or Inf on all ranks. A gradient scaler
-            needs the last, and an accelerator with one gets it.
+            ``"raise"``, all ranks raise.
+        scaler: a gradient scaler, if there is one; it gets to see a bad gradient on all ranks, and
+            ``on_bad_gradient`` is not asked. An accelerator has its own.
 
     Returns:
         Of a DDP module, this worker's part, with the ``ledger`` and the ``step``, which a loop that resumes may set. Of
@@ -85,7 +87,7 @@ def vote_gradients(
     """
     check_options(aggregation, exchange, on_bad_gradient)
     options: dict[str, Any] = {"aggregation": aggregation, "dither": dither, "exchange": exchange}
-    options["on_bad_gradient"] = on_bad_gradient
+    options |= {"on_bad_gradient": on_bad_gradient, "scaler": scaler}
     if isinstance(target, DistributedDataParallel):
         return _vote_on(target, options)
     if not isinstance(target, Accelerator):
@@ -113,7 +115,7 @@ def _prepare_votes(accelerator: Accelerator, options: dict[str, Any]) -> None:
             "with the decision on the one before. Leave sync_each_batch out of GradientAccumulationPlugin."
         )
     voted = VotedGradients(**{f.name: getattr(handler, f.name) for f in fields(handler)})
-    voted.options = options | ({} if accelerator.scaler is None else {"on_bad_gradient": PROPAGATE})
+    voted.options = options | {"scaler": options["scaler"] or accelerator.scaler}
     voted.votes = []
     accelerator.ddp_handler = voted
 

@@ -24,7 +24,7 @@ from tests.trainer.tiny import act_as_launched
 
 # Sizes that fill no word and several chunks; the fourth is laid out channels last.
 SHAPES = [(7,), (33, 41), (), (4, 3, 2, 2), (131, 1601)]
-NOBODY, NOT_RANK_0 = 2, 3
+NOTHING, NOBODY, NOT_RANK_0 = 0, 2, 3
 STEPS = 3
 
 
@@ -49,6 +49,7 @@ def gradients(rank: int, step: int, dtype: torch.dtype = torch.float32) -> list[
     for shape in SHAPES:
         gradient = torch.randn(shape, generator=generator) * (1 + rank)
         drawn.append((gradient * (torch.rand(shape, generator=generator) > 1 / 3)).to(dtype))
+    drawn[NOTHING] = torch.zeros_like(drawn[NOTHING]) if step == 2 else drawn[NOTHING]  # type: ignore[arg-type]
     if step == 1:
         drawn[NOBODY] = None
         drawn[NOT_RANK_0] = drawn[NOT_RANK_0] if rank else None
@@ -85,10 +86,8 @@ def expected(workers: list[int], step: int, aggregation: str, dither: bool, dtyp
             zeros = np.where((elements + rank + step) % 2 == 1, 1, -1)
             total = total + np.where(g.numpy() == 0, zeros, np.where(u > 0, 1, -1)).astype(np.float32)
             sizes = sizes + rms
-        n = len(workers)
-        voted = (
-            total * (sizes / np.float32(n * n)) if aggregation == "avg" else np.sign(total) * (sizes / np.float32(n))
-        )
+        voted = total / np.float32(len(workers)) if aggregation == "avg" else np.sign(total)
+        voted = voted if sizes > 0 else 0 * voted
         decided.append(torch.from_numpy(np.asarray(voted, dtype=np.float32)).to(dtype))
     return decided
 
@@ -194,7 +193,7 @@ def test_an_accelerate_loop_with_accumulation() -> None:
 def bad_gradients(rank: int) -> list[Any]:
     """Of a worker with an infinite gradient in the last parameter: what each rule makes of it."""
     found: list[Any] = []
-    for rule, bad_ranks in (("abstain", [1]), ("raise", [1]), ("abstain", [0, 1, 2]), ("propagate", [1])):
+    for rule, bad_ranks in (("abstain", [1]), ("raise", [1]), ("abstain", [0, 1, 2])):
         model = Model()
         module = DistributedDataParallel(model, find_unused_parameters=True, bucket_cap_mb=0.02)
         votes = vote_gradients(module, on_bad_gradient=rule)
@@ -213,26 +212,25 @@ def bad_gradients(rank: int) -> list[Any]:
 def test_a_bad_gradient() -> None:
     everyone = run_workers(bad_gradients, 3)
     without = expected([0, 2], 0, "avg", True, torch.float32)[4]
-    for (abstained, left_out), raised, all_bad, (everywhere, _) in everyone:
+    for (abstained, left_out), raised, all_bad in everyone:
         assert torch.equal(abstained.flatten(), without)
         assert left_out == 1
         assert raised.startswith("rank 1: the gradient of weights.4 has a NaN or Inf at step 0")
         assert all_bad.startswith("rank 0: the gradient of weights.4 has a NaN or Inf")
-        assert not everywhere.isfinite().any()
 
 
 def scaled_steps(rank: int) -> tuple[list[float], torch.Tensor]:
     """A gradient scaler, with an overflow on rank 1 in the second step: scale after each step, and the weights."""
     model = Model()
     module = DistributedDataParallel(model)
-    vote_gradients(module, on_bad_gradient="propagate")
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    vote_gradients(module, scaler=scaler)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scales = []
     for step in (0, 2):
         own = gradients(rank, step)
         if rank == 1 and step == 2:
-            own[0][0] = float("nan")  # type: ignore[index]
+            own[0][0] = float("inf")  # type: ignore[index]
         scaler.scale(module(own)).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -245,7 +243,7 @@ def test_a_gradient_scaler_skips_and_backs_off_on_all_ranks() -> None:
     decided = expected([0, 1], 0, "avg", True, torch.float32)[1]
     for scales, weight in run_workers(scaled_steps, 2):
         assert scales == [64.0, 32.0]
-        assert torch.equal(weight.flatten(), -decided)  # the scale is a power of two, and taken off
+        assert torch.equal(weight.flatten(), -decided)  # the scale is taken off again
 
 
 def wrong_uses(rank: int) -> list[str]:

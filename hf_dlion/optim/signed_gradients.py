@@ -27,8 +27,6 @@ from .workers import VoteShares, check_known
 
 logger = logging.getLogger(__name__)
 
-PROPAGATE = "propagate"
-
 _CHUNK = 128 * BLOCK  # elements that stay in a CPU's cache
 _BUCKET = 25 << 20  # bytes, as DDP's
 
@@ -38,13 +36,16 @@ class SignedGradients:
 
     Of worker i's gradient g_i::
 
-        s_i = sign(g_i + 2 rms(g_i) n_i)                   # n_i uniform in [-1, 1]: 1 bit, what travels
-        D   = (1/N) * sum_i s_i  or  sign(sum_i s_i)       # aggregation "avg" or "mavo"
-        g   = D * mean_i rms(g_i)                          # the same on every worker, bit for bit
+        s_i = sign(g_i + 2 rms(g_i) n_i)               # n_i uniform in [-1, 1]: 1 bit a parameter, what travels
+        g   = (1/N) * sum_i s_i  or  sign(sum_i s_i)   # aggregation "avg" or "mavo": the same on every worker
 
-    The rms is that of each parameter's gradient, and travels too, 4 bytes a parameter tensor. The noise is a hash of
-    step, worker, parameter and place: the same in every run. Where a gradient is exactly 0, its votes alternate over
-    workers, steps and elements, and cancel.
+    The rms is that of each parameter's gradient. The noise is a hash of step, worker, parameter and place: the same in
+    every run. Where a gradient is exactly 0, its votes alternate over workers, steps and elements, and cancel; if all
+    of a parameter's gradient is 0 on all workers, so is the decision. For that, and to find a NaN or Inf, 4 bytes a
+    parameter tensor travel beside the votes.
+
+    All steps weigh the same then, whatever the size of their gradients. That suits an optimizer that is free of scale:
+    Adam and its 8-bit kin, Muon, Lion.
 
     Args:
         parameters: that have gradients, in the same order on all workers, on one device.
@@ -54,8 +55,9 @@ class SignedGradients:
         dither: whether there is noise; without it s_i is the sign of g_i.
         exchange: as of :class:`hf_dlion.DistributedLion`.
         on_bad_gradient: what becomes of a bucket in which a worker's gradient has a NaN or Inf (or values whose squares
-            overflow). ``"abstain"``: that worker has no vote on it; ``"raise"``: all ranks raise; ``"propagate"``: the
-            gradient is NaN or Inf on all ranks, as DDP's average would be, for a gradient scaler to find.
+            overflow): ``"abstain"``, that worker has no vote on it; or ``"raise"``, all ranks raise.
+        scaler: of the gradients. With one that is enabled, such a bucket is NaN on all ranks, so that all skip the step
+            and lower their scales; what is decided is multiplied by the scale, which is taken off again.
 
     Attributes:
         ledger: what this worker has sent and received.
@@ -73,12 +75,14 @@ class SignedGradients:
         dither: bool = True,
         exchange: str = "auto",
         on_bad_gradient: str = "abstain",
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         check_options(aggregation, exchange, on_bad_gradient)
         self.names = names
         self.workers, self.rank = group_size(group), rank_in(group)
         self.dither = dither
         self.on_bad_gradient = on_bad_gradient
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.ledger = Ledger()
         self.step = 0
         self.bad_gradients = 0
@@ -117,10 +121,9 @@ class SignedGradients:
             ballot = Ballot(words, rms.view(torch.int32), self.step, 1 - len(flat) / (32 * len(words)))
             decision = yield from self._exchange.decide(ballot, voters)
         assert decision is not None  # somebody votes, or everybody has raised
-        total = everyone[counted[0]]
-        for rank in counted[1:]:  # one after the other: in the same order on all hardware
-            total = total + everyone[rank]
-        _write(flat, parts, decision, total / (len(counted) * decision.highest))
+        largest = everyone[counted].amax(0)
+        factors = largest * 0 + (largest > 0)  # 1; 0 where all are 0; NaN where one is not finite
+        _write(flat, parts, decision, factors if self.scaler is None else factors * self.scaler.get_scale())
 
     def end_step(self) -> None:
         """All buckets of a step have been voted on."""
@@ -135,7 +138,7 @@ class SignedGradients:
 
     def _voters(self, everyone: Tensor, parts: Sequence[tuple[int, int]]) -> list[int]:
         """The ranks that do not abstain, by everyone's rms, ``[N, parts]``."""
-        if self.on_bad_gradient == PROPAGATE:  # nothing to look at, nor to wait for on a GPU
+        if self.scaler is not None:  # it looks itself
             return list(range(len(everyone)))
         finite = everyone.isfinite().tolist()
         bad = {rank: row.index(False) for rank, row in enumerate(finite) if not all(row)}
@@ -292,7 +295,7 @@ def check_options(aggregation: str, exchange: str, on_bad_gradient: str) -> None
     """Raise ValueError unless the options of :class:`SignedGradients` are of those known."""
     check_known("aggregation", aggregation, AGGREGATIONS)
     check_known("exchange", exchange, EXCHANGES)
-    check_known("on_bad_gradient", on_bad_gradient, (*ON_BAD_GRADIENT, PROPAGATE))
+    check_known("on_bad_gradient", on_bad_gradient, ON_BAD_GRADIENT)
 
 
 def _rms(flat: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -320,7 +323,7 @@ def _pieces(parts: Sequence[tuple[int, int]], chunk: int) -> Iterator[tuple[int,
 
 
 def _write(flat: Tensor, parts: Sequence[tuple[int, int]], decision: Decision, scales: Tensor) -> None:
-    """Put the levels of a decision, from -highest to highest, times the scale of each part, into a bucket."""
+    """Put a decision, times the scale of each part, into a bucket."""
     chunks = [plane.split(_CHUNK // 32) for plane in decision.planes]
     levels, current = flat, -1
     for place, _, where in _pieces(parts, _CHUNK):
@@ -332,8 +335,8 @@ def _write(flat: Tensor, parts: Sequence[tuple[int, int]], decision: Decision, s
 
 
 def _levels(planes: Sequence[Tensor], highest: int) -> Tensor:
-    """2c - n of each element, float32."""
+    """(2c - n) / n of each element, float32."""
     counted = unpack_bits(planes[0].view(-1, LANES)).float()
     for bit, plane in enumerate(planes[1:], 1):
         counted.add_(unpack_bits(plane.view(-1, LANES)), alpha=1 << bit)
-    return counted.mul_(2).sub_(highest).flatten()
+    return counted.mul_(2).sub_(highest).div_(highest).flatten()

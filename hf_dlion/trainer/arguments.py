@@ -103,9 +103,9 @@ class DLionArgumentsMixin:
     gradient_votes: str | None = field(
         default=None,
         metadata={
-            "help": "With an optimizer of transformers: workers send the signs of their gradients, with noise, and not "
-            "their gradients. `avg`, the optimizer gets the mean of the signs; `mavo`, their majority; each times the "
-            "size of the gradients.",
+            "help": "With an optimizer of transformers: workers send the signs of their gradients, with noise, and the "
+            "optimizer gets what they decide in place of averaged gradients: `avg`, the mean of the signs; `mavo`, "
+            "their majority.",
             "choices": list(AGGREGATIONS),
         },
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..gradient_votes import VotedGradients, vote_gradients
-from ..optim.signed_gradients import PROPAGATE, SignedGradients, VirtualGradients
+from ..optim.signed_gradients import SignedGradients, VirtualGradients
 from ..optim.workers import members_of
 
 
@@ -41,9 +41,7 @@ class GradientVotesMixin:
 
     def _begin_turns(self) -> None:
         """As a training begins in one process."""
-        options = self._vote_options()
-        if self.accelerator.scaler is not None:
-            options["on_bad_gradient"] = PROPAGATE
+        options = self._vote_options() | {"scaler": self.accelerator.scaler}
         self._in_turns = VirtualGradients(self.model.named_parameters(), self.args.virtual_workers, **options)
 
     def _vote_options(self) -> dict[str, Any]:
