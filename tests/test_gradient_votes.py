@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -302,6 +302,9 @@ def test_what_is_no_ddp_is_refused() -> None:
     hook = DistributedDataParallelKwargs(comm_hook=DDPCommunicationHookType.FP16)
     with pytest.raises(ValueError, match="communication hook 'fp16'"):
         vote_gradients(Accelerator(cpu=True, kwargs_handlers=[hook]))
+    plugin = GradientAccumulationPlugin(num_steps=2, sync_each_batch=True)
+    with pytest.raises(ValueError, match="with sync_each_batch: each micro-batch would be voted on"):
+        vote_gradients(Accelerator(cpu=True, gradient_accumulation_plugin=plugin))
 
 
 def test_one_process_says_that_nobody_votes(caplog: pytest.LogCaptureFixture) -> None:
