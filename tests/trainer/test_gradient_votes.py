@@ -27,18 +27,14 @@ def train(rank: int, folder: str, options: dict[str, Any]) -> tuple[list[dict[st
 
 
 def several(rank: int, folder: str) -> list[Any]:
-    """Accumulation and an average; a majority; and one that is resumed in its midst."""
+    """Accumulation and an average; and a majority."""
     settings: list[dict[str, Any]] = [{"gradient_accumulation_steps": 2}, {"gradient_votes": "mavo"}]
-    settings.append({"save_strategy": "steps", "save_steps": 2})
-    runs: list[Any] = [train(rank, f"{folder}/{rank}/{number}", options) for number, options in enumerate(settings)]
-    trainer = tiny.trainer(rank, f"{folder}/{rank}/resumed", **OPTIONS)
-    trainer.train(resume_from_checkpoint=f"{folder}/0/2/checkpoint-2")
-    return [*runs, weights(trainer.model)]
+    return [train(rank, f"{folder}/{rank}/{number}", options) for number, options in enumerate(settings)]
 
 
 def test_bitwise_what_virtual_workers_train(tmp_path: Path) -> None:
     everyone = run_workers(several, 2, str(tmp_path))
-    summed, majority, whole, resumed = everyone[0]
+    summed, majority = everyone[0]
     for (log, theirs, report, card), options in (
         (summed, {"gradient_accumulation_steps": 2}),
         (majority, {"gradient_votes": "mavo"}),
@@ -55,7 +51,15 @@ def test_bitwise_what_virtual_workers_train(tmp_path: Path) -> None:
         assert f'one bit a parameter each (`gradient_votes="{report["gradient_votes"]}"` of hf_dlion)' in card
     for rank, runs in enumerate(everyone):
         assert torch.equal(runs[0][1], summed[1]), rank
-    assert torch.equal(resumed, whole[1])
+
+
+def test_noise_is_that_of_the_step_after_resuming(tmp_path: Path) -> None:
+    # In one process: torch 2.6 cannot load what transformers 4.57 saves on the CPU of several.
+    options = OPTIONS | {"virtual_workers": 2, "lr_scheduler_type": "constant"}
+    _, whole, _, _ = train(0, str(tmp_path), options | {"save_strategy": "steps", "save_steps": 2})
+    trainer = tiny.trainer(0, tmp_path / "resumed", **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(weights(trainer.model), whole)
 
 
 def test_one_worker_alone_has_its_own_signs(tmp_path: Path) -> None:
