@@ -12,6 +12,7 @@ from .optim.muon import DistributedMuon
 if TYPE_CHECKING:
     from .checkpoint.complete import last_complete_checkpoint
     from .checkpoint.workers import load_workers, save_workers
+    from .gradient_votes import vote_gradients
     from .local_gradients import keep_gradients_local
     from .trainer.arguments import DLionArgumentsMixin, DLionTrainingArguments
     from .trainer.theory import LionTheoryCallback
@@ -30,6 +31,7 @@ _LAZY = {
     "last_complete_checkpoint": "checkpoint.complete",
     "load_workers": "checkpoint.workers",
     "save_workers": "checkpoint.workers",
+    "vote_gradients": "gradient_votes",
 }
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "last_complete_checkpoint",
     "load_workers",
     "save_workers",
+    "vote_gradients",
 ]
 
 

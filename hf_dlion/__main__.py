@@ -1,4 +1,4 @@
-"""``hf_dlion env``, or ``python -m hf_dlion env``: what a bug report needs."""
+"""What a bug report needs, ``hf_dlion env``, and what a step will take, ``hf_dlion plan``."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from . import plan
+
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "trl", "huggingface_hub", "safetensors", "numpy")
 VARIABLES = ("OMP_NUM_THREADS", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES")
 PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_DISTRIBUTED_", "ACCELERATE_")
 
 
-def main() -> None:
-    """Run the command that the command line names."""
+def main() -> int:
+    """Run the command that the command line names. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="hf_dlion", description="Distributed Lion for Hugging Face.")
-    parser.add_argument("command", choices=["env"], help="env: print what a bug report needs")
-    parser.parse_args()
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("env", help="print what a bug report needs")
+    plan.add_arguments(commands.add_parser("plan", help="predict the time and the bytes of a step, method by method"))
+    options = parser.parse_args()
+    if options.command == "plan":
+        return plan.run(options)
     sys.stdout.writelines(f"- {name}: {value}\n" for name, value in environment())
+    return 0
 
 
 def environment() -> Iterator[tuple[str, str]]:
@@ -55,4 +62,4 @@ def _accelerate_configuration() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

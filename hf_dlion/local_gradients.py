@@ -97,25 +97,60 @@ def keep_gradients_local(target: Accelerator | DistributedDataParallel) -> None:
             f"keep_gradients_local takes an accelerate.Accelerator or a DistributedDataParallel module, and was given "
             f"a {type(target).__name__}. Without DDP gradients are local already."
         )
-    check_supported(target)
-    _check_launch(target)
-    handler = target.ddp_handler or DistributedDataParallelKwargs()
-    if handler.comm_hook != DDPCommunicationHookType.NO:
-        raise ValueError(
-            f"DDP was given the communication hook {handler.comm_hook.value!r}, which reduces gradients; Distributed "
-            "Lion needs them as they are. Leave comm_hook out of DistributedDataParallelKwargs."
-        )
-    if target._models and target.num_processes > 1:
-        raise ValueError(
-            "this accelerator has already prepared a model, whose gradients it will average. Call "
-            "keep_gradients_local(accelerator) before accelerator.prepare(model)."
-        )
+    handler = taken_over(target, "keep_gradients_local", LocalGradients)
     config = target.parallelism_config
     if voting_group(target) is not None and not isinstance(config, SeparateReplicas):
         kept = SeparateReplicas(**{f.name: getattr(config, f.name) for f in fields(config)})
         kept.device_mesh = config.device_mesh
         target.state.parallelism_config = kept
     target.ddp_handler = LocalGradients(**{f.name: getattr(handler, f.name) for f in fields(handler)})
+
+
+def taken_over(
+    accelerator: Accelerator, caller: str, kind: type[DistributedDataParallelKwargs]
+) -> DistributedDataParallelKwargs:
+    """The DDP options of an accelerator whose handler is to be replaced by ours.
+
+    Args:
+        accelerator: that has not wrapped a model yet.
+        caller: the function, for errors.
+        kind: the handler that takes its place.
+
+    Raises:
+        ValueError: as :func:`keep_gradients_local`.
+    """
+    check_supported(accelerator)
+    _check_launch(accelerator)
+    handler = accelerator.ddp_handler or DistributedDataParallelKwargs()
+    if handler.comm_hook != DDPCommunicationHookType.NO:
+        raise ValueError(
+            f"DDP was given the communication hook {handler.comm_hook.value!r}, which reduces gradients; Distributed "
+            "Lion needs them as they are. Leave comm_hook out of DistributedDataParallelKwargs."
+        )
+    registered_by = type(handler).register_comm_hook
+    if registered_by not in (DistributedDataParallelKwargs.register_comm_hook, kind.register_comm_hook):
+        raise ValueError(
+            f"{caller} was called, and the accelerator's DDP handler is a {type(handler).__name__} already, with a "
+            "communication hook of its own; DDP takes one. Call either keep_gradients_local, with an optimizer of "
+            "hf_dlion, or vote_gradients, with any other."
+        )
+    if accelerator._models and accelerator.num_processes > 1:
+        raise ValueError(
+            "this accelerator has already prepared a model, whose gradients it will average. Call "
+            f"{caller}(accelerator) before accelerator.prepare(model)."
+        )
+    return handler
+
+
+def check_hook_is_free(module: DistributedDataParallel, caller: str) -> None:
+    """Raise ValueError where a DDP module has a communication hook."""
+    if module._comm_hooks:
+        hook, _ = module._comm_hooks[0]
+        raise ValueError(
+            f"{caller} was given a module that has a communication hook already ({hook.__module__}.{hook.__name__}), "
+            "and DDP takes one. Call either keep_gradients_local, with an optimizer of hf_dlion, or vote_gradients, "
+            "with any other, once, and register no other hook."
+        )
 
 
 def _check_launch(accelerator: Accelerator) -> None:
@@ -134,9 +169,10 @@ _steps: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
 
 
 def _keep_local(module: DistributedDataParallel) -> None:
+    check_hook_is_free(module, "keep_gradients_local")
     module.require_backward_grad_sync = False
     module.register_comm_hook(None, noop_hook)  # where accelerate's trigger_sync_in_backward turns it on again
-    module.register_forward_pre_hook(_refuse_join)
+    module.register_forward_pre_hook(refuse_join)
     kept = module.module.state_dict(keep_vars=True)
     module.parameters_to_ignore |= {name for name, _ in module.module.named_buffers() if name not in kept}
     module.modules_buffers = [b for b in module.modules_buffers if any(b is tensor for tensor in kept.values())]
@@ -154,7 +190,8 @@ def _keep_local(module: DistributedDataParallel) -> None:
     _local_modules.add(module)
 
 
-def _refuse_join(module: DistributedDataParallel, inputs: object) -> None:
+def refuse_join(module: DistributedDataParallel, inputs: object) -> None:
+    """Before a forward: raise RuntimeError inside of torch's Join."""
     if module._join_config.enable:
         raise RuntimeError(
             "torch's Join (accelerate's join_uneven_inputs) and votes do not go together: a rank without data would "

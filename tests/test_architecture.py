@@ -23,6 +23,7 @@ from hf_dlion import (
     keep_gradients_local,
     load_workers,
     save_workers,
+    vote_gradients,
 )
 from hf_dlion.optim.virtual import VirtualWorkers
 from hf_dlion.optim.workers import WorkersOptimizer
@@ -47,6 +48,7 @@ PUBLIC = [
     "last_complete_checkpoint",
     "load_workers",
     "save_workers",
+    "vote_gradients",
 ]
 
 NAMES = [
@@ -80,6 +82,7 @@ FIELDS = [
     "drop_share",
     "dgc_warmup_steps",
     "dgc_clip",
+    "gradient_votes",
     "on_bad_gradient",
     "check_replicas_steps",
     "resume_world_size_policy",
@@ -126,6 +129,7 @@ ARGUMENTS: dict[Callable[..., Any], list[str]] = {
     save_workers: ["folder", "optimizer", "write_manifest"],
     load_workers: ["folder", "optimizer", "resume_world_size_policy"],
     keep_gradients_local: ["target"],
+    vote_gradients: ["target", "aggregation", "dither", "exchange", "on_bad_gradient", "scaler"],
 }
 
 
@@ -155,7 +159,7 @@ def layer(module: str) -> str:
 def test_imports_point_one_way(path: Path) -> None:
     own = LAYERS.index(path.parent.name)
     for module in imported(path):
-        if layer(module) == "local_gradients":
+        if layer(module) in ("local_gradients", "gradient_votes"):
             assert path.parent.name == "trainer", module
         else:
             assert LAYERS.index(layer(module)) <= own, module
@@ -163,6 +167,11 @@ def test_imports_point_one_way(path: Path) -> None:
 
 def test_local_gradients_know_optimizers_alone() -> None:
     assert {layer(module) for module in imported(PACKAGE / "local_gradients.py")} == {"optim"}
+
+
+def test_gradient_votes_know_no_trainer() -> None:
+    known = {layer(module) for module in imported(PACKAGE / "gradient_votes.py")}
+    assert known == {"local_gradients", "optim", "wire"}
 
 
 def test_optim_is_not_deep() -> None:

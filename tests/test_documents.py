@@ -107,6 +107,7 @@ def known_options() -> set[str]:
         "examples.benchmarks.checks",
         "examples.benchmarks.orthogonal",
         "examples.benchmarks.step",
+        "hf_dlion.plan",
     ]
     parsers = [*map(parser_of, names), launch_command_parser(), torchrun_parser()]
     return {option for parser in parsers for option in parser._option_string_actions}
@@ -218,6 +219,9 @@ def check_script(script: str, arguments: list[str]) -> None:
 def check_own(given: list[str]) -> None:
     run = subprocess.run([sys.executable, "-m", "hf_dlion", *given], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+    if given[0] == "plan":
+        assert re.search(r"^Take \w+: ", run.stdout, re.MULTILINE)
+        return
     assert re.search(r"^- torch: \d", run.stdout, re.MULTILINE)
     assert re.search(r"^- backends: .*gloo", run.stdout, re.MULTILINE)
     assert "- accelerate's configuration: " in run.stdout

@@ -26,3 +26,17 @@ def checksum(tensors: Sequence[Tensor]) -> int:
         for stride in (1, 3, 7):
             total = (total * 1000003 + (index + 1) * int(bits[::stride].sum(dtype=torch.int64))) % (1 << 62)
     return total
+
+
+def scatter(elements: Tensor, seed: Tensor | int) -> Tensor:
+    """A hash of each number: int32, of which each bit is as good as random.
+
+    Args:
+        elements: int32.
+        seed: below 2^31; a tensor is int32 ``[1]``.
+    """
+    # Two rounds of xor, shift and multiply ("lowbias32"), in int32 that wraps; >> is arithmetic, so masked.
+    h = elements ^ seed
+    h.bitwise_xor_((h >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D)
+    h.bitwise_xor_((h >> 15).bitwise_and_(0x1FFFF)).mul_(-0x7B935975)
+    return h.bitwise_xor_((h >> 16).bitwise_and_(0xFFFF))

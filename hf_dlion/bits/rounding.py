@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .hashing import digest
+from .hashing import digest, scatter
 
 
 def rounding_seed(step: int, parameter: int, start: int, device: torch.device) -> Tensor:
@@ -29,10 +29,6 @@ def round_at_random(values: Tensor, elements: Tensor, seed: Tensor) -> Tensor:
     Returns:
         bfloat16, of that shape.
     """
-    # A hash of two rounds of xor, shift and multiply ("lowbias32"), in int32 that wraps; >> is arithmetic, so masked.
-    h = elements ^ seed
-    h = (h ^ ((h >> 16) & 0xFFFF)) * 0x7FEB352D
-    h = (h ^ ((h >> 15) & 0x1FFFF)) * -0x7B935975
-    noise = (h ^ (h >> 16)) & 0xFFFF
+    noise = scatter(elements, seed) & 0xFFFF
     # bfloat16 is the upper half of float32: noise carries into it with a chance that is the lower half.
     return ((values.view(torch.int32) + noise) & -0x10000).view(torch.float32).to(torch.bfloat16)

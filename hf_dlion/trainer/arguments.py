@@ -18,7 +18,7 @@ from ..checkpoint.workers import WORLD_SIZE_POLICIES
 from ..optim.agreement import ON_BAD_GRADIENT
 from ..optim.virtual import ADVERSARIES
 from ..optim.workers import check_known
-from ..wire.exchange import EXCHANGES, TIES
+from ..wire.exchange import AGGREGATIONS, EXCHANGES, TIES
 from .methods import METHODS, Method
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,15 @@ class DLionArgumentsMixin:
         default=1.0, metadata={"help": "Norm to which dgc clips gradients, over the root of the workers; 0: no clip."}
     )
 
+    gradient_votes: str | None = field(
+        default=None,
+        metadata={
+            "help": "With an optimizer of transformers: workers send the signs of their gradients, with noise, and the "
+            "optimizer gets what they decide in place of averaged gradients: `avg`, the mean of the signs; `mavo`, "
+            "their majority.",
+            "choices": list(AGGREGATIONS),
+        },
+    )
     on_bad_gradient: str = field(
         default="abstain",
         metadata={
@@ -172,6 +181,7 @@ class DLionArgumentsMixin:
         if name not in METHODS:
             self.optim = _known(name)
             super().__post_init__()  # type: ignore[misc]
+            self._take_gradient_votes()
             return
         self.optim = OptimizerNames.ADAMW_TORCH
         super().__post_init__()  # type: ignore[misc]
@@ -204,11 +214,33 @@ class DLionArgumentsMixin:
         if self.norm_gradients and "norm_gradients" in METHODS[self.optim].reads(self):
             self.max_grad_norm = 0.0
 
+    def _take_gradient_votes(self) -> None:
+        """Check what goes with ``gradient_votes``, and set what follows from it."""
+        if self.gradient_votes is None:
+            return
+        self.average_tokens_across_devices = False
+        check_known("vote_exchange", self.vote_exchange, EXCHANGES)
+        check_known("on_bad_gradient", self.on_bad_gradient, ON_BAD_GRADIENT)
+        for name in ("fsdp", "deepspeed", "adversaries"):
+            if getattr(self, name, None):
+                raise ValueError(
+                    f"gradient_votes={self.gradient_votes!r} with {name}={getattr(self, name)!r}: votes on gradients "
+                    "are a hook of DDP, each worker with the whole model and its own. Leave one of the two out."
+                )
+
     def _check_virtual_workers(self, name: str) -> None:
-        if self.virtual_workers < 1 or (self.virtual_workers > 1 and name not in METHODS):
+        if self.gradient_votes is not None:
+            check_known("gradient_votes", self.gradient_votes, AGGREGATIONS)
+            if name in METHODS:
+                raise ValueError(
+                    f"gradient_votes={self.gradient_votes!r} with optim={name!r}: that method exchanges votes or codes "
+                    "itself. Leave gradient_votes out, or take an optim of transformers, such as adamw_torch."
+                )
+        known = name in METHODS or self.gradient_votes is not None
+        if self.virtual_workers < 1 or (self.virtual_workers > 1 and not known):
             raise ValueError(
                 f"virtual_workers={self.virtual_workers} with optim={name!r}: there is at least one worker, and "
-                f"several in one process are for {', '.join(METHODS)}."
+                f"several in one process are for {', '.join(METHODS)}, or for gradient_votes."
             )
         if self.virtual_workers > 1 and getattr(self, "train_sampling_strategy", None) == "batch_rebalance":
             raise ValueError(

@@ -97,12 +97,20 @@ def _own_results(report: dict[str, Any], about: dict[str, Any]) -> list[EvalResu
     ]
 
 
+def _how(report: dict[str, Any]) -> str:
+    method, votes = report["method"], report["gradient_votes"]
+    if method in METHODS:
+        return f'Trained with `optim="{method}"` of hf_dlion ({METHODS[method].summary}), as in {_PAPER}.'
+    if votes:
+        return (
+            f'Trained with `optim="{method}"` of transformers on gradients that the workers voted on, one bit a '
+            f'parameter each (`gradient_votes="{votes}"` of hf_dlion).'
+        )
+    return f'Trained with `optim="{method}"` of transformers, with averaged gradients.'
+
+
 def _body(name: str, report: dict[str, Any], datasets: list[str], curve: bool) -> str:
     method = report["method"]
-    if method in METHODS:
-        how = f'Trained with `optim="{method}"` of hf_dlion ({METHODS[method].summary}), as in {_PAPER}.'
-    else:
-        how = f'Trained with `optim="{method}"` of transformers, with averaged gradients.'
     settings = {
         "method": f"`{method}`",
         **{f"`{key}`": f"`{value}`" for key, value in report["method_options"].items() if key != "lr"},
@@ -138,7 +146,7 @@ def _body(name: str, report: dict[str, Any], datasets: list[str], curve: bool) -
     return "\n".join(
         [
             f"# {name}\n",
-            f"{how}\n",
+            f"{_how(report)}\n",
             "## Training\n",
             _table("setting", "value", settings),
             _table("result", "value", results),

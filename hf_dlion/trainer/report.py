@@ -43,6 +43,7 @@ def run_report(trainer: Trainer, loss_key: str = "eval_loss") -> dict[str, Any]:
     return {
         "task": task,
         "method": name_of(trainer.optimizer) or method_name(args),
+        "gradient_votes": getattr(args, "gradient_votes", None),
         "method_options": method_options(args, trainer.optimizer),
         "workers": _workers(args),
         "virtual_workers": _virtual_workers(args),
@@ -114,7 +115,8 @@ def _results(history: list[dict[str, Any]], loss_key: str, per_token: bool) -> d
 
 
 def _traffic(trainer: Trainer) -> dict[str, Any]:
-    ledger = next((member.ledger for member in members_of(trainer.optimizer)), None)
+    voting = getattr(trainer, "voting", None)
+    ledger = voting.ledger if voting else next((member.ledger for member in members_of(trainer.optimizer)), None)
     sent = ledger.sent_bytes if ledger else None
     steps = ledger.steps if ledger else trainer.state.global_step
     dense = round(fp32_all_reduce_bytes(trainable_parameters(trainer), _workers(trainer.args)) * steps)

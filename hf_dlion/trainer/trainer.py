@@ -35,7 +35,7 @@ from ..optim.tensors import local, whole
 from ..optim.virtual import VirtualWorkers
 from ..optim.workers import members_of
 from ..wire.collectives import drain_gloo
-from ..wire.ledger import fp32_all_reduce_bytes
+from ..wire.ledger import Ledger, fp32_all_reduce_bytes
 from ..wire.liveness import report_lost_workers
 from .arguments import DLionArgumentsMixin
 from .card import write_card
@@ -43,11 +43,12 @@ from .methods import METHODS, method_of
 from .theory import LionTheoryCallback
 from .transformers_versions import TrainerVersionsMixin
 from .virtual import VirtualWorkersMixin
+from .votes import GradientVotesMixin
 
 logger = logging.getLogger(__name__)
 
 
-class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin):
+class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin, GradientVotesMixin):
     """Makes a Trainer run the methods of this package by name; put it first among the bases.
 
     With ``args.optim`` one of ours, or with an optimizer of ours from elsewhere (``optimizers``,
@@ -69,8 +70,10 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin):
     With ``args.virtual_workers`` above 1, a step takes the batches that so many processes would, each as one virtual
     worker's (:class:`hf_dlion.optim.virtual.VirtualWorkers`).
 
-    With any other ``optim`` the Trainer is what it was, but that a run that has made all its steps, and is resumed,
-    makes no more.
+    With any other ``optim`` and ``args.gradient_votes``, the workers vote on the gradients
+    (:class:`hf_dlion.optim.signed_gradients.SignedGradients`), and the log has the same, but that ``grad_norm`` is that
+    of what was decided. Without either the Trainer is what it was, but that a run that has made all its steps, and is
+    resumed, makes no more.
     """
 
     args: Any
@@ -102,6 +105,9 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin):
     def create_accelerator_and_postprocess(self) -> None:
         """As the parent, and gradients are kept local."""
         super().create_accelerator_and_postprocess()
+        if self._gradient_votes:
+            self._check_processes(f"gradient_votes={self._gradient_votes!r}")
+            self._hook_in()
         if self.args.optim not in METHODS:
             return
         if not isinstance(self.args, DLionArgumentsMixin):
@@ -179,9 +185,9 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin):
         self._steps_made = 0
         if resume_from_checkpoint:
             resume_from_checkpoint = self._resumed(resume_from_checkpoint)
-        with report_lost_workers("training") if self._gradients_stay_local else nullcontext():
+        with report_lost_workers("training") if self._exchanges else nullcontext():
             output: TrainOutput = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
-        if self._gradients_stay_local:
+        if self._exchanges:
             drain_gloo()  # so that accelerator.end_training() may follow at once
         return output
 
@@ -192,7 +198,7 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin):
             ValueError: the ranks would make different numbers of steps, and wait for each other; raised on all ranks.
         """
         epochs, steps_an_epoch, *rest, steps = super().set_initial_training_values(*args, **kwargs)  # type: ignore[misc]
-        if self._gradients_stay_local:
+        if self._exchanges:
             self._check_equally_many(steps, steps_an_epoch)
         if 0 < steps <= self._steps_made:
             epochs = self._steps_made // steps_an_epoch  # transformers would begin the next, and step once in it
@@ -201,9 +207,7 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin):
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         # The parent gathers the loss of all ranks here, so they come together; to log() one may come alone.
         if (
-            self._gradients_stay_local
-            and self.control.should_log
-            and self.state.global_step > self._globalstep_last_logged  # type: ignore[attr-defined]
+            self._exchanges and self.control.should_log and self.state.global_step > self._globalstep_last_logged  # type: ignore[attr-defined]
         ):
             self._observed = self._observations(grad_norm)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)  # type: ignore[misc]
@@ -218,7 +222,7 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin):
             logs, self._observed = {**logs, **self._observed}, None
         due = self.control.should_log
         super().log(logs, start_time)  # type: ignore[misc]
-        if others and self._gradients_stay_local:
+        if others and self._exchanges:
             self.control.should_log = due  # the parent takes any log for it, and the other ranks would wait
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
@@ -329,10 +333,13 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin):
         made: Any = getattr(self, "optimizer", None)  # not there yet, as a Trainer is made
         return self.args.optim in METHODS or bool(members_of(made))
 
-    def _keep_gradients_local(self) -> None:
+    @property
+    def _exchanges(self) -> bool:
+        """Whether votes or codes travel by this package."""
+        return self._gradients_stay_local or bool(self._gradient_votes)
+
+    def _check_processes(self, method: str) -> None:
         if self.args.n_gpu > 1:
-            named = self.args.optim in METHODS
-            method = f"optim={self.args.optim!r}" if named else f"A {type(self._own_optimizer()).__name__}"
             raise ValueError(
                 f"{method} with {self.args.n_gpu} GPUs in one process (nn.DataParallel): a process is one worker and "
                 "has one vote. Start one process per GPU: `accelerate launch --multi_gpu script.py`."
@@ -342,13 +349,18 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin):
                 f"virtual_workers={self._virtual_workers} in {self.args.world_size} processes: virtual workers are "
                 "all in one. Start one process, or leave virtual_workers out."
             )
-        keep_gradients_local(self.accelerator)
         if self.args.use_cpu and dist.is_initialized():
             # transformers 5.23 gives a process group on the CPU no time limit of its own, whatever ddp_timeout says.
             dist.distributed_c10d._set_pg_timeout(self.args.ddp_timeout_delta)
 
+    def _keep_gradients_local(self) -> None:
+        named = self.args.optim in METHODS
+        self._check_processes(f"optim={self.args.optim!r}" if named else f"A {type(self._own_optimizer()).__name__}")
+        keep_gradients_local(self.accelerator)
+
     def _check_optimizer(self) -> None:
-        """While gradients stay on their worker, only our optimizers may step."""
+        """While gradients stay on their worker, only our optimizers may step; where they do not, only others."""
+        self._refuse_own_optimizer()
         workers = len(members_of(self.optimizer))
         if self.args.optim in METHODS and not workers:
             raise ValueError(
@@ -366,6 +378,10 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin):
     def _begin_votes(self) -> None:
         """As a training begins: our optimizer gets the model's names for its errors, and counts from here on."""
         optimizer = self._own_optimizer()
+        if self._gradient_votes:
+            self._at_start, self._logged, self._logged_bad_gradients = Ledger(), Ledger(), 0
+            if self.args.world_size == 1:
+                self._begin_turns()
         if not members_of(optimizer):
             return
         if not isinstance(self.accelerator.ddp_handler, LocalGradients):
@@ -422,14 +438,14 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin):
 
     def _observations(self, grad_norm: Any) -> dict[str, float]:
         """A collective over the workers."""
-        optimizer: Any = self._own_optimizer()
-        found = self._traffic(optimizer)
-        found["bad_gradients"] = optimizer.bad_gradients - self._logged_bad_gradients
-        self._logged_bad_gradients = optimizer.bad_gradients
-        shares = optimizer.vote_shares()
+        source: Any = self.voting or self._own_optimizer()
+        found = self._traffic(source.ledger, source.workers)
+        found["bad_gradients"] = source.bad_gradients - self._logged_bad_gradients
+        self._logged_bad_gradients = source.bad_gradients
+        shares = source.vote_shares()
         if shares is not None:
             found |= {"vote_ties": shares.ties, "vote_unanimous": shares.unanimous}
-        if grad_norm is not None:
+        if grad_norm is not None and self._gradients_stay_local:
             norm = torch.as_tensor(grad_norm, device=self.accelerator.device)
             found["grad_norm"] = self.accelerator.reduce(norm, reduction="mean").item()
         found = {name: round(value, 6) if isinstance(value, float) else value for name, value in found.items()}
@@ -438,20 +454,18 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin):
                 found |= callback.observations()
         return found
 
-    def _traffic(self, optimizer: Any) -> dict[str, float]:
-        parameters = sum(parameter.numel() for parameter in all_parameters(optimizer))
-        total = optimizer.ledger
+    def _traffic(self, total: Ledger, workers: int) -> dict[str, float]:
+        trained = all_parameters(self._own_optimizer())
         new = total.since(self._logged)
         self._logged = total.copy()
         found: dict[str, float] = {"bytes_sent_total": total.since(self._at_start).sent_bytes}
         if new.steps:
+            parameters = sum(parameter.numel() for parameter in trained)
             found["bits_sent_per_param"] = 8 * new.sent_bytes / (parameters * new.steps)
             found["bits_received_per_param"] = 8 * new.received_bytes / (parameters * new.steps)
-            workers = optimizer.members[0].workers
             if workers > 1:
-                held = sum(local(parameter).numel() for parameter in all_parameters(optimizer))
-                dense = fp32_all_reduce_bytes(held, workers) * new.steps
-                found["fp32_allreduce_ratio"] = new.sent_bytes / dense
+                held = sum(local(parameter).numel() for parameter in trained)
+                found["fp32_allreduce_ratio"] = new.sent_bytes / (fp32_all_reduce_bytes(held, workers) * new.steps)
         return found
 
 

@@ -46,6 +46,8 @@ class TrainerVersionsMixin:
         # Before 5.3 this sets a handler of its own.
         if self._gradients_stay_local and not isinstance(self.accelerator.ddp_handler, LocalGradients):  # type: ignore[attr-defined]
             keep_gradients_local(self.accelerator)
+        if self._gradient_votes:  # type: ignore[attr-defined]
+            self._hook_in()  # type: ignore[attr-defined]
         return wrapped
 
     def _delete_older_checkpoints(self, run: str) -> None:

@@ -36,14 +36,22 @@ class VirtualWorkersMixin:
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | list[Any] | None = None
     ) -> torch.Tensor:
-        """As the parent; of a round, a turn of each worker, and the mean of their losses."""
-        if not isinstance(inputs, Round):
+        """As the parent; of a round, a turn of each worker, and the mean of their losses.
+
+        With votes on gradients, they are those decided after the last micro-batch of a step.
+        """
+        voting, alone = self.voting, self._in_turns  # type: ignore[attr-defined]
+        if voting is not None:
+            voting.step = self.state.global_step  # type: ignore[attr-defined]
+        if not isinstance(inputs, Round) and alone is None:
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        optimizer, losses = self._own_optimizer(), []
-        for rank, batch in enumerate(inputs):
+        turns, losses = alone or self._own_optimizer(), []
+        for rank, batch in enumerate(inputs if isinstance(inputs, Round) else [inputs]):
             items = num_items_in_batch[rank] if isinstance(num_items_in_batch, list) else num_items_in_batch
             losses.append(super().training_step(model, batch, items))  # type: ignore[misc]
-            optimizer.take_turn(rank)
+            turns.take_turn(rank)
+        if alone is not None and self.accelerator.sync_gradients:
+            alone.decide()
         return torch.stack(losses).mean()
 
     def get_total_train_batch_size(self, args: Any) -> int:

@@ -1,0 +1,346 @@
+"""Votes on gradients: what one worker sends of a bucket, and what becomes of it. Any optimizer may stand behind.
+
+Nothing is kept from step to step but counters, so there is nothing to save.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..bits.dither import WIDTH, vote_bits
+from ..bits.hashing import digest
+from ..bits.packing import BLOCK, LANES, pack_bits, unpack_bits
+from ..wire.conversation import Conversation, run
+from ..wire.exchange import AGGREGATIONS, EXCHANGES, Ballot, Decision, Exchange, make_exchange
+from ..wire.groups import Group, group_size, make_channel, rank_in
+from ..wire.ledger import Ledger
+from ..wire.local import LocalGroup, LocalWorker
+from ..wire.shares import shares_of
+from .agreement import ON_BAD_GRADIENT
+from .tensors import as_laid_out, flatten, memory_order
+from .workers import VoteShares, check_known
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 128 * BLOCK  # elements that stay in a CPU's cache
+_BUCKET = 25 << 20  # bytes, as DDP's
+
+
+class SignedGradients:
+    """A worker's part in votes on gradients.
+
+    Of worker i's gradient g_i::
+
+        s_i = sign(g_i + 2 rms(g_i) n_i)               # n_i uniform in [-1, 1]: 1 bit a parameter, what travels
+        g   = (1/N) * sum_i s_i  or  sign(sum_i s_i)   # aggregation "avg" or "mavo": the same on every worker
+
+    The rms is that of each parameter's gradient. The noise is a hash of step, worker, parameter and place: the same in
+    every run. Where a gradient is exactly 0, its votes alternate over workers, steps and elements, and cancel; if all
+    of a parameter's gradient is 0 on all workers, so is the decision. For that, and to find a NaN or Inf, 4 bytes a
+    parameter tensor travel beside the votes.
+
+    All steps weigh the same then, whatever the size of their gradients. That suits an optimizer that is free of scale:
+    Adam and its 8-bit kin, Muon, Lion.
+
+    Args:
+        parameters: that have gradients, in the same order on all workers, on one device.
+        names: of these, for errors.
+        group: the workers.
+        aggregation: ``"avg"`` or ``"mavo"``; a split vote of an even number is 0.
+        dither: whether there is noise; without it s_i is the sign of g_i.
+        exchange: as of :class:`hf_dlion.DistributedLion`.
+        on_bad_gradient: what becomes of a bucket in which a worker's gradient has a NaN or Inf (or values whose squares
+            overflow): ``"abstain"``, that worker has no vote on it; or ``"raise"``, all ranks raise.
+        scaler: of the gradients. With one that is enabled, such a bucket is NaN on all ranks, so that all skip the step
+            and lower their scales; what is decided is multiplied by the scale, which is taken off again.
+
+    Attributes:
+        ledger: what this worker has sent and received.
+        step: the number of the next step.
+        bad_gradients: workers left out of a step, in a bucket at least, over all steps.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        names: Sequence[str],
+        group: Group = None,
+        *,
+        aggregation: str = "avg",
+        dither: bool = True,
+        exchange: str = "auto",
+        on_bad_gradient: str = "abstain",
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        check_options(aggregation, exchange, on_bad_gradient)
+        self.names = names
+        self.workers, self.rank = group_size(group), rank_in(group)
+        self.dither = dither
+        self.on_bad_gradient = on_bad_gradient
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self.ledger = Ledger()
+        self.step = 0
+        self.bad_gradients = 0
+        self._bad: set[int] = set()
+        self._device = parameters[0].device
+        channel = make_channel(group, self.ledger)
+        self._exchange: Exchange | None = None
+        if channel is not None:
+            words = sum(parameter.numel() for parameter in parameters) // 32
+            self._exchange = make_exchange(exchange, channel, words, aggregation, "zero", self._device)
+
+    def vote(self, flat: Tensor, parts: Sequence[tuple[int, int]]) -> Conversation[None]:
+        """Replace the gradients of a bucket by what the workers decide. A conversation of all of them.
+
+        Args:
+            flat: this worker's gradients, one after the other, ``[E]``; overwritten.
+            parts: of each, the index of its parameter and how many elements it has.
+
+        Raises:
+            FloatingPointError: of ``on_bad_gradient``, or all workers would abstain; on all ranks.
+        """
+        rms, counted = _rms(flat, [size for _, size in parts]), [0]
+        everyone = rms.unsqueeze(0)
+
+        def voters(headers: Tensor) -> Sequence[int]:
+            nonlocal everyone, counted
+            everyone = headers.view(torch.float32)
+            counted = self._voters(everyone, parts)
+            return counted
+
+        words = self._pack(flat, parts, rms)
+        decision: Decision | None = Decision((words,), 1)
+        if self._exchange is None:
+            self._voters(everyone, parts)
+        else:
+            ballot = Ballot(words, rms.view(torch.int32), self.step, 1 - len(flat) / (32 * len(words)))
+            decision = yield from self._exchange.decide(ballot, voters)
+        assert decision is not None  # somebody votes, or everybody has raised
+        largest = everyone[counted].amax(0)
+        factors = largest * 0 + (largest > 0)  # 1; 0 where all are 0; NaN where one is not finite
+        _write(flat, parts, decision, factors if self.scaler is None else factors * self.scaler.get_scale())
+
+    def end_step(self) -> None:
+        """All buckets of a step have been voted on."""
+        self.bad_gradients += len(self._bad)
+        self._bad = set()
+        self.step += 1
+        self.ledger.steps += 1
+
+    def vote_shares(self) -> VoteShares | None:
+        """How the votes went since the last call. A collective over the workers; None for one alone."""
+        return (
+            None
+            if self._exchange is None
+            else VoteShares(*shares_of(self._exchange, self._exchange.channel, self._device))
+        )
+
+    def _voters(self, everyone: Tensor, parts: Sequence[tuple[int, int]]) -> list[int]:
+        """The ranks that do not abstain, by everyone's rms, ``[N, parts]``."""
+        if self.scaler is not None:  # it looks itself
+            return list(range(len(everyone)))
+        finite = everyone.isfinite().tolist()
+        bad = {rank: row.index(False) for rank, row in enumerate(finite) if not all(row)}
+        if bad and (self.on_bad_gradient == "raise" or len(bad) == len(finite)):
+            rank, place = next(iter(bad.items()))
+            raise FloatingPointError(f"rank {rank}: {self._describe(parts[place][0])}")
+        if self.rank in bad and self.rank not in self._bad:
+            logger.warning("worker %d abstains: %s", self.rank, self._describe(parts[bad[self.rank]][0]))
+        self._bad |= bad.keys()
+        return [rank for rank in range(len(finite)) if rank not in bad]
+
+    def _describe(self, index: int) -> str:
+        return (
+            f"the gradient of {self.names[index]} has a NaN or Inf at step {self.step}. Look for a too large learning "
+            "rate, a division by zero in the loss, or a batch without targets."
+        )
+
+    def _pack(self, flat: Tensor, parts: Sequence[tuple[int, int]], rms: Tensor) -> Tensor:
+        """The votes, int32 ``[W]``; on padding, as on zeros."""
+        padded = -(-len(flat) // BLOCK) * BLOCK
+        bits = torch.empty(padded, dtype=torch.bool, device=flat.device)
+        counting = torch.arange(_CHUNK, dtype=torch.int32, device=flat.device)
+        alternating = (counting & 1) > 0
+        turn = self.rank + self.step
+        for place, first, where in _pieces(parts, _CHUNK):
+            values = flat[where].float()
+            shift, width = (first + turn) & 1, WIDTH * rms[place] if self.dither else None
+            zero_votes = alternating[: len(values)] ^ bool(shift)
+            seed = digest((self.step, self.rank, parts[place][0])) & 0x7FFFFFFF
+            bits[where] = vote_bits(values, zero_votes, counting[: len(values)] + first, width, seed)
+        bits[len(flat) :] = alternating[: padded - len(flat)] ^ bool(turn & 1)
+        words = torch.empty(padded // 32, dtype=torch.int32, device=flat.device)
+        for some, out in zip(bits.split(_CHUNK), words.split(_CHUNK // 32), strict=True):
+            pack_bits(some.view(-1, LANES, LANES), out.view(-1, LANES))
+        return words
+
+
+class VirtualGradients:
+    """Workers inside one process that take turns with a model, and vote on its gradients: one or several.
+
+    ::
+
+        votes = VirtualGradients(model.parameters(), 8)
+        for batch in eight_batches:
+            loss(model, batch).backward()
+            votes.take_turn(rank)      # takes the gradients as this worker's, and clears them
+        votes.decide()                 # and now they are what the workers decided
+        optimizer.step()
+
+    The gradients are bit for bit those of N processes.
+
+    Args:
+        named_parameters: of the model; those that need no gradient are left out.
+        workers: N.
+        options: as of :class:`SignedGradients`.
+
+    Attributes:
+        members: the workers.
+    """
+
+    def __init__(self, named_parameters: Iterator[tuple[str, Tensor]], workers: int, **options: Any) -> None:
+        trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+        self.parameters = [parameter for _, parameter in trained]
+        names = [name for name, _ in trained]
+        self._group = LocalGroup(workers)
+        groups = [LocalWorker(self._group, rank) if workers > 1 else None for rank in range(workers)]
+
+        def member(rank: int) -> SignedGradients:
+            return SignedGradients(self.parameters, names, groups[rank], **options)
+
+        self.members = self._group.run(member)
+        self._turns: list[list[Tensor | None]] = [[None] * len(self.parameters) for _ in range(workers)]
+
+    @torch.no_grad()
+    def take_turn(self, rank: int) -> None:
+        """Take the gradients, after a backward, as those of this worker, added to those it has, and clear them."""
+        for index, parameter in enumerate(self.parameters):
+            before, new = self._turns[rank][index], parameter.grad
+            self._turns[rank][index] = new if before is None else before if new is None else before.add_(new)
+            parameter.grad = None
+
+    @torch.no_grad()
+    def decide(self) -> None:
+        """Give each parameter that a worker has a gradient for what the workers decide."""
+        voted = [i for i in range(len(self.parameters)) if any(turn[i] is not None for turn in self._turns)]
+        for bucket in self._buckets(voted):
+            of_workers = [self._flat(turn, bucket) for turn in self._turns]
+            parts = [(index, self.parameters[index].numel()) for index in bucket]
+            self._group.run(lambda rank: run(self.members[rank].vote(of_workers[rank], parts)))  # noqa: B023
+            pieces = of_workers[0].split([size for _, size in parts])
+            for (index, _), decided in zip(parts, pieces, strict=True):
+                parameter = self.parameters[index]
+                parameter.grad = as_laid_out(decided.clone(), parameter.shape, memory_order(parameter))
+        for member in self.members:
+            member.end_step()
+        self.forget_turns()
+
+    @property
+    def workers(self) -> int:
+        """N."""
+        return len(self.members)
+
+    @property
+    def ledger(self) -> Ledger:
+        """What the first worker would have sent and received."""
+        return self.members[0].ledger
+
+    @property
+    def bad_gradients(self) -> int:
+        """As of :class:`SignedGradients`."""
+        return self.members[0].bad_gradients
+
+    @property
+    def step(self) -> int:
+        """The number of the next step."""
+        return self.members[0].step
+
+    @step.setter
+    def step(self, number: int) -> None:
+        for member in self.members:
+            member.step = number
+
+    def vote_shares(self) -> VoteShares | None:
+        """As :meth:`SignedGradients.vote_shares`."""
+        return self._group.run(lambda rank: self.members[rank].vote_shares())[0]
+
+    def forget_turns(self) -> None:
+        """Drop the gradients taken since the last decision."""
+        self._turns = [[None] * len(self.parameters) for _ in self._turns]
+
+    def _buckets(self, indices: Sequence[int]) -> Iterator[list[int]]:
+        bucket: list[int] = []
+        size = 0
+        for index in indices:
+            parameter = self.parameters[index]
+            if bucket and (size + parameter.nbytes > _BUCKET or parameter.dtype != self.parameters[bucket[0]].dtype):
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(index)
+            size += parameter.nbytes
+        if bucket:
+            yield bucket
+
+    def _flat(self, turn: Sequence[Tensor | None], bucket: Sequence[int]) -> Tensor:
+        gradients = []
+        for index in bucket:
+            parameter, gradient = self.parameters[index], turn[index]
+            given = torch.zeros_like(parameter) if gradient is None else gradient
+            gradients.append(flatten(given, memory_order(parameter)))
+        return torch.cat(gradients)
+
+
+def check_options(aggregation: str, exchange: str, on_bad_gradient: str) -> None:
+    """Raise ValueError unless the options of :class:`SignedGradients` are of those known."""
+    check_known("aggregation", aggregation, AGGREGATIONS)
+    check_known("exchange", exchange, EXCHANGES)
+    check_known("on_bad_gradient", on_bad_gradient, ON_BAD_GRADIENT)
+
+
+def _rms(flat: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Of each part, float32; NaN or Inf if it has one."""
+    norms = [
+        torch.linalg.vector_norm(part.float())
+        if part.dtype == torch.float64
+        else torch.linalg.vector_norm(part, dtype=torch.float32)
+        for part in flat.split(list(sizes))
+    ]
+    return torch.stack(norms) / torch.tensor([max(size, 1) ** 0.5 for size in sizes], device=flat.device)
+
+
+def _pieces(parts: Sequence[tuple[int, int]], chunk: int) -> Iterator[tuple[int, int, slice]]:
+    """The parts of a bucket cut where its chunks end: place of the part, first element in it, place in the bucket."""
+    begin = 0
+    for place, (_, size) in enumerate(parts):
+        end = begin + size
+        start = begin
+        while start < end:
+            stop = min(end, (start // chunk + 1) * chunk)
+            yield place, start - begin, slice(start, stop)
+            start = stop
+        begin = end
+
+
+def _write(flat: Tensor, parts: Sequence[tuple[int, int]], decision: Decision, scales: Tensor) -> None:
+    """Put a decision, times the scale of each part, into a bucket."""
+    chunks = [plane.split(_CHUNK // 32) for plane in decision.planes]
+    levels, current = flat, -1
+    for place, _, where in _pieces(parts, _CHUNK):
+        if where.start // _CHUNK != current:
+            current = where.start // _CHUNK
+            levels = _levels([plane[current] for plane in chunks], decision.highest)
+        offset = current * _CHUNK
+        flat[where] = levels[where.start - offset : where.stop - offset] * scales[place]
+
+
+def _levels(planes: Sequence[Tensor], highest: int) -> Tensor:
+    """(2c - n) / n of each element, float32."""
+    counted = unpack_bits(planes[0].view(-1, LANES)).float()
+    for bit, plane in enumerate(planes[1:], 1):
+        counted.add_(unpack_bits(plane.view(-1, LANES)), alpha=1 << bit)
+    return counted.mul_(2).sub_(highest).div_(highest).flatten()

@@ -1,0 +1,102 @@
+"""What `hf_dlion plan` predicts, against what was measured and committed; nothing is timed here."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import GPT2Config
+
+from examples.benchmarks.links import bits_per_second
+from hf_dlion import plan
+from hf_dlion.plan import METHODS, Setting, predict, traffic
+
+ROOT = Path(__file__).parents[1]
+BY_NAME = {method.name: method for method in METHODS} | {"ddp_fp16": METHODS[-1]}
+WRITING_GRADIENTS = 20  # bytes a parameter: all that forward and backward do in that benchmark
+CLOSE = 0.25
+
+
+def measured() -> list[Any]:
+    """The cells of the benchmark: report, result."""
+    reports = [json.loads(path.read_text()) for path in sorted((ROOT / "model_cards/network").glob("*/results.json"))]
+    return [
+        pytest.param(report, result, id=f"{report['settings']['workers']}-{result['rate']}-{result['method']}")
+        for report in reports
+        for result in report["results"]
+        if result["method"] in BY_NAME
+    ]
+
+
+def bandwidth() -> float:
+    """Of that machine: what AdamW moved, over its processor time."""
+    ranks = json.loads((ROOT / "model_cards/step/results.json").read_text())["ranks"]
+    seconds = statistics.median(time for rank in ranks for time in rank["processor_seconds"]["adamw_fused"])
+    return plan.ALONE * ranks[0]["parameters"] / seconds
+
+
+@pytest.mark.parametrize(("report", "result"), measured())
+def test_every_cell_of_the_benchmark_is_predicted(report: dict[str, Any], result: dict[str, Any]) -> None:
+    settings = report["settings"]
+    # Each worker has one thread, and two of four share a core.
+    own = bandwidth() * min(1, report["machine"]["cores"] / settings["workers"])
+    compute = WRITING_GRADIENTS * settings["parameters"] / own
+    link = bits_per_second(result["rate"])
+    setting = Setting(settings["parameters"], settings["workers"], link, compute, own, 2e-4)
+    predicted = predict(BY_NAME[result["method"]], setting)
+    assert predicted.step_seconds == pytest.approx(result["median"], rel=CLOSE)
+    assert predicted.bits_per_parameter == pytest.approx(result["interface_bits_per_parameter"], rel=0.01)
+    if result["ledger_bits_per_parameter"]:
+        assert predicted.bits_per_parameter == pytest.approx(result["ledger_bits_per_parameter"], rel=1e-3)
+
+
+def test_bytes_are_those_of_the_table_of_methods() -> None:
+    def bits(name: str, workers: int) -> float:
+        return 8 * traffic(BY_NAME[name], 2**20, workers).sent_bytes / 2**20
+
+    assert bits("dlion_mavo", 2) == bits("dlion_avg", 2) == 1
+    assert bits("dlion_mavo", 4) == 3 / 4 * 3
+    assert bits("dmuon_mavo", 8) == 7 / 8 * 2
+    assert bits("dlion_avg", 16) == 15 / 16 * (1 + 5)
+    assert bits("ddp_fp32", 4) == 3 / 4 * 64
+    assert bits("ddp_bf16", 2) == 16
+    assert {bits(name, 1) for name in BY_NAME} == {0}
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
+    assert plan.main([*words, "--bandwidth", "20"]) == code
+    captured = capsys.readouterr()
+    return captured.err if code else captured.out
+
+
+def test_a_slow_link_wants_votes_and_a_fast_one_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    slow = json.loads(printed(capsys, "124M", "--workers", "4", "--link", "1gbit", "--compute", "2", "--json"))
+    assert slow["take"] == "dmuon_mavo"
+    assert slow["setting"]["parameters"] == 124e6
+    times = [one["step_seconds"] for one in slow["predictions"]]
+    assert times == sorted(times)
+    fast = printed(capsys, "124M", "--workers", "4", "--link", "400Gbit/s", "--compute", "60")
+    assert "Take ddp_fp32: the link is fast enough" in fast
+    assert len(fast.splitlines()) == 5 + len(METHODS)
+
+
+def test_a_model_is_counted_from_its_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    GPT2Config().save_pretrained(tmp_path)
+    out = printed(capsys, str(tmp_path), "--workers", "2", "--link", "1gbit", "--compute", "1")
+    assert out.startswith("124,439,808 parameters")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["some/model", "--workers", "2", "--link", "1gbit"], "'some/model' is no number of parameters"),
+        (["124M", "--workers", "2", "--link", "fast"], "link rate 'fast' cannot be read"),
+        (["124M", "--workers", "0", "--link", "1gbit"], "workers=0"),
+        (["0M", "--workers", "2", "--link", "1gbit"], "'0M' is no number above 0"),
+    ],
+)
+def test_what_cannot_be_read_is_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in printed(capsys, *words, "--compute", "1", code=2)

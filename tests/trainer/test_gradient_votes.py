@@ -1,0 +1,90 @@
+"""gradient_votes in the Trainer: over processes and in turns, with optimizers of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_dlion import DistributedLion
+from hf_dlion.trainer.report import run_report
+from tests.harness import run_workers
+from tests.trainer import tiny
+from tests.trainer.test_trainer import weights
+
+OPTIONS = {"optim": "adamw_torch", "gradient_votes": "avg", "max_steps": 4, "logging_steps": 1, "max_grad_norm": 0.5}
+FIGURES = ("bits_sent_per_param", "bits_received_per_param", "fp32_allreduce_ratio", "vote_ties", "vote_unanimous")
+
+
+def train(rank: int, folder: str, options: dict[str, Any]) -> tuple[list[dict[str, float]], torch.Tensor, Any, str]:
+    trainer = tiny.trainer(rank, folder, **(OPTIONS | options))
+    trainer.train()
+    trainer.create_model_card()
+    card = Path(folder, "README.md").read_text(encoding="utf-8") if rank == 0 else ""
+    return trainer.state.log_history, weights(trainer.model), run_report(trainer), card
+
+
+def several(rank: int, folder: str) -> list[Any]:
+    """Accumulation and an average; and a majority."""
+    settings: list[dict[str, Any]] = [{"gradient_accumulation_steps": 2}, {"gradient_votes": "mavo"}]
+    return [train(rank, f"{folder}/{rank}/{number}", options) for number, options in enumerate(settings)]
+
+
+def test_bitwise_what_virtual_workers_train(tmp_path: Path) -> None:
+    everyone = run_workers(several, 2, str(tmp_path))
+    summed, majority = everyone[0]
+    for (log, theirs, report, card), options in (
+        (summed, {"gradient_accumulation_steps": 2}),
+        (majority, {"gradient_votes": "mavo"}),
+    ):
+        own_log, ours, own, _ = train(0, str(tmp_path / "turns"), options | {"virtual_workers": 2})
+        assert torch.equal(ours, theirs)
+        assert log[-2]["bad_gradients"] == 0
+        assert log[-2]["vote_ties"] == own_log[-2]["vote_ties"]
+        assert log[-2]["loss"] == pytest.approx(own_log[-2]["loss"], rel=1e-5)
+        assert set(FIGURES) <= log[-2].keys()
+        assert 1 <= log[-2]["bits_sent_per_param"] < 1.2
+        assert report["bytes_sent"] == pytest.approx(own["bytes_sent"], rel=0.05)  # cut into other buckets
+        assert report["method"] == "adamw_torch"
+        assert f'one bit a parameter each (`gradient_votes="{report["gradient_votes"]}"` of hf_dlion)' in card
+    for rank, runs in enumerate(everyone):
+        assert torch.equal(runs[0][1], summed[1]), rank
+
+
+def test_noise_is_that_of_the_step_after_resuming(tmp_path: Path) -> None:
+    # In one process: torch 2.6 cannot load what transformers 4.57 saves on the CPU of several.
+    options = OPTIONS | {"virtual_workers": 2, "lr_scheduler_type": "constant"}
+    _, whole, _, _ = train(0, str(tmp_path), options | {"save_strategy": "steps", "save_steps": 2})
+    trainer = tiny.trainer(0, tmp_path / "resumed", **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(weights(trainer.model), whole)
+
+
+def test_one_worker_alone_has_its_own_signs(tmp_path: Path) -> None:
+    log, voted, _, _ = train(0, str(tmp_path), {})
+    _, averaged, _, _ = train(0, str(tmp_path), {"gradient_votes": None})
+    assert not torch.equal(voted, averaged)
+    assert log[-2]["bits_sent_per_param"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optim": "dlion_mavo"}, "gradient_votes='avg' with optim='dlion_mavo'"),
+        ({"gradient_votes": "mean"}, "gradient_votes='mean' is not known"),
+        ({"adversaries": 1, "virtual_workers": 3}, "gradient_votes='avg' with adversaries=1"),
+        ({"gradient_votes": None, "virtual_workers": 3}, "or for gradient_votes"),
+    ],
+)
+def test_what_does_not_go_together(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny.arguments(tmp_path, **(OPTIONS | options))
+
+
+def test_an_optimizer_that_votes_itself_is_refused(tmp_path: Path) -> None:
+    trainer = tiny.trainer(0, tmp_path, **OPTIONS)
+    trainer.optimizer = DistributedLion(trainer.model.parameters())
+    with pytest.raises(ValueError, match="an optimizer of class DistributedLion was given, which exchanges"):
+        trainer.train()
