@@ -40,6 +40,7 @@ from .workers import (
     WorkersOptions,
     check_betas,
     check_known,
+    shares_of,
 )
 
 MOMENTUM = "momentum"
@@ -187,15 +188,7 @@ class DistributedLion(WorkersOptimizer):
         plan = self._plan
         if not isinstance(plan, VotePlan) or plan.exchange is None:
             return None
-        seen = plan.exchange.statistics
-        mine = [int(seen.ties), int(seen.unanimous), seen.counted, round(seen.padding)]
-        seen.reset()
-        rows = plan.exchange.channel.gather_integers(mine, plan.views.device)
-        sums = torch.tensor(rows, device=plan.views.device).sum(0)
-        ties, unanimous, counted, padding = (sums if plan.shards is None else plan.shards.sum(sums)).tolist()
-        votes = max(counted - padding, 1)
-        # Votes on padding are zero votes: ties for N even, split for N odd, and never unanimous.
-        return VoteShares((ties - padding) / votes if plan.workers % 2 == 0 else 0.0, unanimous / votes)
+        return shares_of(plan.exchange, plan.shards)
 
     @override
     def check_group(self, group: dict[str, Any]) -> None:

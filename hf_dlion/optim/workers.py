@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 
 from ..wire.collectives import Channel
 from ..wire.conversation import Conversation, side_by_side
+from ..wire.exchange import Exchange
 from ..wire.groups import Group, group_size, make_channel, rank_in
 from ..wire.ledger import Ledger
 from ..wire.shards import Shards
@@ -193,17 +194,8 @@ class WorkersOptimizer(StatefulOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plan = self._current_plan()
-        replica = replica_of(self, plan.shards)
-        gradients = [local_gradient(parameter, replica.method) for parameter in all_parameters(self)]
-        scaler = [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
-        gradients, bad = self.agreement.own_gradients(gradients, replica, self.rank, *scaler)
-        try:
-            self._exchange(plan, replica, gradients, bad)
-        except LayoutChangedError:
-            self.state_changed()
-            plan = self._current_plan()
-            self._exchange(plan, replica_of(self, plan.shards), gradients, bad)
+        gradients = [local_gradient(parameter, self.method) for parameter in all_parameters(self)]
+        self._take_part(gradients, *self._scaler())
         for group in self.param_groups:
             group[STEP] += 1
         self.ledger.steps += 1
@@ -230,6 +222,22 @@ class WorkersOptimizer(StatefulOptimizer):
     @abstractmethod
     def _conversations(self, plan: Any, inputs: StepInputs) -> Iterable[Conversation[None]]:
         """What is said in a step, bucket by bucket, and done with it."""
+
+    def _scaler(self) -> list[Tensor | None]:
+        """What a gradient scaler has left here while it calls: its scale, and whether it found an overflow."""
+        return [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
+
+    def _take_part(self, gradients: list[Tensor | None], *scaler: Tensor | None) -> None:
+        """Exchange and update with these gradients, as far as they are good."""
+        plan = self._current_plan()
+        replica = replica_of(self, plan.shards)
+        gradients, bad = self.agreement.own_gradients(gradients, replica, self.rank, *scaler)
+        try:
+            self._exchange(plan, replica, gradients, bad)
+        except LayoutChangedError:
+            self.state_changed()
+            plan = self._current_plan()
+            self._exchange(plan, replica_of(self, plan.shards), gradients, bad)
 
     def _exchange(self, plan: Plan, replica: Replica, gradients: list[Tensor | None], bad: int) -> None:
         """Exchange and update, or find out with the others that the parameters are laid out otherwise by now."""
@@ -265,8 +273,20 @@ def replica_of(optimizer: WorkersOptimizer, shards: Shards | None = None) -> Rep
         shards: as of :class:`Plan`.
     """
     held = [local(parameter) for parameter in all_parameters(optimizer)]
-    method, names, hypers = type(optimizer).__name__, optimizer.parameter_names, optimizer.hyperparameters()
-    return Replica(method, optimizer.options(), optimizer.param_groups, hypers, held, names, shards)
+    names, hypers = optimizer.parameter_names, optimizer.hyperparameters()
+    return Replica(optimizer.method, optimizer.options(), optimizer.param_groups, hypers, held, names, shards)
+
+
+def shares_of(exchange: Exchange, shards: Shards | None) -> VoteShares:
+    """How the votes on an exchange went since the last call. A collective over the workers."""
+    seen = exchange.statistics
+    mine = [int(seen.ties), int(seen.unanimous), seen.counted, round(seen.padding)]
+    seen.reset()
+    sums = torch.tensor(exchange.channel.gather_integers(mine, seen.device), device=seen.device).sum(0)
+    ties, unanimous, counted, padding = (sums if shards is None else shards.sum(sums)).tolist()
+    votes = max(counted - padding, 1)
+    # Votes on padding are zero votes: ties for N even, split for N odd, and never unanimous.
+    return VoteShares((ties - padding) / votes if exchange.channel.size % 2 == 0 else 0.0, unanimous / votes)
 
 
 def members_of(optimizer: Optimizer) -> Sequence[WorkersOptimizer]:
