@@ -132,6 +132,11 @@ class LocalSteps(CodedMean):
                 "steps of its own. Virtual workers are made around it: VirtualWorkers(params, N, method), whose method "
                 "makes a LocalSteps."
             )
+        if callable(getattr(inner, "train", None)):
+            raise ValueError(
+                f"LocalSteps around a {type(inner).__name__}: its parameters are others for training than for "
+                "evaluation, and a vote is on one. Take an inner optimizer without schedule-free averages."
+            )
         for member in members:
             options.setdefault("process_group", member.process_group)
             member.process_group = alone()
@@ -278,7 +283,7 @@ class LocalSteps(CodedMean):
             if between or name != ANCHOR:
                 yield index, name, tensor
         if between:
-            yield from ((index, OWN, local(parameter)) for index, parameter in enumerate(all_parameters(self)))
+            yield from ((index, OWN, local(parameter).detach()) for index, parameter in enumerate(all_parameters(self)))
 
     @override
     def forget_own(self, index: int, name: str, tensor: Tensor) -> None:

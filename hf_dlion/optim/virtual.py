@@ -154,6 +154,7 @@ class VirtualWorkers(Optimizer):
     def vote(self) -> None:
         """As :meth:`LocalSteps.vote <hf_dlion.optim.local_steps.LocalSteps.vote>`, of all workers."""
         self._put_in_place(0)
+        self._follow_first()
         self._group.run(lambda rank: self.members[rank].vote())
 
     @contextmanager
@@ -181,11 +182,8 @@ class VirtualWorkers(Optimizer):
                 "there are gradients that no virtual worker has taken. Call next_worker() after each worker's backward."
             )
         self._put_in_place(0)
+        self._follow_first()
         first, *others = self.members
-        for member in others:
-            for group, shared in zip(member.param_groups, first.param_groups, strict=True):
-                group.update({name: value for name, value in shared.items() if name not in _NOT_SHARED})
-            _follow(all_parameters(member), all_parameters(first))
         if not first.agreement.handshake_done and not first.between_votes:
             # As DistributedDataParallel does: all start with the first one's.
             for member in others:
@@ -237,6 +235,14 @@ class VirtualWorkers(Optimizer):
         self.param_groups = self.members[0].param_groups
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def _follow_first(self) -> None:
+        """Take over what was set or changed in the model and the param groups, which are the first worker's."""
+        first, *others = self.members
+        for member in others:
+            for group, shared in zip(member.param_groups, first.param_groups, strict=True):
+                group.update({name: value for name, value in shared.items() if name not in _NOT_SHARED})
+            _follow(all_parameters(member), all_parameters(first))
 
     def _put_in_place(self, rank: int) -> None:
         """Let the model have the parameters of that worker, where they are its own."""

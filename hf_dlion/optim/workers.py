@@ -151,7 +151,7 @@ class WorkersOptimizer(StatefulOptimizer):
     abstentions = bad_gradients  # its former name
 
     def vote_shares(self) -> VoteShares | None:
-        """How the votes went since the last call. A collective over the workers; None where nobody votes."""
+        """How the votes went since the last call. A collective over the workers; None where nobody voted."""
         return None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -277,13 +277,15 @@ def replica_of(optimizer: WorkersOptimizer, shards: Shards | None = None) -> Rep
     return Replica(optimizer.method, optimizer.options(), optimizer.param_groups, hypers, held, names, shards)
 
 
-def shares_of(exchange: Exchange, shards: Shards | None) -> VoteShares:
-    """How the votes on an exchange went since the last call. A collective over the workers."""
+def shares_of(exchange: Exchange, shards: Shards | None) -> VoteShares | None:
+    """How the votes on an exchange went since the last call. A collective over the workers; None without votes."""
     seen = exchange.statistics
     mine = [int(seen.ties), int(seen.unanimous), seen.counted, round(seen.padding)]
     seen.reset()
     sums = torch.tensor(exchange.channel.gather_integers(mine, seen.device), device=seen.device).sum(0)
     ties, unanimous, counted, padding = (sums if shards is None else shards.sum(sums)).tolist()
+    if not counted:
+        return None
     votes = max(counted - padding, 1)
     # Votes on padding are zero votes: ties for N even, split for N odd, and never unanimous.
     return VoteShares((ties - padding) / votes if exchange.channel.size % 2 == 0 else 0.0, unanimous / votes)

@@ -98,8 +98,14 @@ def _own_results(report: dict[str, Any], about: dict[str, Any]) -> list[EvalResu
 
 
 def _body(name: str, report: dict[str, Any], datasets: list[str], curve: bool) -> str:
-    method = report["method"]
-    if method in METHODS:
+    method, every = report["method"], report["method_options"].get("local_steps")
+    if every:
+        do = "average" if report["method_options"]["outer_aggregation"] == "mean" else "vote on"
+        how = (
+            f'Trained with `optim="{method}"` and `local_steps={every}` of hf_dlion: each worker steps by itself, and '
+            f"every {every} steps they {do} how far they have come."
+        )
+    elif method in METHODS:
         how = f'Trained with `optim="{method}"` of hf_dlion ({METHODS[method].summary}), as in {_PAPER}.'
     else:
         how = f'Trained with `optim="{method}"` of transformers, with averaged gradients.'
