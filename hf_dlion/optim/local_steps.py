@@ -183,8 +183,8 @@ class LocalSteps(CodedMean):
             with torch.enable_grad():
                 loss = closure()
         gradients = [local_gradient(parameter, self.method) for parameter in all_parameters(self)]
+        gradients, bad = self.agreement.own_gradients(gradients, replica_of(self), self.rank, *self._scaler())
         self._begin(gradients)
-        _, bad = self.agreement.own_gradients(gradients, replica_of(self), self.rank, *self._scaler())
         made = self.param_groups[0][STEP] + 1
         if bad < 0:
             self.inner.step()
@@ -236,7 +236,7 @@ class LocalSteps(CodedMean):
     def options(self) -> dict[str, Any]:
         votes = {} if self.aggregation == "mean" else {"tie": self.tie, "exchange": self.exchange}
         outer = {"every": self.every, "nesterov": self.nesterov, "aggregation": self.aggregation, **votes}
-        return super().options() | outer
+        return outer | super().options()
 
     @override
     def hyperparameters(self) -> tuple[str, ...]:
@@ -381,8 +381,8 @@ class LocalSteps(CodedMean):
 
 
 def _whole_rounds(steps: int, every: int) -> int:
-    """The least multiple of ``every`` that is at least ``steps``."""
-    return -(-steps // every) * every
+    """The least multiple of ``every`` that is at least ``steps``, if that is a number of steps."""
+    return -(-steps // every) * every if steps > 0 else steps
 
 
 def _magnitudes(displacement: Tensor | None, parameter: Tensor) -> Tensor:

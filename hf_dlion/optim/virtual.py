@@ -242,16 +242,21 @@ class VirtualWorkers(Optimizer):
         for member in others:
             for group, shared in zip(member.param_groups, first.param_groups, strict=True):
                 group.update({name: value for name, value in shared.items() if name not in _NOT_SHARED})
-            _follow(all_parameters(member), all_parameters(first))
+            _follow(member, all_parameters(first))
 
     def _put_in_place(self, rank: int) -> None:
         """Let the model have the parameters of that worker, where they are its own."""
         rank = rank if self.members[rank].between_votes else 0
-        for one in (self._in_place, rank):
-            if one > 0:
-                for own, parameter in zip(all_parameters(self.members[one]), all_parameters(self), strict=True):
-                    own.data, parameter.data = parameter.data, own.data
+        if self._in_place:
+            self._swap(self._in_place)
+        if rank:
+            _follow(self.members[rank], all_parameters(self))
+            self._swap(rank)
         self._in_place = rank
+
+    def _swap(self, rank: int) -> None:
+        for own, parameter in zip(all_parameters(self.members[rank]), all_parameters(self), strict=True):
+            own.data, parameter.data = parameter.data, own.data
 
     def _tampered(self, gradient: Tensor, generator: torch.Generator) -> Tensor:
         if self._adversary == "flip":
@@ -260,11 +265,12 @@ class VirtualWorkers(Optimizer):
         return torch.where(heads, gradient, -gradient)
 
 
-def _follow(copies: list[Tensor], parameters: list[Tensor]) -> None:
+def _follow(member: WorkersOptimizer, parameters: list[Tensor]) -> None:
     """Resized, converted or moved, as the model was since the last step."""
-    for copy, parameter in zip(copies, parameters, strict=True):
-        if layout_of([copy]) != layout_of([parameter]):
-            copy.data = parameter.detach().clone()
+    for own, parameter in zip(all_parameters(member), parameters, strict=True):
+        if layout_of([own]) != layout_of([parameter]):
+            kept = own if member.between_votes and own.shape == parameter.shape else parameter
+            own.data = torch.empty_like(parameter).copy_(kept)
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
