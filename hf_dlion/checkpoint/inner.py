@@ -49,7 +49,7 @@ def check_inner(part: Any, parameters: int) -> None:
     try:
         keys = [*_tensors(part), *_others(part)]
         wrong = [key for key in keys if not 0 <= _place(key)[0] < parameters]
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"the state of the inner optimizer is not valid ({error}). {ELSEWHERE}") from error
     if wrong:
         raise CheckpointError(

@@ -144,6 +144,7 @@ class LocalSteps(CodedMean):
         outer = {OUTER_LR: outer_lr, OUTER_MOMENTUM: outer_momentum, SINCE: 0}
         options["check_replicas_steps"] = _whole_rounds(options.get("check_replicas_steps", 100), every)
         super().__init__(inner.param_groups, outer, (ANCHOR, BUFFER), (OWN,), **options)
+        self.state_names = (ANCHOR, BUFFER)  # what is the worker's own is its parameters, which are no state
         self.param_groups = inner.param_groups
 
     @property
