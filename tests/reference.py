@@ -140,7 +140,8 @@ class ReferenceLocalSteps:
         parameters: float32, contiguous; the x_0 of every later time are in ``voted``.
         workers: N.
         inner: makes the optimizer of a worker for its parameters.
-        every, outer_lr, outer_momentum, nesterov, aggregation, tie: as of ``LocalSteps``.
+        every, outer_lr, outer_momentum, nesterov, aggregation, tie, delay: as of ``LocalSteps``.
+        parts: of several fragments, after how many steps of a round each votes, and its parameters.
     """
 
     def __init__(
@@ -154,7 +155,12 @@ class ReferenceLocalSteps:
         nesterov: bool = True,
         aggregation: str = "mavo",
         tie: str = "alternate",
+        delay: int = 0,
+        parts: dict[int, list[int]] | None = None,
     ) -> None:
+        self.delay = delay
+        self.parts = {every: list(range(len(parameters)))} if parts is None else parts
+        self.flight: tuple[int, list[int], list[list[Tensor]]] | None = None
         self.voted = [parameter.detach().clone() for parameter in parameters]
         self.own = [[torch.nn.Parameter(x.clone()) for x in self.voted] for _ in range(workers)]
         self.inner = [inner(params) for params in self.own]
@@ -175,22 +181,37 @@ class ReferenceLocalSteps:
                     parameter.grad = None if gradient is None else gradient.clone()
                 inner.step()
         self.steps += 1
-        if self.steps % self.every == 0:
-            self.vote()
+        if self.flight is not None and self.steps == self.flight[0] + self.delay:
+            self._land()
+        for turn, part in self.parts.items():
+            if self.steps % self.every == turn % self.every:
+                self.flight = (self.steps, part, [[x.detach().clone() for x in params] for params in self.own])
+                if not self.delay:
+                    self._land()
+
+    def vote(self, abstaining: Sequence[int] = ()) -> None:
+        """Of all workers but those that abstain, on all parameters."""
+        if self.flight is not None:
+            self._land()
+        self.flight = (self.steps, list(range(len(self.voted))), [[x.detach() for x in params] for params in self.own])
+        self._land(abstaining)
 
     @torch.no_grad()
-    def vote(self, abstaining: Sequence[int] = ()) -> None:
-        """Of all workers but those that abstain."""
+    def _land(self, abstaining: Sequence[int] = ()) -> None:
+        assert self.flight is not None
+        sent_after, part, sent = self.flight
         voting = [rank for rank in range(len(self.own)) if rank not in abstaining]
-        place, number = 0, -(-self.steps // self.every)
-        for index, (x, outer) in enumerate(zip(self.voted, self.outer, strict=True)):
-            moved = [(x - self.own[rank][index]).view(-1) for rank in voting]
+        place, number, self.flight = 0, -(-sent_after // self.every), None
+        for index in part:
+            x = self.voted[index]
+            moved = [(x - sent[rank][index]).view(-1) for rank in voting]
+            since = [params[index] - before[index] for params, before in zip(self.own, sent, strict=True)]
             if any(bool(d.any()) for d in moved):
                 x.grad = self._decided(moved, voting, torch.arange(place, place + x.numel()), number).view(x.shape)
-                outer.step()
+                self.outer[index].step()
                 place += x.numel()
-            for params in self.own:
-                params[index].copy_(x)
+            for params, own in zip(self.own, since, strict=True):
+                params[index].copy_(x + own)
 
     def _decided(self, moved: list[Tensor], voting: list[int], places: Tensor, number: int) -> Tensor:
         if self.aggregation == "mean":

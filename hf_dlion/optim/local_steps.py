@@ -6,9 +6,9 @@ vote on it (Yu et al., 2024, arXiv 2411.17866).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from typing_extensions import Unpack, override
 
 from ..bits.packing import BLOCK, LANES, pack_bits, unpack_bits
 from ..wire.collectives import Channel
-from ..wire.conversation import Conversation, run
+from ..wire.conversation import Conversation, one_turn, run
 from ..wire.exchange import AGGREGATIONS, EXCHANGES, TIES, Ballot, Exchange, make_exchange
 from ..wire.groups import alone
 from ..wire.sums import sum_dense
@@ -30,14 +30,14 @@ from .replica import STEP
 from .rules import RULES
 from .states import all_parameters
 from .tensors import float32_state, laid_out_state, local, local_gradient
-from .workers import VoteShares, WorkersOptions, check_known, check_range, members_of, replica_of, shares_of
+from .workers import VoteShares, WorkersOptions, check_known, check_range, members_of, replica_of, scaler_of, shares_of
 
 OUTER_AGGREGATIONS = (*AGGREGATIONS, "mean")
 
 SCALED = 256
 """Elements that share a scale."""
 
-ANCHOR, BUFFER, OWN = "anchor", "momentum_buffer", "parameter"
+ANCHOR, BUFFER, OWN, SENT = "anchor", "momentum_buffer", "parameter", "sent"
 SINCE, OUTER_LR, OUTER_MOMENTUM = "steps_since_vote", "outer_lr", "outer_momentum"
 
 _COMPARED = ("lr", "weight_decay", "betas", "momentum", "eps")
@@ -85,12 +85,19 @@ class LocalSteps(CodedMean):
     last vote for a while, and :meth:`vote` ends a round before its time. After an error in a vote, the parameters are
     x_0. Memory beyond the inner optimizer: x_0 and m in float32, and displacements while the workers vote.
 
+    With several ``fragments``, as many parts of the parameters vote in turn, each every ``every`` steps: the link
+    carries a part at a time. With a ``delay``, the workers make as many steps while a vote is on its way, and keep what
+    they have moved by since they sent it; so the parameters are the same on all workers after :meth:`vote` only, and
+    x_0 always (Streaming DiLoCo, Douillard et al., 2025, arXiv 2501.18512).
+
     Args:
         inner: any optimizer whose state is per parameter, for dense parameters that are not sharded.
         every: H, inner steps from one vote to the next.
         outer_lr: learning rate of the outer rule.
         outer_momentum: its momentum, in [0, 1).
         nesterov: whether that is Nesterov's.
+        fragments: parts of the parameters that vote in turn, at most ``every``; each is whole parameters.
+        delay: steps from sending a vote to its effect, at most those from one part's vote to the next one's.
         aggregation: ``"mavo"``, ``"avg"`` or ``"mean"``.
         tie, exchange: of the votes, as in :class:`hf_dlion.DistributedLion`; here ties alternate by default.
         process_group: the workers; if it is not given, those of the inner optimizer, if it is of this package.
@@ -112,6 +119,8 @@ class LocalSteps(CodedMean):
         outer_lr: float = 0.7,
         outer_momentum: float = 0.9,
         nesterov: bool = True,
+        fragments: int = 1,
+        delay: int = 0,
         aggregation: str = "mavo",
         tie: str = "alternate",
         exchange: str = "auto",
@@ -119,12 +128,24 @@ class LocalSteps(CodedMean):
     ) -> None:
         if type(every) is not int or every < 1:
             raise ValueError(f"every={every!r}: it is a number of steps, at least 1.")
+        if type(fragments) is not int or not 1 <= fragments <= every:
+            raise ValueError(f"fragments={fragments!r}: it is a number from 1 to every, {every}.")
+        if type(delay) is not int or not 0 <= delay <= every // fragments:
+            raise ValueError(
+                f"delay={delay!r}: it is a number of steps from 0 to every // fragments, {every // fragments}, so that "
+                "one vote at a time is on its way."
+            )
         check_known("aggregation", aggregation, OUTER_AGGREGATIONS)
         check_known("tie", tie, TIES)
         check_known("exchange", exchange, EXCHANGES)
         self.inner, self.every, self.nesterov = inner, every, nesterov
+        self.fragments, self.delay = fragments, delay
         self.aggregation, self.tie, self.exchange = aggregation, tie, exchange
         self._bad_gradient = -1
+        self._number = 0  # of the vote that is held
+        self._holding = False  # whether it is not to have its effect yet
+        self._sent: dict[int, Tensor] = {}  # x_i as it was sent, of a vote that is on its way
+        self._running: list[Conversation[None]] | None = None  # that vote; None where it is to be started
         members = members_of(inner)
         if len(members) > 1 or any(member.inner is not None for member in members):
             raise ValueError(
@@ -143,7 +164,7 @@ class LocalSteps(CodedMean):
             member.state_changed()
         outer = {OUTER_LR: outer_lr, OUTER_MOMENTUM: outer_momentum, SINCE: 0}
         options["check_replicas_steps"] = _whole_rounds(options.get("check_replicas_steps", 100), every)
-        super().__init__(inner.param_groups, outer, (ANCHOR, BUFFER), (OWN,), **options)
+        super().__init__(inner.param_groups, outer, (ANCHOR, BUFFER), (OWN, SENT), **options)
         self.state_names = (ANCHOR, BUFFER)  # what is the worker's own is its parameters, which are no state
         self.param_groups = inner.param_groups
 
@@ -184,7 +205,7 @@ class LocalSteps(CodedMean):
             with torch.enable_grad():
                 loss = closure()
         gradients = [local_gradient(parameter, self.method) for parameter in all_parameters(self)]
-        gradients, bad = self.agreement.own_gradients(gradients, replica_of(self), self.rank, *self._scaler())
+        gradients, bad = self.agreement.own_gradients(gradients, replica_of(self), self.rank, *scaler_of(self))
         self._begin(gradients)
         made = self.param_groups[0][STEP] + 1
         if bad < 0:
@@ -195,8 +216,7 @@ class LocalSteps(CodedMean):
             group[STEP] = made  # the inner one may count there, too
             group[SINCE] += 1
         self.ledger.steps += 1
-        if made % self.every == 0:
-            self.vote()
+        self._keep_schedule(made)
         return loss
 
     @override
@@ -205,13 +225,12 @@ class LocalSteps(CodedMean):
         """Vote on the steps made since the last vote, if there are any. A collective over the workers."""
         if not self.between_votes:
             return
-        displacements = self._displacements()
+        made = self.param_groups[0][STEP]
+        if flight := self._flight(self.param_groups[0]):
+            self._land(*flight)
         for group in self.param_groups:
             group[SINCE] = 0
-        for parameter in all_parameters(self):
-            local(parameter).copy_(self.state[parameter][ANCHOR])
-        overflow = torch.zeros(()) if self.agreement.scaled else None  # with a scaler, all may abstain
-        self._take_part(displacements, None, overflow)
+        self._vote_on(range(len(all_parameters(self))), made)
 
     @override
     @contextmanager
@@ -235,7 +254,9 @@ class LocalSteps(CodedMean):
 
     @override
     def options(self) -> dict[str, Any]:
-        votes = {} if self.aggregation == "mean" else {"tie": self.tie, "exchange": self.exchange}
+        votes: dict[str, Any] = {} if self.aggregation == "mean" else {"tie": self.tie, "exchange": self.exchange}
+        if self.fragments > 1 or self.delay:
+            votes |= {"fragments": self.fragments, "delay": self.delay}
         outer = {"every": self.every, "nesterov": self.nesterov, "aggregation": self.aggregation, **votes}
         return outer | super().options()
 
@@ -259,6 +280,8 @@ class LocalSteps(CodedMean):
         if self.between_votes:
             for index, parameter in enumerate(all_parameters(self)):
                 own["state"][index][OWN] = local(parameter).detach().clone()
+            for index, sent in self._sent.items():
+                own["state"][index][SENT] = sent.clone()
         return own | {"inner": self.inner.state_dict()}
 
     @override
@@ -272,9 +295,16 @@ class LocalSteps(CodedMean):
         self.inner.load_state_dict(state_dict["inner"])
         self.inner.param_groups = self.param_groups
         for index, parameter in enumerate(all_parameters(self)):
-            saved = own["state"].get(index, {}).get(OWN)
-            if saved is not None:
-                local(parameter).copy_(saved)
+            saved = own["state"].get(index, {})
+            if OWN in saved:
+                local(parameter).copy_(saved[OWN])
+            if SENT in saved:
+                self._sent[index] = torch.empty_like(local(parameter)).copy_(saved[SENT])
+
+    @override
+    def common_parameters(self) -> list[Tensor]:
+        """x_0; before there is any, the parameters."""
+        return [self.state[p][ANCHOR] if ANCHOR in self.state[p] else local(p) for p in all_parameters(self)]
 
     @override
     def saved_tensors(self, group: Mapping[str, Any]) -> Iterator[tuple[int, str, Tensor]]:
@@ -285,35 +315,141 @@ class LocalSteps(CodedMean):
                 yield index, name, tensor
         if between:
             yield from ((index, OWN, local(parameter).detach()) for index, parameter in enumerate(all_parameters(self)))
+            _, flying = self._flight(group) or (0, ())
+            for index in flying:
+                yield index, SENT, self._sent.setdefault(index, torch.empty_like(local(all_parameters(self)[index])))
 
     @override
     def forget_own(self, index: int, name: str, tensor: Tensor) -> None:
         """As the parent; the parameters become x_0."""
         tensor.copy_(self.state[all_parameters(self)[index]][ANCHOR])
 
+    @override
+    def state_changed(self) -> None:
+        super().state_changed()
+        self._running = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_running": None}
+
     def _begin(self, gradients: Sequence[Tensor | None]) -> None:
         """Before an inner step: keep the parameters that a round starts from, and find out whether the ranks fit."""
         plan = self._current_plan()
         self.make_state()
-        anchors = [self.state[parameter][ANCHOR] for parameter in all_parameters(self)]
         if not self.between_votes:
-            for parameter, anchor in zip(all_parameters(self), anchors, strict=True):
-                anchor.copy_(local(parameter))
+            self._agree(range(len(all_parameters(self))))
         if plan.channel is not None and not self.agreement.handshake_done:
-            replica = replace(replica_of(self), parameters=anchors)
-            self.agreement.shake_hands(plan.channel, replica, gradients, plan.compiled)
+            self.agreement.shake_hands(plan.channel, replica_of(self), gradients, plan.compiled)
 
-    def _displacements(self) -> list[Tensor | None]:
-        """Of each parameter in float32, None where it has not moved."""
+    def _agree(self, indices: Iterable[int]) -> None:
+        """Take these parameters for x_0."""
+        for parameter in (all_parameters(self)[index] for index in indices):
+            self.state[parameter][ANCHOR].copy_(local(parameter))
+
+    def _go_back(self, indices: Iterable[int]) -> None:
+        """Make these parameters x_0."""
+        for parameter in (all_parameters(self)[index] for index in indices):
+            local(parameter).copy_(self.state[parameter][ANCHOR])
+
+    def _keep_schedule(self, made: int) -> None:
+        """After so many steps: the vote on its way goes on, or has its effect; and the part votes whose turn it is."""
+        group = self.param_groups[0]
+        if flight := self._flight({STEP: made - 1, SINCE: group[SINCE] - 1}):
+            if made == flight[0] + self.delay:
+                self._land(*flight)
+            elif self._running is None:
+                self._depart(flight[0])
+            else:
+                self._running = one_turn(self._running)
+        part = self._part(made)
+        if part and self.delay:
+            self._sent = {index: local(all_parameters(self)[index]).clone() for index in part}
+            self._depart(made)
+        elif part and self.fragments > 1:
+            self._vote_on(part, made)
+        elif part:
+            self.vote()
+
+    def _part(self, made: int) -> list[int]:
+        """The indices of the parameters that vote after so many steps."""
+        turns = [(1 + fragment) * self.every // self.fragments % self.every for fragment in range(self.fragments)]
+        if made % self.every not in turns:
+            return []
+        chosen, place, part = turns.index(made % self.every), 0, []
+        total = sum(parameter.numel() for parameter in all_parameters(self))
+        for index, parameter in enumerate(all_parameters(self)):
+            middle = place + parameter.numel() / 2
+            place += parameter.numel()
+            if min(int(middle * self.fragments / max(total, 1)), self.fragments - 1) == chosen:
+                part.append(index)
+        return part
+
+    def _flight(self, group: Mapping[str, Any]) -> tuple[int, list[int]] | None:
+        """After how many steps the vote was sent that is on its way, and of which parameters; None if there is none."""
+        for age in range(min(self.delay, group[SINCE])):
+            if part := self._part(group[STEP] - age):
+                return group[STEP] - age, part
+        return None
+
+    def _vote_on(self, indices: Sequence[int], made: int) -> None:
+        """Vote on these parameters, which become x_0."""
+        displacements = self._displacements({index: local(all_parameters(self)[index]) for index in indices})
+        self._go_back(indices)
+        self._number = -(-made // self.every)
+        self._take_part(displacements, None, self._overflow())
+        self._agree(indices)
+
+    def _depart(self, made: int) -> None:
+        """Send the votes on what has been kept for it after so many steps."""
+        self._number, self._holding = -(-made // self.every), True
+        try:
+            self._take_part(self._displacements(self._sent), None, self._overflow())
+        except BaseException:
+            self._sent, self._holding = {}, False
+            raise
+
+    def _land(self, made: int, indices: Sequence[int]) -> None:
+        """Let the votes sent after so many steps have their effect; what was moved by since then is kept."""
+        if self._running is None:
+            self._depart(made)
+        plan, parameters = self._current_plan(), all_parameters(self)
+        since = {index: local(parameters[index]).float() - self._sent[index].float() for index in indices}
+        self._go_back(indices)
+        plan.views.follow([local(p) for p in parameters], [self.state[p] for p in parameters])
+        self._holding = False
+        while self._running:
+            self._running = one_turn(self._running)
+        self._agree(indices)
+        for index, moved in since.items():
+            local(parameters[index]).copy_(self.state[parameters[index]][ANCHOR] + moved)
+        self._sent, self._running = {}, None
+
+    def _overflow(self) -> Tensor | None:
+        """For a vote, where a gradient scaler calls: with one, all may abstain."""
+        return torch.zeros(()) if self.agreement.scaled else None
+
+    @override
+    def _converse(self, conversations: Iterable[Conversation[None]]) -> None:
+        if self._holding:
+            self._running = one_turn(conversations)
+        else:
+            super()._converse(conversations)
+
+    def _displacements(self, own: Mapping[int, Tensor]) -> list[Tensor | None]:
+        """Of each parameter in float32, from x_0 to this worker's own, by index; None where it has not moved."""
         parameters = all_parameters(self)
-        moved = [laid_out_state(p, self.state[p][ANCHOR]) - local(p).float() for p in parameters]
-        found = torch.stack([one.any() for one in moved]).tolist() if moved else []
+        moved = {
+            i: laid_out_state(parameters[i], self.state[parameters[i]][ANCHOR]) - x.float() for i, x in own.items()
+        }
+        found = torch.stack([one.any() for one in moved.values()]).tolist() if moved else []
+        given: list[Tensor | None] = [None] * len(parameters)
+        for (index, displacement), there in zip(moved.items(), found, strict=True):
+            given[index] = displacement if there else None
         bad, self._bad_gradient = self._bad_gradient, -1
         raises = self.agreement.on_bad_gradient == "raise" and not self.agreement.scaled
         if bad >= 0 and (raises or not any(found)):
-            moved[bad].fill_(torch.nan)
-            found[bad] = True
-        return [one if there else None for one, there in zip(moved, found, strict=True)]
+            given[bad] = torch.full_like(local(parameters[bad]), torch.nan)
+        return given
 
     @override
     def _make_plan(self, channel: Channel | None) -> LocalPlan:
@@ -341,17 +477,18 @@ class LocalSteps(CodedMean):
     def _mean(self, channel: Channel | None, voters: Sequence[int], share: Share) -> Conversation[Tensor]:
         flat = torch.cat(share.gradients)
         if self.aggregation == "mean":
-            return flat if channel is None else (yield from sum_dense(channel, flat, voters)).div_(len(voters))
-        scales = torch.cat([_of_elements(share.shared[span.parameter], span) for span in share.spans])
-        if channel is None:
-            return flat.sign_().mul_(scales)
-        return (yield from self._decided(channel, voters, flat, -(-share.step // self.every))).mul_(scales)
+            mean = flat if channel is None else (yield from sum_dense(channel, flat, voters)).div_(len(voters))
+        else:
+            scales = torch.cat([_of_elements(share.shared[span.parameter], span) for span in share.spans])
+            mean = flat.sign_() if channel is None else (yield from self._decided(channel, voters, flat))
+            mean.mul_(scales)
+        while self._holding:
+            yield
+        return mean
 
-    def _decided(
-        self, channel: Channel, voters: Sequence[int], displacement: Tensor, number: int
-    ) -> Conversation[Tensor]:
-        """D, float32, by the signs of what the workers moved by; ``number`` is that of the vote."""
-        plan = self._plan
+    def _decided(self, channel: Channel, voters: Sequence[int], displacement: Tensor) -> Conversation[Tensor]:
+        """D, float32, by the signs of what the workers moved by."""
+        plan, number = self._plan, self._number
         assert isinstance(plan, LocalPlan)
         assert plan.exchange is not None
         size = len(displacement)

@@ -111,6 +111,10 @@ class StatefulOptimizer(Optimizer, ABC):
         """Lets the model have the parameters of the last vote, the same on all workers: to evaluate or to save it."""
         yield
 
+    def common_parameters(self) -> list[Tensor]:
+        """What must be the same on all workers: the parameters, or those of the last vote."""
+        return [local(parameter) for parameter in all_parameters(self)]
+
     def saved_tensors(self, group: Mapping[str, Any]) -> Iterator[tuple[int, str, Tensor]]:
         """What a checkpoint has of this worker: index of the parameter, name, and the tensor to read or to fill.
 

@@ -195,7 +195,7 @@ class WorkersOptimizer(StatefulOptimizer):
             with torch.enable_grad():
                 loss = closure()
         gradients = [local_gradient(parameter, self.method) for parameter in all_parameters(self)]
-        self._take_part(gradients, *self._scaler())
+        self._take_part(gradients, *scaler_of(self))
         for group in self.param_groups:
             group[STEP] += 1
         self.ledger.steps += 1
@@ -223,10 +223,6 @@ class WorkersOptimizer(StatefulOptimizer):
     def _conversations(self, plan: Any, inputs: StepInputs) -> Iterable[Conversation[None]]:
         """What is said in a step, bucket by bucket, and done with it."""
 
-    def _scaler(self) -> list[Tensor | None]:
-        """What a gradient scaler has left here while it calls: its scale, and whether it found an overflow."""
-        return [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
-
     def _take_part(self, gradients: list[Tensor | None], *scaler: Tensor | None) -> None:
         """Exchange and update with these gradients, as far as they are good."""
         plan = self._current_plan()
@@ -253,7 +249,10 @@ class WorkersOptimizer(StatefulOptimizer):
             self.agreement.check_alone(inputs, self.process_group is None)
         else:
             plan.compiled = self.agreement.shake_hands(plan.channel, replica, gradients, plan.compiled)
-        side_by_side(self._conversations(plan, inputs))
+        self._converse(self._conversations(plan, inputs))
+
+    def _converse(self, conversations: Iterable[Conversation[None]]) -> None:
+        side_by_side(conversations)
 
     def _current_plan(self) -> Plan:
         plan, layout = self._plan, layout_of([local(parameter) for parameter in all_parameters(self)])
@@ -274,7 +273,21 @@ def replica_of(optimizer: WorkersOptimizer, shards: Shards | None = None) -> Rep
     """
     held = [local(parameter) for parameter in all_parameters(optimizer)]
     names, hypers = optimizer.parameter_names, optimizer.hyperparameters()
-    return Replica(optimizer.method, optimizer.options(), optimizer.param_groups, hypers, held, names, shards)
+    return Replica(
+        optimizer.method,
+        optimizer.options(),
+        optimizer.param_groups,
+        hypers,
+        held,
+        names,
+        shards,
+        optimizer.common_parameters(),
+    )
+
+
+def scaler_of(optimizer: WorkersOptimizer) -> list[Tensor | None]:
+    """What a gradient scaler leaves while it calls a step: its scale, and whether it found an overflow."""
+    return [getattr(optimizer, name, None) for name in ("grad_scale", "found_inf")]
 
 
 def shares_of(exchange: Exchange, shards: Shards | None) -> VoteShares | None:

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 _FOREIGN = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules")
 
-_OUTER = ("outer_learning_rate", "outer_momentum", "outer_aggregation")
+_OUTER = ("outer_learning_rate", "outer_momentum", "local_fragments", "local_delay", "outer_aggregation")
 
 _NOT_INNER = {
     "lomo": "it steps during backward, and keeps no gradient",
@@ -122,6 +122,17 @@ class DLionArgumentsMixin:
     )
     outer_momentum: float = field(
         default=0.9, metadata={"help": "With local_steps, the Nesterov momentum of those moves; 0: none."}
+    )
+    local_fragments: int = field(
+        default=1,
+        metadata={"help": "With local_steps, parts of the parameters that vote in turn, each every so many steps."},
+    )
+    local_delay: int = field(
+        default=0,
+        metadata={
+            "help": "With local_steps, steps that the workers make while a vote is on its way; at most local_steps "
+            "over local_fragments."
+        },
     )
     outer_aggregation: str = field(
         default="mavo",

@@ -217,6 +217,8 @@ def local_steps_options(arguments: Any) -> dict[str, Any]:
         "every": arguments.local_steps,
         "outer_lr": arguments.outer_learning_rate,
         "outer_momentum": arguments.outer_momentum,
+        "fragments": arguments.local_fragments,
+        "delay": arguments.local_delay,
         "aggregation": arguments.outer_aggregation,
         "tie": "alternate" if arguments.vote_tie == "auto" else arguments.vote_tie,
         "exchange": arguments.vote_exchange,

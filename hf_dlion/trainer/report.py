@@ -26,6 +26,8 @@ _OF_LOCAL_STEPS = {
     "outer_lr": "outer_learning_rate",
     "outer_momentum": "outer_momentum",
     "nesterov": "outer_nesterov",
+    "fragments": "local_fragments",
+    "delay": "local_delay",
     "aggregation": "outer_aggregation",
     "tie": "tie",
     "exchange": "exchange",

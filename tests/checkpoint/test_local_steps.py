@@ -41,13 +41,15 @@ def counting(params: Any, **_: Any) -> torch.optim.Optimizer:
     return Counting(params, lr=1e-2, momentum=0.9)
 
 
-def method(inner: Callable[..., Any], every: int = 4) -> Callable[..., LocalSteps]:
-    return lambda given, **keywords: LocalSteps(inner(given), every=every, **keywords)
+def method(inner: Callable[..., Any]) -> Callable[..., LocalSteps]:
+    return lambda given, **keywords: LocalSteps(inner(given), **{"every": 4, **keywords})
 
 
-def made(inner: Callable[..., Any], workers: int) -> tuple[list[nn.Parameter], Any]:
+def made(inner: Callable[..., Any], workers: int, **options: Any) -> tuple[list[nn.Parameter], Any]:
     params = parameters()
-    return params, VirtualWorkers(params, workers, method(inner)) if workers > 1 else method(inner)(params)
+    if workers == 1:
+        return params, method(inner)(params, **options)
+    return params, VirtualWorkers(params, workers, method(inner), **options)
 
 
 def go_on(params: list[nn.Parameter], optimizer: Any, steps: range, rank: int | None = None) -> list[Tensor]:
@@ -83,6 +85,37 @@ def test_goes_on_as_if_never_stopped(inner: Callable[..., Any], steps: int, tmp_
     assert all(map(torch.equal, go_on(others, other, range(steps, 11)), whole))
     for one, another in zip(optimizer.members, other.members, strict=True):
         assert all(map(torch.equal, own_parameters(one), own_parameters(another)))
+
+
+STREAMING = {"every": 6, "fragments": 3, "delay": 2}  # votes are sent after 2, 4 and 6 steps of a round
+
+
+@pytest.mark.parametrize("steps", [2, 5, 9])
+def test_goes_on_with_a_vote_on_its_way(steps: int, tmp_path: Path) -> None:
+    params, optimizer = made(adamw, 3, **STREAMING)
+    go_on(params, optimizer, range(steps))
+    save_workers(tmp_path, optimizer)
+    names = load_file(tmp_path / "worker_00001_of_00003.safetensors").keys()
+    assert [name for name in names if name.endswith("sent")] == {2: ["0.sent", "1.sent"], 5: ["2.sent"]}.get(
+        steps, ["0.sent", "1.sent"]
+    )
+    others, other = made(adamw, 3, **STREAMING)
+    load_workers(tmp_path, other)
+    whole = go_on(params, optimizer, range(steps, 13))
+    assert all(map(torch.equal, go_on(others, other, range(steps, 13)), whole))
+    optimizer.vote()
+    other.vote()
+    for one, another in zip(optimizer.members, other.members, strict=True):
+        assert all(map(torch.equal, own_parameters(one), params))
+        assert all(map(torch.equal, own_parameters(another), params))
+    for policy in ("mean", "reset"):
+        _, fewer = made(adamw, 2, **STREAMING)
+        load_workers(tmp_path, fewer, resume_world_size_policy=policy)
+        own = own_parameters(fewer.members[0])
+        go_on(own, fewer, range(steps, 13))
+        fewer.vote()
+        assert all(map(torch.equal, own, own_parameters(fewer.members[1])))
+        assert all(parameter.isfinite().all() for parameter in own)
 
 
 def in_process(rank: int, folder: str, write: bool) -> list[Tensor]:

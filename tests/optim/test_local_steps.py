@@ -59,7 +59,18 @@ VARIANTS: dict[str, tuple[Inner, dict[str, Any]]] = {
     "signs of muon": (signed_muon, {"every": 2, "outer_momentum": 0.0}),
     "lion": (lion, {"every": 5, "outer_lr": 1.0}),
     "sgd": (sgd, {"every": 4}),
+    "fragments": (adamw, {"every": 5, "fragments": 3}),
+    "delay": (adamw, {"every": 4, "delay": 3}),
+    "streaming": (muon, {"every": 6, "fragments": 3, "delay": 2}),
+    "streaming means": (adamw, {"every": 4, "fragments": 2, "delay": 1, "aggregation": "mean"}),
 }
+
+PARTS: dict[str, dict[int, list[int]]] = {
+    "fragments": {1: [0, 1], 3: [2], 5: [3, 4]},
+    "streaming": {2: [0, 1, 3], 4: [2], 6: [4]},
+    "streaming means": {2: [0, 1, 2], 4: [3, 4]},
+}
+"""By steps of a round, which parameters vote after so many."""
 
 
 def received(rank: int, step: int) -> list[torch.Tensor | None]:
@@ -106,13 +117,11 @@ def in_process(rank: int, interrupted: bool = False) -> dict[str, Any]:
 
 def reference(name: str, workers: int) -> ReferenceLocalSteps:
     inner, options = VARIANTS[name]
-    own = {"exchange"} & options.keys()
+    own = {"exchange", "fragments"} & options.keys()
     ours = {"process_group": alone()}
+    given = {name: value for name, value in options.items() if name not in own}
     return ReferenceLocalSteps(
-        parameters(),
-        workers,
-        lambda params: inner(params, **ours),
-        **{k: v for k, v in options.items() if k not in own},
+        parameters(), workers, lambda params: inner(params, **ours), **given, parts=PARTS.get(name)
     )
 
 
@@ -351,6 +360,8 @@ def test_inner_optimizers_that_are_refused() -> None:
     [
         ({"every": 0}, "every=0: it is a number of steps"),
         ({"every": 2.5}, "every=2.5"),
+        ({"fragments": 3}, "fragments=3: it is a number from 1 to every, 2"),
+        ({"fragments": 2, "delay": 2}, "delay=2: it is a number of steps from 0 to every // fragments, 1"),
         ({"outer_lr": -1.0}, "outer_lr=-1.0: it cannot be negative"),
         ({"outer_momentum": 1.0}, "outer_momentum=1.0"),
         ({"aggregation": "median"}, "aggregation='median'.*'mean'"),
@@ -394,12 +405,14 @@ def test_a_scheduler_and_the_inner_optimizer_share_the_groups() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("delay", [0, 2])
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
-def test_a_copy_goes_on_as_the_original(copied: Callable[[Any], Any], workers: int) -> None:
+def test_a_copy_goes_on_as_the_original(copied: Callable[[Any], Any], delay: int, workers: int) -> None:
     params = parameters()
-    optimizer: Any = (
-        LocalSteps(adamw(params), every=4) if workers == 1 else VirtualWorkers(params, 2, by_adamw, every=4)
-    )
+    options: dict[str, Any] = {"every": 4 - delay // 2, "delay": delay}  # with a delay, a vote is on its way
+    optimizer: Any = LocalSteps(adamw(params), **options)
+    if workers > 1:
+        optimizer = VirtualWorkers(params, 2, by_adamw, **options)
 
     def step(params: Any, optimizer: Any, number: int) -> None:
         for rank in range(workers):

@@ -38,6 +38,7 @@ def test_bitwise_what_processes_train(tmp_path: Path) -> None:
         {"optim": "adamw_torch", "outer_aggregation": "mean"},
         {"optim": "dmuon_mavo", "outer_aggregation": "avg", "local_steps": 1, "outer_momentum": 0.0},
         {"optim": "dlion_mavo", "bf16": True, "vote_tie": "zero", "vote_exchange": "gather"},
+        {"optim": "gmuon", "local_fragments": 2, "local_delay": 1},
     ]
     processes = run_workers(train_all, 2, str(tmp_path), variants)
     for index, own in enumerate(variants):
@@ -132,6 +133,7 @@ def stop_and_go_on(rank: int, folder: str, options: dict[str, Any]) -> list[torc
     [
         {"optim": "gmuon", "virtual_workers": 3},
         {"optim": "dlion_avg", "virtual_workers": 2, "bf16": True, "outer_aggregation": "mean"},
+        {"optim": "gmuon", "virtual_workers": 2, "local_delay": 3},
     ],
 )
 def test_resumed_in_a_round_is_as_never_stopped(options: dict[str, Any], tmp_path: Path) -> None:
@@ -196,6 +198,7 @@ def test_an_optimizer_without_local_steps_is_refused(tmp_path: Path) -> None:
     [
         ({"local_steps": -1}, "local_steps=-1: it is a number of steps"),
         ({"local_steps": 0, "outer_momentum": 0.5}, "outer_momentum=0.5 without local_steps would change nothing"),
+        ({"local_steps": 0, "local_delay": 1}, "local_delay=1 without local_steps would change nothing"),
         ({"local_steps": 4, "outer_aggregation": "median"}, "outer_aggregation='median'.*'mean'"),
         ({"local_steps": 4, "optim": "lomo"}, "local_steps=4 with optim='lomo'.*steps during backward"),
         ({"local_steps": 4, "optim": "schedule_free_adamw"}, "schedule_free_adamw'.*others for training"),
