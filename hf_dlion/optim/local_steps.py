@@ -83,7 +83,8 @@ class LocalSteps(CodedMean):
 
     Between votes, the parameters differ from worker to worker. :meth:`voted_parameters` gives the model those of the
     last vote for a while, and :meth:`vote` ends a round before its time. After an error in a vote, the parameters are
-    x_0. Memory beyond the inner optimizer: x_0 and m in float32, and displacements while the workers vote.
+    x_0; with a delay, they stay the worker's own. Memory beyond the inner optimizer: x_0 and m in float32, and
+    displacements while the workers vote.
 
     With several ``fragments``, as many parts of the parameters vote in turn, each every ``every`` steps: the link
     carries a part at a time. With a ``delay``, the workers make as many steps while a vote is on its way, and keep what
@@ -235,16 +236,18 @@ class LocalSteps(CodedMean):
     @override
     @contextmanager
     def voted_parameters(self) -> Iterator[None]:
-        between = self.between_votes
-        own = [local(parameter).detach().clone() for parameter in all_parameters(self)] if between else []
+        if not self.between_votes:
+            yield
+            return
+        parameters = all_parameters(self)
+        own = [local(parameter).detach().clone() for parameter in parameters]
         with torch.no_grad():
-            for parameter, _ in zip(all_parameters(self), own, strict=False):
-                local(parameter).copy_(self.state[parameter][ANCHOR])
+            self._go_back(range(len(parameters)))
         try:
             yield
         finally:
             with torch.no_grad():
-                for parameter, before in zip(all_parameters(self), own, strict=False):
+                for parameter, before in zip(parameters, own, strict=True):
                     local(parameter).copy_(before)
 
     @override
@@ -294,6 +297,7 @@ class LocalSteps(CodedMean):
         super().load_state_dict(own)
         self.inner.load_state_dict(state_dict["inner"])
         self.inner.param_groups = self.param_groups
+        self._sent = {}
         for index, parameter in enumerate(all_parameters(self)):
             saved = own["state"].get(index, {})
             if OWN in saved:
@@ -314,10 +318,10 @@ class LocalSteps(CodedMean):
             if between or name != ANCHOR:
                 yield index, name, tensor
         if between:
-            yield from ((index, OWN, local(parameter).detach()) for index, parameter in enumerate(all_parameters(self)))
+            parameters = [local(parameter).detach() for parameter in all_parameters(self)]
+            yield from ((index, OWN, parameter) for index, parameter in enumerate(parameters))
             _, flying = self._flight(group) or (0, ())
-            for index in flying:
-                yield index, SENT, self._sent.setdefault(index, torch.empty_like(local(all_parameters(self)[index])))
+            yield from ((i, SENT, self._sent.setdefault(i, torch.empty_like(parameters[i]))) for i in flying)
 
     @override
     def forget_own(self, index: int, name: str, tensor: Tensor) -> None:
@@ -343,12 +347,14 @@ class LocalSteps(CodedMean):
 
     def _agree(self, indices: Iterable[int]) -> None:
         """Take these parameters for x_0."""
-        for parameter in (all_parameters(self)[index] for index in indices):
+        parameters = all_parameters(self)
+        for parameter in (parameters[index] for index in indices):
             self.state[parameter][ANCHOR].copy_(local(parameter))
 
     def _go_back(self, indices: Iterable[int]) -> None:
         """Make these parameters x_0."""
-        for parameter in (all_parameters(self)[index] for index in indices):
+        parameters = all_parameters(self)
+        for parameter in (parameters[index] for index in indices):
             local(parameter).copy_(self.state[parameter][ANCHOR])
 
     def _keep_schedule(self, made: int) -> None:
@@ -361,9 +367,9 @@ class LocalSteps(CodedMean):
                 self._depart(flight[0])
             else:
                 self._running = one_turn(self._running)
-        part = self._part(made)
+        part, parameters = self._part(made), all_parameters(self)
         if part and self.delay:
-            self._sent = {index: local(all_parameters(self)[index]).clone() for index in part}
+            self._sent = {index: local(parameters[index]).clone() for index in part}
             self._depart(made)
         elif part and self.fragments > 1:
             self._vote_on(part, made)
@@ -375,7 +381,8 @@ class LocalSteps(CodedMean):
         turns = [(1 + fragment) * self.every // self.fragments % self.every for fragment in range(self.fragments)]
         if made % self.every not in turns:
             return []
-        chosen, place, part = turns.index(made % self.every), 0, []
+        chosen, place = turns.index(made % self.every), 0
+        part: list[int] = []
         total = sum(parameter.numel() for parameter in all_parameters(self))
         for index, parameter in enumerate(all_parameters(self)):
             middle = place + parameter.numel() / 2
@@ -393,9 +400,10 @@ class LocalSteps(CodedMean):
 
     def _vote_on(self, indices: Sequence[int], made: int) -> None:
         """Vote on these parameters, which become x_0."""
-        displacements = self._displacements({index: local(all_parameters(self)[index]) for index in indices})
+        parameters = all_parameters(self)
+        displacements = self._displacements({index: local(parameters[index]) for index in indices})
         self._go_back(indices)
-        self._number = -(-made // self.every)
+        self._number, self._holding = -(-made // self.every), False
         self._take_part(displacements, None, self._overflow())
         self._agree(indices)
 
@@ -405,13 +413,14 @@ class LocalSteps(CodedMean):
         try:
             self._take_part(self._displacements(self._sent), None, self._overflow())
         except BaseException:
-            self._sent, self._holding = {}, False
+            self._sent = {}
             raise
 
     def _land(self, made: int, indices: Sequence[int]) -> None:
         """Let the votes sent after so many steps have their effect; what was moved by since then is kept."""
         if self._running is None:
             self._depart(made)
+        indices = [index for index in indices if index in self._sent]  # none, where sending has failed
         plan, parameters = self._current_plan(), all_parameters(self)
         since = {index: local(parameters[index]).float() - self._sent[index].float() for index in indices}
         self._go_back(indices)

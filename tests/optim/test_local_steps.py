@@ -498,3 +498,36 @@ def test_bits_are_an_H_th() -> None:
         assert bits / 16 < sent < bits / 16 * 1.02, (aggregation, workers, sent)
         if aggregation == "mavo" and workers == 4:
             assert sent < 0.2
+
+
+def test_an_error_with_a_delay_ends_its_vote_and_no_other() -> None:
+    parameter, optimizer = one(2, 2, on_bad_gradient="raise", delay=1)
+    step_once(parameter, optimizer, [1.0, torch.inf])
+    with pytest.raises(FloatingPointError, match="rank 1: the gradient of parameter 0"):
+        step_once(parameter, optimizer, [1.0, 2.0])
+    torch.testing.assert_close(parameter.detach(), torch.full((300,), -2.0))  # the first worker's own
+    for _ in range(3):
+        step_once(parameter, optimizer, [1.0, 2.0])
+    # Sent after 4 steps, the first worker has moved by 4, the second by 6; one step more since then.
+    torch.testing.assert_close(parameter.detach(), torch.full((300,), -0.7 * 5.0 - 1.0))
+    optimizer.vote()
+    torch.testing.assert_close(parameter.detach(), torch.full((300,), -0.7 * 5.0 - 0.7 * 1.5))
+
+
+def converted_on_its_way(rank: int) -> list[torch.Tensor]:
+    parameter = nn.Parameter(torch.zeros(300))
+    optimizer = LocalSteps(torch.optim.SGD([parameter], lr=1.0), every=4, outer_momentum=0.0, delay=2)
+    for step in range(8):
+        if step == 5:
+            parameter.data = parameter.data.bfloat16()
+        parameter.grad = torch.full_like(parameter, 1.0 + rank)
+        optimizer.step()
+    optimizer.vote()
+    return [parameter.detach(), optimizer.state[parameter]["anchor"]]
+
+
+def test_a_conversion_with_a_vote_on_its_way() -> None:
+    first, second = run_workers(converted_on_its_way, 2)
+    assert first[0].dtype == torch.bfloat16
+    assert all(map(torch.equal, first, second))
+    torch.testing.assert_close(first[1], torch.full((300,), -0.7 * 2 * 6.0), rtol=2e-2, atol=0)
