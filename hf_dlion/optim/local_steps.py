@@ -30,7 +30,17 @@ from .replica import STEP
 from .rules import RULES
 from .states import all_parameters
 from .tensors import float32_state, laid_out_state, local, local_gradient
-from .workers import VoteShares, WorkersOptions, check_known, check_range, members_of, replica_of, scaler_of, shares_of
+from .workers import (
+    VoteShares,
+    WorkersOptimizer,
+    WorkersOptions,
+    check_known,
+    check_range,
+    members_of,
+    replica_of,
+    scaler_of,
+    shares_of,
+)
 
 OUTER_AGGREGATIONS = (*AGGREGATIONS, "mean")
 
@@ -127,15 +137,7 @@ class LocalSteps(CodedMean):
         exchange: str = "auto",
         **options: Unpack[WorkersOptions],
     ) -> None:
-        if type(every) is not int or every < 1:
-            raise ValueError(f"every={every!r}: it is a number of steps, at least 1.")
-        if type(fragments) is not int or not 1 <= fragments <= every:
-            raise ValueError(f"fragments={fragments!r}: it is a number from 1 to every, {every}.")
-        if type(delay) is not int or not 0 <= delay <= every // fragments:
-            raise ValueError(
-                f"delay={delay!r}: it is a number of steps from 0 to every // fragments, {every // fragments}, so that "
-                "one vote at a time is on its way."
-            )
+        _check_schedule(every, fragments, delay)
         check_known("aggregation", aggregation, OUTER_AGGREGATIONS)
         check_known("tie", tie, TIES)
         check_known("exchange", exchange, EXCHANGES)
@@ -147,19 +149,7 @@ class LocalSteps(CodedMean):
         self._holding = False  # whether it is not to have its effect yet
         self._sent: dict[int, Tensor] = {}  # x_i as it was sent, of a vote that is on its way
         self._running: list[Conversation[None]] | None = None  # that vote; None where it is to be started
-        members = members_of(inner)
-        if len(members) > 1 or any(member.inner is not None for member in members):
-            raise ValueError(
-                f"LocalSteps around a {type(inner).__name__}: its inner optimizer is that of one worker, without local "
-                "steps of its own. Virtual workers are made around it: VirtualWorkers(params, N, method), whose method "
-                "makes a LocalSteps."
-            )
-        if callable(getattr(inner, "train", None)):
-            raise ValueError(
-                f"LocalSteps around a {type(inner).__name__}: its parameters are others for training than for "
-                "evaluation, and a vote is on one. Take an inner optimizer without schedule-free averages."
-            )
-        for member in members:
+        for member in _members_to_take_in(inner):
             options.setdefault("process_group", member.process_group)
             member.process_group = alone()
             member.state_changed()
@@ -365,8 +355,8 @@ class LocalSteps(CodedMean):
                 self._land(*flight)
             elif self._running is None:
                 self._depart(flight[0])
-            else:
-                self._running = one_turn(self._running)
+            elif made == flight[0] + (1 + self.delay) // 2:
+                self._running = one_turn(self._running)  # of two rounds, each has half of the delay
         part, parameters = self._part(made), all_parameters(self)
         if part and self.delay:
             self._sent = {index: local(parameters[index]).clone() for index in part}
@@ -525,6 +515,40 @@ class LocalSteps(CodedMean):
     ) -> None:
         outer = {"lr": group[OUTER_LR], "momentum": group[OUTER_MOMENTUM], "weight_decay": 0.0}
         RULES["sgd"].apply(parameters, means, states, outer | {"nesterov": self.nesterov})
+
+
+def _check_schedule(every: int, fragments: int, delay: int) -> None:
+    """Raise ValueError unless so many parts can vote in turn, each every so many steps, with this delay."""
+    if type(every) is not int or every < 1:
+        raise ValueError(f"every={every!r}: it is a number of steps, at least 1.")
+    if type(fragments) is not int or not 1 <= fragments <= every:
+        raise ValueError(f"fragments={fragments!r}: it is a number from 1 to every, {every}.")
+    if type(delay) is not int or not 0 <= delay <= every // fragments:
+        raise ValueError(
+            f"delay={delay!r}: it is a number of steps from 0 to every // fragments, {every // fragments}, so that "
+            "one vote at a time is on its way."
+        )
+
+
+def _members_to_take_in(inner: Optimizer) -> Sequence[WorkersOptimizer]:
+    """The one worker of an inner optimizer of this package, none of others.
+
+    Raises:
+        ValueError: the optimizer cannot be an inner one.
+    """
+    members = members_of(inner)
+    if len(members) > 1 or any(member.inner is not None for member in members):
+        raise ValueError(
+            f"LocalSteps around a {type(inner).__name__}: its inner optimizer is that of one worker, without local "
+            "steps of its own. Virtual workers are made around it: VirtualWorkers(params, N, method), whose method "
+            "makes a LocalSteps."
+        )
+    if callable(getattr(inner, "train", None)):
+        raise ValueError(
+            f"LocalSteps around a {type(inner).__name__}: its parameters are others for training than for "
+            "evaluation, and a vote is on one. Take an inner optimizer without schedule-free averages."
+        )
+    return members
 
 
 def _whole_rounds(steps: int, every: int) -> int:

@@ -97,18 +97,22 @@ def _own_results(report: dict[str, Any], about: dict[str, Any]) -> list[EvalResu
     ]
 
 
-def _body(name: str, report: dict[str, Any], datasets: list[str], curve: bool) -> str:
-    method, every = report["method"], report["method_options"].get("local_steps")
-    if every:
-        do = "average" if report["method_options"]["outer_aggregation"] == "mean" else "vote on"
-        how = (
+def _how(report: dict[str, Any]) -> str:
+    """In one sentence, how it was trained."""
+    method, options = report["method"], report["method_options"]
+    if every := options.get("local_steps"):
+        do = "average" if options["outer_aggregation"] == "mean" else "vote on"
+        return (
             f'Trained with `optim="{method}"` and `local_steps={every}` of hf_dlion: each worker steps by itself, and '
             f"every {every} steps they {do} how far they have come."
         )
-    elif method in METHODS:
-        how = f'Trained with `optim="{method}"` of hf_dlion ({METHODS[method].summary}), as in {_PAPER}.'
-    else:
-        how = f'Trained with `optim="{method}"` of transformers, with averaged gradients.'
+    if method in METHODS:
+        return f'Trained with `optim="{method}"` of hf_dlion ({METHODS[method].summary}), as in {_PAPER}.'
+    return f'Trained with `optim="{method}"` of transformers, with averaged gradients.'
+
+
+def _body(name: str, report: dict[str, Any], datasets: list[str], curve: bool) -> str:
+    method = report["method"]
     settings = {
         "method": f"`{method}`",
         **{f"`{key}`": f"`{value}`" for key, value in report["method_options"].items() if key != "lr"},
@@ -144,7 +148,7 @@ def _body(name: str, report: dict[str, Any], datasets: list[str], curve: bool) -
     return "\n".join(
         [
             f"# {name}\n",
-            f"{how}\n",
+            f"{_how(report)}\n",
             "## Training\n",
             _table("setting", "value", settings),
             _table("result", "value", results),

@@ -176,6 +176,23 @@ def test_an_optimizer_of_one_s_own(tmp_path: Path) -> None:
     assert torch.equal(*found)
 
 
+def test_the_card_and_the_report_say_it(tmp_path: Path) -> None:
+    run = tiny.trainer(0, tmp_path, **LOCAL | {"optim": "gmuon", "virtual_workers": 2, "local_delay": 2})
+    run.train()
+    run.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert '`optim="gmuon"` and `local_steps=4` of hf_dlion' in card
+    assert "every 4 steps they vote on how far they have come" in card
+    for name, value in {
+        "local_steps": 4,
+        "outer_learning_rate": 0.7,
+        "local_delay": 2,
+        "outer_aggregation": "mavo",
+    }.items():
+        assert f"| `{name}` | `{value}` |" in card
+        assert run_report(run)["method_options"][name] == value
+
+
 def refused_optimizer(folder: Path) -> None:
     model = tiny.model()
     args = tiny.arguments(folder, optim="adamw_torch", **LOCAL)
