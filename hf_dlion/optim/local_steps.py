@@ -158,6 +158,7 @@ class LocalSteps(CodedMean):
         super().__init__(inner.param_groups, outer, (ANCHOR, BUFFER), (OWN, SENT), **options)
         self.state_names = (ANCHOR, BUFFER)  # what is the worker's own is its parameters, which are no state
         self.param_groups = inner.param_groups
+        self.defaults = {**inner.defaults, **self.defaults}  # schedulers look for momentum there
 
     @property
     @override

@@ -388,6 +388,8 @@ def test_a_scheduler_and_the_inner_optimizer_share_the_groups() -> None:
         parameter.grad = torch.ones(3)
         optimizer.step()
         scheduler.step()
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LR, total_steps=9)  # looks for a momentum in the defaults
+    optimizer.param_groups[0].update(lr=LR / 5, momentum=0.9)
     optimizer.load_state_dict(optimizer.state_dict())
     assert optimizer.param_groups is optimizer.inner.param_groups
     other = nn.Parameter(torch.zeros(2))
