@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .optim.dlion import DistributedLion
 from .optim.hidden import hidden_matrices
+from .optim.local_steps import LocalSteps
 from .optim.muon import DistributedMuon
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ __all__ = [
     "DistributedLion",
     "DistributedMuon",
     "LionTheoryCallback",
+    "LocalSteps",
     "hidden_matrices",
     "keep_gradients_local",
     "last_complete_checkpoint",

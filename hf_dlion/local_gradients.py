@@ -166,6 +166,7 @@ def _check_launch(accelerator: Accelerator) -> None:
 
 _local_modules: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 _steps: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+_inner: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
 def _keep_local(module: DistributedDataParallel) -> None:
@@ -207,7 +208,8 @@ def _send_buffers(module: DistributedDataParallel, inputs: object, outputs: obje
 def _check_votes(optimizer: Optimizer, args: object, keywords: object) -> None:
     """Before any optimizer's step: whether it votes on the parameters whose gradients nobody averages."""
     steps = _steps[optimizer] = _steps.get(optimizer, 0) + 1
-    if steps > 2:
+    _inner.update(member.inner for member in members_of(optimizer) if member.inner is not None)
+    if steps > 2 or optimizer in _inner:
         return
     for module in _local_modules:
         own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

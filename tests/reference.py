@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -131,3 +131,115 @@ def newton_schulz(u: Tensor) -> Tensor:
         a = x @ x.T
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * (a @ a)) @ x
     return x.T if u.shape[0] > u.shape[1] else x
+
+
+class ReferenceLocalSteps:
+    """Local steps and votes on displacements, as plainly: every worker with parameters and an optimizer of its own.
+
+    Args:
+        parameters: float32, contiguous; the x_0 of every later time are in ``voted``.
+        workers: N.
+        inner: makes the optimizer of a worker for its parameters.
+        every, outer_lr, outer_momentum, nesterov, aggregation, tie, delay: as of ``LocalSteps``.
+        parts: of several fragments, after how many steps of a round each votes, and its parameters.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        workers: int,
+        inner: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
+        every: int,
+        outer_lr: float = 0.7,
+        outer_momentum: float = 0.9,
+        nesterov: bool = True,
+        aggregation: str = "mavo",
+        tie: str = "alternate",
+        delay: int = 0,
+        parts: dict[int, list[int]] | None = None,
+    ) -> None:
+        self.delay = delay
+        self.parts = {every: list(range(len(parameters)))} if parts is None else parts
+        self.flight: tuple[int, list[int], list[list[Tensor]]] | None = None
+        self.voted = [parameter.detach().clone() for parameter in parameters]
+        self.own = [[torch.nn.Parameter(x.clone()) for x in self.voted] for _ in range(workers)]
+        self.inner = [inner(params) for params in self.own]
+        outer: dict[str, Any] = {
+            "lr": outer_lr,
+            "momentum": outer_momentum,
+            "nesterov": nesterov and outer_momentum > 0,
+        }
+        self.outer = [torch.optim.SGD([x], **outer) for x in self.voted]
+        self.every, self.aggregation, self.tie = every, aggregation, tie
+        self.steps = 0
+
+    def step(self, gradients: Sequence[Sequence[Tensor | None] | None]) -> None:
+        """One inner step from every worker's gradients, by parameter; None is a worker that leaves it out."""
+        for params, inner, given in zip(self.own, self.inner, gradients, strict=True):
+            if given is not None:
+                for parameter, gradient in zip(params, given, strict=True):
+                    parameter.grad = None if gradient is None else gradient.clone()
+                inner.step()
+        self.steps += 1
+        if self.flight is not None and self.steps == self.flight[0] + self.delay:
+            self._land()
+        for turn, part in self.parts.items():
+            if self.steps % self.every == turn % self.every:
+                self.flight = (self.steps, part, [[x.detach().clone() for x in params] for params in self.own])
+                if not self.delay:
+                    self._land()
+
+    def vote(self, abstaining: Sequence[int] = ()) -> None:
+        """Of all workers but those that abstain, on all parameters."""
+        if self.flight is not None:
+            self._land()
+        self.flight = (self.steps, list(range(len(self.voted))), [[x.detach() for x in params] for params in self.own])
+        self._land(abstaining)
+
+    @torch.no_grad()
+    def _land(self, abstaining: Sequence[int] = ()) -> None:
+        assert self.flight is not None
+        sent_after, part, sent = self.flight
+        voting = [rank for rank in range(len(self.own)) if rank not in abstaining]
+        place, number, self.flight = 0, -(-sent_after // self.every), None
+        for index in part:
+            x = self.voted[index]
+            moved = [(x - sent[rank][index]).view(-1) for rank in voting]
+            since = [params[index] - before[index] for params, before in zip(self.own, sent, strict=True)]
+            if any(bool(d.any()) for d in moved):
+                x.grad = self._decided(moved, voting, torch.arange(place, place + x.numel()), number).view(x.shape)
+                self.outer[index].step()
+                place += x.numel()
+            for params, own in zip(self.own, since, strict=True):
+                params[index].copy_(x + own)
+
+    def _decided(self, moved: list[Tensor], voting: list[int], places: Tensor, number: int) -> Tensor:
+        if self.aggregation == "mean":
+            return _sum_in_order(moved) / len(moved)
+        alternating = [((places + rank + number) % 2 * 2 - 1).float() for rank in voting]
+        alone = len(self.own) == 1
+        votes = [
+            d.sign() if alone else torch.where(d == 0, z, d.sign()) for d, z in zip(moved, alternating, strict=True)
+        ]
+        total = torch.stack(votes).sum(0)
+        decision = total / len(moved) if self.aggregation == "avg" else total.sign()
+        if self.aggregation == "mavo" and self.tie == "alternate" and not alone:
+            decision = torch.where(total == 0, ((places + number) % 2 * 2 - 1).float(), decision)
+        scales = torch.empty_like(decision)
+        for start in range(0, len(places), 256):
+            block = slice(start, start + 256)
+            scales[block] = _sum_in_order([_mean_magnitude(d[block]) for d in moved]) / len(moved)
+        return decision * scales
+
+
+def _mean_magnitude(block: Tensor) -> Tensor:
+    whole = torch.zeros(2, 256)  # two rows, so that torch adds in the order that it has for many
+    whole[0, : len(block)] = block.abs()
+    return whole.sum(1)[0] / len(block)
+
+
+def _sum_in_order(tensors: Sequence[Tensor]) -> Tensor:
+    total = tensors[0].clone()
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total

@@ -62,3 +62,20 @@ def wire_bits(
         "terngrad": Bits(share * 2, share * math.ceil(math.log2(2 * workers + 1))),
     }
     return table[method]
+
+
+def local_bits(aggregation: str, workers: int, every: int, tie: str = "auto", exchange: str = "auto") -> Bits:
+    """As `wire_bits`, of local steps: a vote on displacements, with a scale for 256 of them, or their mean.
+
+    Args:
+        aggregation: `outer_aggregation` of the training arguments.
+        workers: N.
+        every: `local_steps`.
+        tie: `vote_tie`.
+        exchange: `vote_exchange`.
+    """
+    tie = "alternate" if tie == "auto" else tie
+    method = {"mavo": "dlion_mavo", "avg": "dlion_avg", "mean": "gadamw"}[aggregation]
+    votes = wire_bits(method, workers, tie, exchange)
+    scale = 0 if aggregation == "mean" else (workers - 1) / workers * 32 / 256
+    return Bits((votes.up + scale) / every, (votes.down + scale) / every)

@@ -165,8 +165,9 @@ class Study:
 
     def _check_method(self, label: str) -> None:
         optim = self.optim(label)
-        if optim not in METHODS and (self.virtual or not is_of_transformers(optim)):
-            known = ", ".join(METHODS) + ("" if self.virtual else ", nor a name of transformers")
+        alone = self.virtual and not self.settings(label).get("local_steps")
+        if optim not in METHODS and (alone or not is_of_transformers(optim)):
+            known = ", ".join(METHODS) + ("" if alone else ", nor a name of transformers")
             raise StudyError(f"methods: {label!r} has optim={optim!r}, which is not one of {known}.")
         check_counts(f"methods: {label}: seeds", self.seeds_of(label))
         if self.workers_of(label) == []:
@@ -219,7 +220,7 @@ class Study:
 
     def counts_bytes(self, label: str) -> bool:
         """Whether a run of it says what a worker sent, as those of this package's optimizers do."""
-        return self.optim(label) in METHODS
+        return self.optim(label) in METHODS or bool(self.settings(label).get("local_steps"))
 
     def seeds_of(self, label: str) -> list[int]:
         seeds: list[int] = self.methods[label].get("seeds", self.seeds)

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .bits import DROP_SHARE, PREDICTED, paper_bits, wire_bits
+from .bits import DROP_SHARE, PREDICTED, local_bits, paper_bits, wire_bits
 from .measures import MEASURES, Measure
 from .records import grouped, runs_of
 
@@ -72,17 +72,22 @@ def bits_table(runs: Sequence[Mapping[str, Any]]) -> str | None:
     rows = []
     for (label, workers), (run, *_) in grouped(runs, "method", "workers").items():
         settings, sent, received = run["settings"], run["bits_sent"], run["bits_received"]
-        if settings["optim"] not in PREDICTED or sent is None or workers == 1:
+        every = int(settings.get("local_steps", 0))
+        if not (every or settings["optim"] in PREDICTED) or sent is None or workers == 1:
             continue
         drop = float(settings.get("drop_share", DROP_SHARE))
-        paper = paper_bits(settings["optim"], workers, drop)
         votes = {"tie": settings.get("vote_tie", "auto"), "exchange": settings.get("vote_exchange", "auto")}
-        wire = wire_bits(settings["optim"], workers, **votes, drop_share=drop)
+        if every:
+            paper = None
+            wire = local_bits(settings.get("outer_aggregation", "mavo"), workers, every, **votes)
+        else:
+            paper = paper_bits(settings["optim"], workers, drop)
+            wire = wire_bits(settings["optim"], workers, **votes, drop_share=drop)
         rows.append(
             [
                 f"`{label}`",
                 str(workers),
-                f"{paper.up:.2f}, {paper.down:.2f}",
+                f"{paper.up:.2f}, {paper.down:.2f}" if paper else "-",
                 f"{wire.up:.3f} + {wire.down:.3f} = {sum(wire):.3f}",
                 f"{sent:.3f}",
                 "not counted" if received is None else f"{received:.3f}",

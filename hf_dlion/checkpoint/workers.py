@@ -7,7 +7,7 @@ every file of the folder with size and hash (``manifest``).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from ..optim.renamed import renamed_keywords
 from ..optim.replica import STEP
 from ..optim.sharding import find_shards, shard_rows
 from ..optim.states import all_parameters
-from ..optim.tensors import local
 from ..optim.workers import WorkersOptimizer, members_of
 from ..wire.groups import make_channel
 from ..wire.ledger import Ledger
 from ..wire.shards import Shards
+from .inner import PREFIX, check_inner, inner_state, load_inner
 from .manifest import (
     ANY_PART,
     ELSEWHERE,
@@ -157,11 +157,16 @@ def _write_parts(
         member.make_state()
         shards = _shards_of(member)
         name = part_name(member.rank, member.workers, *((shards.rank, shards.size) if shards else ()))
-        tensors = {_key(*place): tensor.contiguous() for place, tensor in _state_of(member)}
+        saved = member.saved_tensors(member.param_groups[0])
+        tensors = {_key(index, key): tensor.detach().float().contiguous() for index, key, tensor in saved}
+        others: dict[str, str] | None = None
+        if member.inner is not None:
+            of_inner, others = inner_state(member.inner)
+            tensors |= of_inner
         if scaler is not None:
             state = scaler.state_dict()
             tensors[SCALER] = torch.tensor([state["scale"], state["_growth_tracker"]], dtype=torch.float32)
-        write_whole(folder / name, lambda part, tensors=tensors: save_file(tensors, part))  # type: ignore[misc]
+        write_whole(folder / name, lambda part, tensors=tensors, others=others: save_file(tensors, part, others))  # type: ignore[misc]
         written[name] = entry_of(folder / name)
     return written
 
@@ -174,7 +179,7 @@ def _manifest_of(folder: Path, member: WorkersOptimizer, parts: dict[str, Entry]
     found = {path.relative_to(folder).as_posix(): path for path in names if not path.name.startswith(TEMPORARY)}
     files = {name: parts.get(name) or entry_of(path, flush=True) for name, path in found.items()}
     return Manifest(
-        method=type(member).__name__,
+        method=member.method,
         options=member.options(),
         workers=member.workers,
         shards=shards.size if (shards := _shards_of(member)) else 1,
@@ -211,21 +216,25 @@ def _load_member(
     shards = _shards_of(member)
     workers = [w for w in range(manifest.workers) if files.keys() >= set(_parts_for(shards, manifest, w))]
     first = [files[name] for name in _parts_for(shards, manifest, member.rank if as_many else workers[0])]
-    for (index, name), tensor in _state_of(member):
+    for index, name, tensor in member.saved_tensors(manifest.groups[0]):
         key = _key(index, name)
         shape = all_parameters(member)[index].shape
         if as_many or name not in member.local_state_names:
             tensor.copy_(_held(first, key, shape, shards))
         elif policy == "reset":
-            tensor.zero_()
+            member.forget_own(index, name, tensor)
         else:
-            tensor.zero_()
+            total = torch.zeros_like(tensor, dtype=torch.float32)
             for worker in workers:
                 parts = [files[part] for part in _parts_for(shards, manifest, worker)]
-                tensor += _held(parts, key, shape, shards).to(tensor.device)
-            tensor /= len(workers)
+                total += _held(parts, key, shape, shards).to(tensor.device)
+            tensor.copy_(total.div_(len(workers)))
     for group, saved in zip(member.param_groups, manifest.groups, strict=True):
         group.update({name: _as_before(saved[name], group[name]) for name in _taken_over(group, saved)})
+    if member.inner is not None:
+        of_all = [files[name] for worker in workers for name in manifest.parts_of(worker)]
+        load_inner(member.inner, first if as_many else of_all if policy == "mean" else [])
+        member.inner.param_groups = member.param_groups
     member.state_changed()
     if scaler is not None and SCALER in first[0].keys():  # noqa: SIM118
         scale, lasted = first[0].get_tensor(SCALER).tolist()
@@ -246,13 +255,6 @@ def _scaler_of(optimizer: Optimizer) -> torch.amp.GradScaler | None:
 
 def _key(index: int, name: str) -> str:
     return f"{index}.{name}"
-
-
-def _state_of(member: WorkersOptimizer) -> Iterator[tuple[tuple[int, str], Tensor]]:
-    """Every tensor of a worker's state, with the index of its parameter and its name."""
-    for index, parameter in enumerate(all_parameters(member)):
-        for name, tensor in member.state[parameter].items():
-            yield (index, name), local(tensor)
 
 
 def _plain(group: dict[str, Any]) -> dict[str, Any]:
@@ -331,8 +333,8 @@ def _needed(folder: Path, manifest: Manifest, members: Sequence[WorkersOptimizer
 
 
 def _check_fits(folder: Path, manifest: Manifest, member: WorkersOptimizer, policy: str) -> None:
-    if manifest.method != type(member).__name__:
-        raise CheckpointError(written_by_others(folder, type(member).__name__, manifest.method))
+    if manifest.method != member.method:
+        raise CheckpointError(written_by_others(folder, member.method, manifest.method))
     if manifest.workers != member.workers and policy == "error":
         raise CheckpointError(
             f"{folder} is of {manifest.workers} workers, and here are {member.workers}. Start as many, or say what "
@@ -360,13 +362,16 @@ def _check_tensors(path: Path, member: WorkersOptimizer, manifest: Manifest) -> 
     """Before anything is loaded: all tensors are there, and fit."""
     shard = manifest.parts.index(path.name) % manifest.shards
     expected = {}
-    for (index, name), _ in _state_of(member):
+    for index, name, _ in member.saved_tensors(manifest.groups[0]):
         shape = all_parameters(member)[index].shape
         rows = shard_rows(shape[0], manifest.shards)[shard : shard + 1] if manifest.shards > 1 and shape else shape[:1]
         expected[_key(index, name)] = torch.Size([*rows, *shape[1:]])
     try:
         with safe_open(path, framework="pt") as file:
-            found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            keys = [key for key in file.keys() if member.inner is None or not key.startswith(PREFIX)]  # noqa: SIM118
+            if member.inner is not None:
+                check_inner(file, len(all_parameters(member)))
+            found = {key: file.get_slice(key) for key in keys}
             shapes = {key: torch.Size(piece.get_shape()) for key, piece in found.items()}
             dtypes = {piece.get_dtype() for piece in found.values()}
             scaling = file.get_tensor(SCALER) if shapes.get(SCALER) == (2,) else torch.ones(2)

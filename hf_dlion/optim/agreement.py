@@ -196,7 +196,7 @@ class Agreement:
         own = Handshake(
             digest(replica.describe_layout()),
             int(compiled),
-            checksum(replica.parameters),
+            checksum(replica.common),
             checksum([g for g in gradients if g is not None]),
         )
         if replica.shards is not None:
@@ -233,7 +233,7 @@ class Agreement:
         due = every and replica.step and replica.step % every == 0
         values = [
             digest(replica.describe_hyperparameters()),
-            checksum(replica.parameters) if due else 0,
+            checksum(replica.common) if due else 0,
             digest(replica.describe_layout()) if inputs.changed else 0,
         ]
         if replica.shards is not None:

@@ -28,7 +28,7 @@ from ..wire.exchange import (
     make_exchange,
 )
 from ..wire.shards import Shards
-from ..wire.shares import shares_of
+from ..wire.shares import VoteShares, shares_of
 from .agreement import StepInputs
 from .layout import Bucket, buckets_of
 from .overlap import BUCKETS, EarlyVotes
@@ -38,7 +38,6 @@ from .tensors import local
 from .views import SegmentViews
 from .workers import (
     Plan,
-    VoteShares,
     WorkersOptimizer,
     WorkersOptions,
     check_betas,
@@ -211,7 +210,7 @@ class DistributedLion(WorkersOptimizer):
         plan = self._plan
         if not isinstance(plan, VotePlan) or plan.exchange is None or plan.channel is None:
             return None
-        return VoteShares(*shares_of(plan.exchange, plan.channel, plan.views.device, plan.shards))
+        return shares_of(plan.exchange, plan.channel, plan.shards)
 
     @override
     def check_group(self, group: dict[str, Any]) -> None:

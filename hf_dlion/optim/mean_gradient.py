@@ -66,7 +66,7 @@ class Share:
         gradients: of each span, float32; zeros where there is none.
         states: of each span, by name; copies where this worker abstains.
         step: the number of the step.
-        shared: what :meth:`MeanGradient._prepare` gave.
+        shared: what :meth:`CodedMean._prepare` gave.
     """
 
     spans: Sequence[Span]
@@ -76,26 +76,11 @@ class Share:
     shared: Any
 
 
-class MeanGradient(WorkersOptimizer):
-    """Every worker sends its gradient in some code; the mean of what arrives is the gradient of a rule.
+class CodedMean(WorkersOptimizer):
+    """Every worker sends what it has for each parameter in some code; what they come to on average updates them.
 
-    A parameter without a gradient on a worker counts as a gradient of zero; without one on all, it is left alone. As
-    with :class:`DistributedLion`, gradients must be each worker's own, and parameters are the same on all workers, bit
-    for bit, after every step.
-
-    Args:
-        params: parameters, named parameters or param groups; dense, real floating point, on one device.
-        lr: learning rate.
-        weight_decay: as the rule has it.
-        rule: ``"sgd"``, ``"adamw"`` or ``"lion"``.
-        momentum: of ``"sgd"``.
-        betas: of ``"adamw"`` and ``"lion"``.
-        eps: of ``"adamw"``.
-        local_state: keys of what a worker keeps for itself.
-        process_group, on_bad_gradient, check_replicas_steps: as in :class:`WorkersOptimizer`.
-
-    Raises:
-        ValueError: an argument out of its range.
+    Buckets are exchanged one after the other, side by side. A parameter for which a worker has nothing counts as zeros
+    there; one for which no worker has anything is left alone.
     """
 
     whole_parameters = False
@@ -103,24 +88,6 @@ class MeanGradient(WorkersOptimizer):
 
     by_element = False
     """Whether an element's code depends on no other, so that parameters can be sharded."""
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor = 1e-3,
-        weight_decay: float = 0.0,
-        *,
-        rule: str = "sgd",
-        momentum: float = 0.9,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        local_state: tuple[str, ...] = (),
-        **options: Unpack[WorkersOptions],
-    ) -> None:
-        check_known("rule", rule, tuple(RULES))
-        self.rule = rule
-        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": eps}
-        super().__init__(params, defaults, RULES[rule].state_names, local_state, **options)
 
     def _prepare(self, channel: Channel | None, voters: Sequence[int], inputs: StepInputs) -> Any:
         """What the codes of all buckets need; may be a collective.
@@ -133,8 +100,8 @@ class MeanGradient(WorkersOptimizer):
         return None
 
     @abstractmethod
-    def _sum(self, channel: Channel | None, voters: Sequence[int], share: Share) -> Conversation[Tensor]:
-        """What the workers' codes of their gradients sum to; changes what this worker keeps.
+    def _mean(self, channel: Channel | None, voters: Sequence[int], share: Share) -> Conversation[Tensor]:
+        """What the workers' codes come to on average; changes what this worker keeps.
 
         Args:
             channel: the workers; None for one alone.
@@ -145,20 +112,16 @@ class MeanGradient(WorkersOptimizer):
             float32, flat, the spans one after the other.
         """
 
-    @override
-    def check_group(self, group: dict[str, Any]) -> None:
-        super().check_group(group)
-        check_betas(group["betas"])
-        check_range("momentum", group["momentum"], "it is a decay, at least 0 and less than 1.", below=1)
-        check_range("eps", group["eps"], "it cannot be negative.")
-
-    @override
-    def options(self) -> dict[str, Any]:
-        return super().options() | {"rule": self.rule}
-
-    @override
-    def hyperparameters(self) -> tuple[str, ...]:
-        return ("lr", "weight_decay", *RULES[self.rule].hyperparameters)
+    @abstractmethod
+    def _step_by_rule(
+        self,
+        group: dict[str, Any],
+        spans: Sequence[Span],
+        parameters: Sequence[Tensor],
+        means: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+    ) -> None:
+        """Change float32 parameters by these means; all of them flat, one a span."""
 
     @override
     def _make_plan(self, channel: Channel | None) -> MeanPlan:
@@ -203,9 +166,9 @@ class MeanGradient(WorkersOptimizer):
         gradients = [_gradient(inputs.gradients[s.parameter], s, plan.views.parameters[s.parameter]) for s in spans]
         abstains = inputs.bad_gradient >= 0  # it takes part in the rounds, uncounted, and keeps what is its own
         kept = [{name: tensor.clone() for name, tensor in state.items()} for state in states] if abstains else states
-        total = yield from self._sum(plan.channel, voters, Share(spans, gradients, kept, inputs.step, shared))
+        mean = yield from self._mean(plan.channel, voters, Share(spans, gradients, kept, inputs.step, shared))
         del gradients, kept
-        means = total.div_(len(voters)).split([span.length for span in spans])
+        means = mean.split([span.length for span in spans])
         numbered = zip(spans, means, states, strict=True)
         for group, members in itertools.groupby(numbered, lambda one: plan.group_of[one[0].parameter]):
             self._apply(self.param_groups[group], plan.views.parameters, *zip(*members, strict=True))
@@ -232,6 +195,81 @@ class MeanGradient(WorkersOptimizer):
             if updated is not part:
                 part.copy_(updated)
 
+
+class MeanGradient(CodedMean):
+    """Every worker sends its gradient in some code; the mean of what arrives is the gradient of a rule.
+
+    A parameter without a gradient on a worker counts as a gradient of zero; without one on all, it is left alone. As
+    with :class:`DistributedLion`, gradients must be each worker's own, and parameters are the same on all workers, bit
+    for bit, after every step.
+
+    Args:
+        params: parameters, named parameters or param groups; dense, real floating point, on one device.
+        lr: learning rate.
+        weight_decay: as the rule has it.
+        rule: ``"sgd"``, ``"adamw"`` or ``"lion"``.
+        momentum: of ``"sgd"``.
+        betas: of ``"adamw"`` and ``"lion"``.
+        eps: of ``"adamw"``.
+        local_state: keys of what a worker keeps for itself.
+        process_group, on_bad_gradient, check_replicas_steps: as in :class:`WorkersOptimizer`.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        rule: str = "sgd",
+        momentum: float = 0.9,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        local_state: tuple[str, ...] = (),
+        **options: Unpack[WorkersOptions],
+    ) -> None:
+        check_known("rule", rule, tuple(RULES))
+        self.rule = rule
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": eps}
+        super().__init__(params, defaults, RULES[rule].state_names, local_state, **options)
+
+    @abstractmethod
+    def _sum(self, channel: Channel | None, voters: Sequence[int], share: Share) -> Conversation[Tensor]:
+        """What the workers' codes of their gradients sum to; changes what this worker keeps.
+
+        Args:
+            channel: the workers; None for one alone.
+            voters: the ranks that count.
+            share: this worker's of a bucket.
+
+        Returns:
+            float32, flat, the spans one after the other.
+        """
+
+    @override
+    def _mean(self, channel: Channel | None, voters: Sequence[int], share: Share) -> Conversation[Tensor]:
+        total = yield from self._sum(channel, voters, share)
+        return total.div_(len(voters))
+
+    @override
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        check_betas(group["betas"])
+        check_range("momentum", group["momentum"], "it is a decay, at least 0 and less than 1.", below=1)
+        check_range("eps", group["eps"], "it cannot be negative.")
+
+    @override
+    def options(self) -> dict[str, Any]:
+        return super().options() | {"rule": self.rule}
+
+    @override
+    def hyperparameters(self) -> tuple[str, ...]:
+        return ("lr", "weight_decay", *RULES[self.rule].hyperparameters)
+
+    @override
     def _step_by_rule(
         self,
         group: dict[str, Any],
@@ -240,7 +278,6 @@ class MeanGradient(WorkersOptimizer):
         means: Sequence[Tensor],
         states: Sequence[dict[str, Tensor]],
     ) -> None:
-        """Change float32 parameters by their mean gradients; all of them flat, one a span."""
         RULES[self.rule].apply(parameters, means, states, group)
 
 

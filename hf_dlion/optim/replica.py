@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class Replica:
         parameters: of all groups, in order, as far as this process holds them.
         names: of the parameters, empty where one has none; if there are none at all, those of the param groups.
         shards: the ranks that hold it together; None, if this one holds all of it.
+        common: what must be the same on all ranks; the parameters, or those of the last vote.
     """
 
     method: str
@@ -39,6 +40,7 @@ class Replica:
     parameters: list[Tensor]
     names: list[str]
     shards: Shards | None = None
+    common: list[Tensor] = field(default_factory=list)
 
     @functools.cached_property
     def layout(self) -> Layout:
@@ -67,7 +69,7 @@ class Replica:
 
     def describe_parameters(self) -> dict[str, Any]:
         """Their checksums."""
-        return {f"the checksum of {self.name(i)}": checksum([p]) for i, p in enumerate(self.parameters)}
+        return {f"the checksum of {self.name(i)}": checksum([p]) for i, p in enumerate(self.common)}
 
     def describe_hyperparameters(self) -> dict[str, Any]:
         """The step number, and those of every group."""

@@ -44,7 +44,7 @@ def _sgd(
         momentum=group["momentum"],
         lr=float(group["lr"]),
         dampening=0.0,
-        nesterov=False,
+        nesterov=group.get("nesterov", False),
         maximize=False,
     )
 

@@ -20,10 +20,10 @@ from ..wire.exchange import AGGREGATIONS, EXCHANGES, Ballot, Decision, Exchange,
 from ..wire.groups import Group, group_size, make_channel, rank_in
 from ..wire.ledger import Ledger
 from ..wire.local import LocalGroup, LocalWorker
-from ..wire.shares import shares_of
+from ..wire.shares import VoteShares, shares_of
 from .agreement import ON_BAD_GRADIENT
 from .tensors import as_laid_out, flatten, memory_order
-from .workers import VoteShares, check_known
+from .workers import check_known
 
 logger = logging.getLogger(__name__)
 
@@ -134,11 +134,8 @@ class SignedGradients:
 
     def vote_shares(self) -> VoteShares | None:
         """How the votes went since the last call. A collective over the workers; None for one alone."""
-        return (
-            None
-            if self._exchange is None
-            else VoteShares(*shares_of(self._exchange, self._exchange.channel, self._device))
-        )
+        exchange = self._exchange
+        return None if exchange is None else shares_of(exchange, exchange.channel)
 
     def _voters(self, everyone: Tensor, parts: Sequence[tuple[int, int]]) -> list[int]:
         """The ranks that do not abstain, by everyone's rms, ``[N, parts]``."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,10 +36,14 @@ class StatefulOptimizer(Optimizer, ABC):
     Attributes:
         state_names: keys of a parameter's state.
         local_state_names: those of them that each worker has for itself.
+        inner: the optimizer that steps on this worker alone between two exchanges; None, if each step is an exchange.
+        between_votes: whether the parameters are this worker's own now, and not those of all.
     """
 
     state_names: tuple[str, ...]
     local_state_names: tuple[str, ...]
+    inner: Optimizer | None = None
+    between_votes = False
 
     @property
     @abstractmethod
@@ -49,6 +54,11 @@ class StatefulOptimizer(Optimizer, ABC):
     @abstractmethod
     def rank(self) -> int:
         """The number of this worker, from 0."""
+
+    @property
+    def method(self) -> str:
+        """What it is, for messages and checkpoints: the name of its class."""
+        return type(self).__name__
 
     @abstractmethod
     def hyperparameters(self) -> tuple[str, ...]:
@@ -100,6 +110,32 @@ class StatefulOptimizer(Optimizer, ABC):
         for parameter, name in itertools.product(all_parameters(self), self.state_names):
             self.state[parameter][name] = laid_out_state(parameter, self.state[parameter].get(name))
 
+    def vote(self) -> None:
+        """Make the parameters those of all again, before a round of local steps ends by itself. A collective."""
+
+    @contextmanager
+    def voted_parameters(self) -> Iterator[None]:
+        """Lets the model have the parameters of the last vote, the same on all workers: to evaluate or to save it."""
+        yield
+
+    def common_parameters(self) -> list[Tensor]:
+        """What must be the same on all workers: the parameters, or those of the last vote."""
+        return [local(parameter) for parameter in all_parameters(self)]
+
+    def saved_tensors(self, group: Mapping[str, Any]) -> Iterator[tuple[int, str, Tensor]]:
+        """What a checkpoint has of this worker: index of the parameter, name, and the tensor to read or to fill.
+
+        Args:
+            group: a param group as it is saved, or was.
+        """
+        for index, parameter in enumerate(all_parameters(self)):
+            for name, tensor in self.state[parameter].items():
+                yield index, name, local(tensor)
+
+    def forget_own(self, index: int, name: str, tensor: Tensor) -> None:
+        """Start over with one of those tensors that this worker has for itself."""
+        tensor.zero_()
+
 
 def all_parameters(optimizer: Optimizer) -> list[Tensor]:
     """Those of all param groups, in order."""
@@ -113,8 +149,8 @@ def _place_as_parameters(optimizer: Optimizer, state_dict: dict[str, Any]) -> No
 
 
 def copyable(optimizer: Optimizer) -> dict[str, Any]:
-    """What copying and pickling takes along: as with torch's optimizers, no hooks."""
-    return {name: value for name, value in vars(optimizer).items() if not name.endswith("_hooks")}
+    """What copying and pickling takes along: as with torch's optimizers, no hooks, nor a scheduler's ``step``."""
+    return {name: value for name, value in vars(optimizer).items() if not name.endswith("_hooks") and name != "step"}
 
 
 def marked(state_dict: dict[str, Any], worker: int) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch.optim import Optimizer
 from ..bits.hashing import digest
 from ..wire.ledger import Ledger
 from ..wire.local import LocalGroup, LocalWorker
+from ..wire.shares import VoteShares
 from .replica import STEP, layout_of
 from .states import all_parameters, copyable
-from .workers import VoteShares, WorkersOptimizer, check_known
+from .workers import WorkersOptimizer, check_known
 
 ADVERSARIES = ("flip", "random")
 
@@ -35,7 +37,9 @@ class VirtualWorkers(Optimizer):
 
     The parameters are bit for bit those that N processes would have, and ``ledger`` has the bytes that each of them
     would send. Every worker holds its own copy of the parameters, their gradients and its state: N times the memory
-    of one. A worker that had no turn before a step has no gradients in it.
+    of one. A worker that had no turn before a step has no gradients in it. With :class:`LocalSteps
+    <hf_dlion.optim.local_steps.LocalSteps>` the workers' parameters differ between votes: in each one's turn the model
+    has its own, and else the first one's.
 
     Args:
         params: parameters, named parameters or param groups of the model.
@@ -77,6 +81,7 @@ class VirtualWorkers(Optimizer):
         self.param_groups = self.members[0].param_groups
         self.defaults = self.members[0].defaults
         self._turns: list[list[Tensor | None]] = []
+        self._in_place = 0
 
     @property
     def ledger(self) -> Ledger:
@@ -139,10 +144,26 @@ class VirtualWorkers(Optimizer):
             self._turns[rank] = [_sum(one, other) for one, other in zip(before, gradients, strict=True)]
         for parameter in parameters:
             parameter.grad = None
+        self._put_in_place((rank + 1) % self.workers)
 
     def forget_turns(self) -> None:
         """Drop the gradients taken since the last step."""
         self._turns = []
+        self._put_in_place(0)
+
+    @torch.no_grad()
+    def vote(self) -> None:
+        """As :meth:`LocalSteps.vote <hf_dlion.optim.local_steps.LocalSteps.vote>`, of all workers."""
+        self._put_in_place(0)
+        self._follow_first()
+        self._group.run(lambda rank: self.members[rank].vote())
+
+    @contextmanager
+    def voted_parameters(self) -> Iterator[None]:
+        """As :meth:`WorkersOptimizer.voted_parameters`; between two steps."""
+        self._put_in_place(0)
+        with self.members[0].voted_parameters():
+            yield
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -161,12 +182,10 @@ class VirtualWorkers(Optimizer):
             raise RuntimeError(
                 "there are gradients that no virtual worker has taken. Call next_worker() after each worker's backward."
             )
+        self._put_in_place(0)
+        self._follow_first()
         first, *others = self.members
-        for member in others:
-            for group, shared in zip(member.param_groups, first.param_groups, strict=True):
-                group.update({name: value for name, value in shared.items() if name not in _NOT_SHARED})
-            _follow(all_parameters(member), all_parameters(first))
-        if not first.agreement.handshake_done:
+        if not first.agreement.handshake_done and not first.between_votes:
             # As DistributedDataParallel does: all start with the first one's.
             for member in others:
                 for own, theirs in zip(all_parameters(member), all_parameters(first), strict=True):
@@ -218,6 +237,28 @@ class VirtualWorkers(Optimizer):
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
+    def _follow_first(self) -> None:
+        """Take over what was set or changed in the model and the param groups, which are the first worker's."""
+        first, *others = self.members
+        for member in others:
+            for group, shared in zip(member.param_groups, first.param_groups, strict=True):
+                group.update({name: value for name, value in shared.items() if name not in _NOT_SHARED})
+            _follow(member, all_parameters(first))
+
+    def _put_in_place(self, rank: int) -> None:
+        """Let the model have the parameters of that worker, where they are its own."""
+        rank = rank if self.members[rank].between_votes else 0
+        if self._in_place:
+            self._swap(self._in_place)
+        if rank:
+            _follow(self.members[rank], all_parameters(self))
+            self._swap(rank)
+        self._in_place = rank
+
+    def _swap(self, rank: int) -> None:
+        for own, parameter in zip(all_parameters(self.members[rank]), all_parameters(self), strict=True):
+            own.data, parameter.data = parameter.data, own.data
+
     def _tampered(self, gradient: Tensor, generator: torch.Generator) -> Tensor:
         if self._adversary == "flip":
             return -gradient
@@ -225,11 +266,12 @@ class VirtualWorkers(Optimizer):
         return torch.where(heads, gradient, -gradient)
 
 
-def _follow(copies: list[Tensor], parameters: list[Tensor]) -> None:
+def _follow(member: WorkersOptimizer, parameters: list[Tensor]) -> None:
     """Resized, converted or moved, as the model was since the last step."""
-    for copy, parameter in zip(copies, parameters, strict=True):
-        if layout_of([copy]) != layout_of([parameter]):
-            copy.data = parameter.detach().clone()
+    for own, parameter in zip(all_parameters(member), parameters, strict=True):
+        if layout_of([own]) != layout_of([parameter]):
+            kept = own if member.between_votes and own.shape == parameter.shape else parameter
+            own.data = torch.empty_like(parameter).copy_(kept)
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:

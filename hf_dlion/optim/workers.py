@@ -19,6 +19,7 @@ from ..wire.groups import Group, group_size, make_channel, rank_in
 from ..wire.ledger import Ledger
 from ..wire.liveness import in_step
 from ..wire.shards import Shards
+from ..wire.shares import VoteShares
 from .agreement import ON_BAD_GRADIENT, Agreement, LayoutChangedError, StepInputs
 from .renamed import renamed_keywords
 from .replica import STEP, Layout, Replica, layout_of
@@ -33,19 +34,6 @@ class WorkersOptions(TypedDict, total=False):
     process_group: Group
     on_bad_gradient: str
     check_replicas_steps: int
-
-
-@dataclass(frozen=True)
-class VoteShares:
-    """How the votes went since they were last asked for, over all workers.
-
-    Attributes:
-        ties: share of the parameters on which the votes were split evenly; 0 for N odd.
-        unanimous: share of the parameters on which all workers agreed.
-    """
-
-    ties: float
-    unanimous: float
 
 
 @dataclass(kw_only=True)
@@ -156,7 +144,7 @@ class WorkersOptimizer(StatefulOptimizer):
     abstentions = bad_gradients  # its former name
 
     def vote_shares(self) -> VoteShares | None:
-        """How the votes went since the last call. A collective over the workers; None where nobody votes."""
+        """How the votes went since the last call. A collective over the workers; None where nobody voted."""
         return None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -192,25 +180,14 @@ class WorkersOptimizer(StatefulOptimizer):
                 raised on all ranks.
             RuntimeError: the ranks do not fit together (parameters, options, hyperparameters or steps differ), or all
                 have the same gradients at the first step; raised on all ranks. Or a gradient is sparse.
-
             No parameter has changed then; what a worker keeps for itself may have.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plan = self._current_plan()
-        replica = replica_of(self, plan.shards)
-        gradients = [local_gradient(parameter, replica.method) for parameter in all_parameters(self)]
-        scaler = [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
-        with in_step(replica.step, None if plan.shards else self.process_group):
-            gradients, bad = self.agreement.own_gradients(gradients, replica, self.rank, *scaler)
-            try:
-                self._exchange(plan, replica, gradients, bad)
-            except LayoutChangedError:
-                self.state_changed()
-                plan = self._current_plan()
-                self._exchange(plan, replica_of(self, plan.shards), gradients, bad)
+        gradients = [local_gradient(parameter, self.method) for parameter in all_parameters(self)]
+        self._take_part(gradients, *scaler_of(self))
         for group in self.param_groups:
             group[STEP] += 1
         self.ledger.steps += 1
@@ -237,6 +214,19 @@ class WorkersOptimizer(StatefulOptimizer):
     @abstractmethod
     def _conversations(self, plan: Any, inputs: StepInputs) -> Iterable[Conversation[None]]:
         """What is said in a step, bucket by bucket, and done with it."""
+
+    def _take_part(self, gradients: list[Tensor | None], *scaler: Tensor | None) -> None:
+        """Exchange and update with these gradients, as far as they are good."""
+        plan = self._current_plan()
+        replica = replica_of(self, plan.shards)
+        with in_step(replica.step, None if plan.shards else self.process_group):
+            gradients, bad = self.agreement.own_gradients(gradients, replica, self.rank, *scaler)
+            try:
+                self._exchange(plan, replica, gradients, bad)
+            except LayoutChangedError:
+                self.state_changed()
+                plan = self._current_plan()
+                self._exchange(plan, replica_of(self, plan.shards), gradients, bad)
 
     def _exchange(self, plan: Plan, replica: Replica, gradients: list[Tensor | None], bad: int) -> None:
         """Exchange and update, or find out with the others that the parameters are laid out otherwise by now."""
@@ -276,8 +266,22 @@ def replica_of(optimizer: WorkersOptimizer, shards: Shards | None = None) -> Rep
         shards: as of :class:`Plan`.
     """
     held = [local(parameter) for parameter in all_parameters(optimizer)]
-    method, names, hypers = type(optimizer).__name__, optimizer.parameter_names, optimizer.hyperparameters()
-    return Replica(method, optimizer.options(), optimizer.param_groups, hypers, held, names, shards)
+    names, hypers = optimizer.parameter_names, optimizer.hyperparameters()
+    return Replica(
+        optimizer.method,
+        optimizer.options(),
+        optimizer.param_groups,
+        hypers,
+        held,
+        names,
+        shards,
+        optimizer.common_parameters(),
+    )
+
+
+def scaler_of(optimizer: WorkersOptimizer) -> list[Tensor | None]:
+    """What a gradient scaler leaves while it calls a step: its scale, and whether it found an overflow."""
+    return [getattr(optimizer, name, None) for name in ("grad_scale", "found_inf")]
 
 
 def members_of(optimizer: Optimizer) -> Sequence[WorkersOptimizer]:

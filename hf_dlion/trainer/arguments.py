@@ -16,6 +16,7 @@ from transformers.training_args import OptimizerNames
 
 from ..checkpoint.workers import WORLD_SIZE_POLICIES
 from ..optim.agreement import ON_BAD_GRADIENT
+from ..optim.local_steps import OUTER_AGGREGATIONS
 from ..optim.virtual import ADVERSARIES
 from ..optim.workers import check_known
 from ..wire.exchange import AGGREGATIONS, EXCHANGES, TIES
@@ -24,6 +25,15 @@ from .methods import METHODS, Method
 logger = logging.getLogger(__name__)
 
 _FOREIGN = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules")
+
+_OUTER = ("outer_learning_rate", "outer_momentum", "local_fragments", "local_delay", "outer_aggregation")
+
+_NOT_INNER = {
+    "lomo": "it steps during backward, and keeps no gradient",
+    "layerwise": "it steps during backward, and keeps no gradient",
+    "schedule_free": "its parameters are others for training than for evaluation",
+}
+"""Parts of names of transformers whose optimizers make no local steps, and why."""
 
 _NAMES = "; ".join(f"`{name}`: {method.summary}" for name, method in METHODS.items())
 
@@ -117,6 +127,39 @@ class DLionArgumentsMixin:
             "choices": list(AGGREGATIONS),
         },
     )
+    local_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps that each worker makes by itself, by whatever optimizer `optim` names, from one vote to the "
+            "next; the votes are on how far the workers have come. 0: none, and an exchange at every step."
+        },
+    )
+    outer_learning_rate: float = field(
+        default=0.7, metadata={"help": "With local_steps, the share of the voted displacement by which all move."}
+    )
+    outer_momentum: float = field(
+        default=0.9, metadata={"help": "With local_steps, the Nesterov momentum of those moves; 0: none."}
+    )
+    local_fragments: int = field(
+        default=1,
+        metadata={"help": "With local_steps, parts of the parameters that vote in turn, each every so many steps."},
+    )
+    local_delay: int = field(
+        default=0,
+        metadata={
+            "help": "With local_steps, steps that the workers make while a vote is on its way; at most local_steps "
+            "over local_fragments."
+        },
+    )
+    outer_aggregation: str = field(
+        default="mavo",
+        metadata={
+            "help": "With local_steps, how displacements become one: `mavo`, a majority vote on their signs, or `avg`, "
+            "the average of their signs, both times their mean magnitude; or `mean`, their average, in 32 bits.",
+            "choices": list(OUTER_AGGREGATIONS),
+        },
+    )
+
     on_bad_gradient: str = field(
         default="abstain",
         metadata={
@@ -182,6 +225,9 @@ class DLionArgumentsMixin:
             self.optim = _known(name)
             super().__post_init__()  # type: ignore[misc]
             self._take_gradient_votes()
+            self._check_local_steps(name)
+            if self.local_steps:
+                self.take_method()
             return
         self.optim = OptimizerNames.ADAMW_TORCH
         super().__post_init__()  # type: ignore[misc]
@@ -198,20 +244,25 @@ class DLionArgumentsMixin:
         super().set_optimizer(OptimizerNames.ADAMW_TORCH if ours else _known(chosen), *args, **options)  # type: ignore[misc]
         if ours:
             self.optim = chosen
+        if ours or self.local_steps:
             self.take_method()
         return self
 
     def take_method(self) -> None:
-        """Check what goes with the method that ``optim`` names, and set what follows from it. Once more does no harm.
+        """Check what goes with our methods and with local steps, and set what follows. Once more does no harm.
 
         Raises:
             ValueError: an option that the method does not have, or a value that it does not take.
         """
         self.average_tokens_across_devices = False
-        self._check_virtual_workers(self.optim)
+        name = str(getattr(self.optim, "value", self.optim))
+        self._check_virtual_workers(name)
         self._check_method()
-        self._check_options(METHODS[self.optim])
-        if self.norm_gradients and "norm_gradients" in METHODS[self.optim].reads(self):
+        self._check_local_steps(name)
+        if name not in METHODS:
+            return
+        self._check_options(METHODS[name])
+        if self.norm_gradients and "norm_gradients" in METHODS[name].reads(self):
             self.max_grad_norm = 0.0
 
     def _take_gradient_votes(self) -> None:
@@ -221,11 +272,12 @@ class DLionArgumentsMixin:
         self.average_tokens_across_devices = False
         check_known("vote_exchange", self.vote_exchange, EXCHANGES)
         check_known("on_bad_gradient", self.on_bad_gradient, ON_BAD_GRADIENT)
-        for name in ("fsdp", "deepspeed", "adversaries"):
+        for name in ("fsdp", "deepspeed", "adversaries", "local_steps"):
             if getattr(self, name, None):
                 raise ValueError(
                     f"gradient_votes={self.gradient_votes!r} with {name}={getattr(self, name)!r}: votes on gradients "
-                    "are a hook of DDP, each worker with the whole model and its own. Leave one of the two out."
+                    "are a hook of DDP, each worker with the whole model and its own, at every step. Leave one of the "
+                    "two out."
                 )
 
     def _check_virtual_workers(self, name: str) -> None:
@@ -236,11 +288,11 @@ class DLionArgumentsMixin:
                     f"gradient_votes={self.gradient_votes!r} with optim={name!r}: that method exchanges votes or codes "
                     "itself. Leave gradient_votes out, or take an optim of transformers, such as adamw_torch."
                 )
-        known = name in METHODS or self.gradient_votes is not None
+        known = name in METHODS or self.gradient_votes is not None or self.local_steps
         if self.virtual_workers < 1 or (self.virtual_workers > 1 and not known):
             raise ValueError(
                 f"virtual_workers={self.virtual_workers} with optim={name!r}: there is at least one worker, and "
-                f"several in one process are for {', '.join(METHODS)}, or for gradient_votes."
+                f"several in one process are for {', '.join(METHODS)}, for local_steps and for gradient_votes."
             )
         if self.virtual_workers > 1 and getattr(self, "train_sampling_strategy", None) == "batch_rebalance":
             raise ValueError(
@@ -248,9 +300,28 @@ class DLionArgumentsMixin:
                 "out to processes by itself. Take another one."
             )
 
+    def _check_local_steps(self, name: str) -> None:
+        """Raise ValueError where local steps cannot be, or are not and an option of theirs is given."""
+        if type(self.local_steps) is not int or self.local_steps < 0:
+            raise ValueError(f"local_steps={self.local_steps!r}: it is a number of steps, or 0.")
+        defaults = {each.name: each.default for each in fields(DLionArgumentsMixin)}
+        changed = [f"{one}={getattr(self, one)!r}" for one in _OUTER if getattr(self, one) != defaults[one]]
+        if changed and not self.local_steps:
+            raise ValueError(
+                f"{changed[0]} without local_steps would change nothing. Leave it out, or give local_steps."
+            )
+        if self.local_steps and (kind := next((kind for kind in _NOT_INNER if kind in name), None)):
+            raise ValueError(
+                f"local_steps={self.local_steps} with optim={name!r}: {_NOT_INNER[kind]}. Take another optimizer, such "
+                "as gmuon or adamw_torch."
+            )
+        check_known("outer_aggregation", self.outer_aggregation, OUTER_AGGREGATIONS)
+
     def _check_options(self, method: Method) -> None:
         """What the method does not read, and is not left at its default: refused, or said, if another of ours would."""
         read = method.reads(self)
+        if self.local_steps and self.outer_aggregation != "mean":
+            read |= {"vote_tie", "vote_exchange"}
         method.keywords(self)
         defaults = {each.name: each.default for each in fields(self)}
         changed = [name for name in defaults if getattr(self, name) != defaults[name] and name not in read]
@@ -297,8 +368,8 @@ class DLionArgumentsMixin:
 
     @property
     def gradients_stay_local(self) -> bool:
-        """Whether ``optim`` is a method of this package, whose gradients stay on their worker."""
-        return self.optim in METHODS
+        """Whether gradients stay on their worker: with a method of this package, or with local steps."""
+        return self.optim in METHODS or self.local_steps > 0
 
     votes = gradients_stay_local  # its former name
 

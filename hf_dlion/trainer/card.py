@@ -98,7 +98,14 @@ def _own_results(report: dict[str, Any], about: dict[str, Any]) -> list[EvalResu
 
 
 def _how(report: dict[str, Any]) -> str:
-    method, votes = report["method"], report["gradient_votes"]
+    """In one sentence, how it was trained."""
+    method, options, votes = report["method"], report["method_options"], report["gradient_votes"]
+    if every := options.get("local_steps"):
+        do = "average" if options["outer_aggregation"] == "mean" else "vote on"
+        return (
+            f'Trained with `optim="{method}"` and `local_steps={every}` of hf_dlion: each worker steps by itself, and '
+            f"every {every} steps they {do} how far they have come."
+        )
     if method in METHODS:
         return f'Trained with `optim="{method}"` of hf_dlion ({METHODS[method].summary}), as in {_PAPER}.'
     if votes:

@@ -7,16 +7,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch.optim import Optimizer
+
 from ..optim.dgc import DeepGradientCompression
 from ..optim.dlion import DistributedLion
 from ..optim.gadamw import GlobalAdamW
 from ..optim.glion import GlobalLion
 from ..optim.gmuon import GlobalMuon
 from ..optim.graddrop import GradDrop
+from ..optim.local_steps import LocalSteps
 from ..optim.muon import DistributedMuon
 from ..optim.signum import DistributedSignum
 from ..optim.terngrad import TernGrad
 from ..optim.workers import WorkersOptimizer, members_of
+from ..wire.groups import Group
 
 
 @dataclass(frozen=True)
@@ -208,16 +212,45 @@ METHODS: dict[str, Method] = {
 }
 
 
+def local_steps_options(arguments: Any) -> dict[str, Any]:
+    """The keyword arguments of ``LocalSteps``, but for the inner optimizer and the workers."""
+    return {
+        "every": arguments.local_steps,
+        "outer_lr": arguments.outer_learning_rate,
+        "outer_momentum": arguments.outer_momentum,
+        "fragments": arguments.local_fragments,
+        "delay": arguments.local_delay,
+        "aggregation": arguments.outer_aggregation,
+        "tie": "alternate" if arguments.vote_tie == "auto" else arguments.vote_tie,
+        "exchange": arguments.vote_exchange,
+        "on_bad_gradient": arguments.on_bad_gradient,
+        "check_replicas_steps": arguments.check_replicas_steps,
+    }
+
+
+def in_local_steps(made: Callable[..., Optimizer], options: dict[str, Any]) -> Callable[..., LocalSteps]:
+    """What makes one worker's optimizer with local steps, from what makes its inner one."""
+
+    def make(params: Any, process_group: Group = None, **keywords: Any) -> LocalSteps:
+        return LocalSteps(made(params, **keywords), process_group=process_group, **options)
+
+    return make
+
+
 def method_of(made: type) -> Method | None:
     """The method that makes such optimizers; None, where the class is not of this package."""
     return next((method for base in made.__mro__ for method in METHODS.values() if method.optimizer is base), None)
 
 
 def name_of(optimizer: Any) -> str | None:
-    """The name of the method that an optimizer has, wherever it was made; None, if it is not of this package."""
+    """The name of the method that an optimizer has, wherever it was made; None, if it is not of this package.
+
+    With local steps, that of the inner one.
+    """
     for worker in members_of(optimizer)[:1]:
-        for base in type(worker).__mro__:
+        chosen = worker.inner or worker
+        for base in type(chosen).__mro__:
             for name, method in METHODS.items():
-                if method.optimizer is base and all(getattr(worker, key) == v for key, v in method.fixed.items()):
+                if method.optimizer is base and all(getattr(chosen, key) == v for key, v in method.fixed.items()):
                     return name
     return None

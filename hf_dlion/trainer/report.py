@@ -21,6 +21,18 @@ _PACKAGES = ("hf-dlion", "torch", "transformers", "accelerate", "datasets", "pef
 TEXT_GENERATION = "text-generation"
 # transformers' name of a model's loss: the hub's name of its task
 _CLASSIFICATION = {"ForImageClassification": "image-classification", "ForSequenceClassification": "text-classification"}
+_OF_LOCAL_STEPS = {
+    "every": "local_steps",
+    "outer_lr": "outer_learning_rate",
+    "outer_momentum": "outer_momentum",
+    "nesterov": "outer_nesterov",
+    "fragments": "local_fragments",
+    "delay": "local_delay",
+    "aggregation": "outer_aggregation",
+    "tie": "tie",
+    "exchange": "exchange",
+}
+"""Options of ``LocalSteps`` by the names that the report has for them."""
 _MAX_EXPONENT = 700.0  # of what a float can hold: the perplexity of a run that blew up
 
 
@@ -74,15 +86,31 @@ def method_name(args: Any) -> str:
 
 
 def method_options(args: Any, optimizer: Any = None) -> dict[str, Any]:
-    """What an optimizer of ours is made with, here or elsewhere; of others, what Adam takes, if they are named so."""
+    """What an optimizer of ours is made with, here or elsewhere; of others, what Adam takes, if they are named so.
+
+    With local steps, those of the inner one, and theirs.
+    """
     for worker in members_of(optimizer)[:1]:
-        made_with = {**worker.defaults, **worker.options()}
-        method = METHODS.get(name_of(optimizer) or "")
-        if method is None or not isinstance(args, DLionArgumentsMixin):
-            return made_with
-        arguments: Any = args
-        known = {"lr": arguments.learning_rate, **method.fixed, **method.options(arguments)}
-        return {name: made_with.get(name, value) for name, value in known.items()}
+        if worker.inner is None:
+            return _made_with(args, worker, name_of(optimizer))
+        inner = _made_with(args, worker.inner, name_of(optimizer)) if members_of(worker.inner) else _named(args)
+        given = {**worker.defaults, **worker.options()}
+        return {**inner, **{name: given[key] for key, name in _OF_LOCAL_STEPS.items() if key in given}}
+    return _named(args)
+
+
+def _made_with(args: Any, worker: Any, name: str | None) -> dict[str, Any]:
+    made_with = {**worker.defaults, **worker.options()}
+    method = METHODS.get(name or "")
+    if method is None or not isinstance(args, DLionArgumentsMixin):
+        return made_with
+    arguments: Any = args
+    known = {"lr": arguments.learning_rate, **method.fixed, **method.options(arguments)}
+    return {option: made_with.get(option, value) for option, value in known.items()}
+
+
+def _named(args: Any) -> dict[str, Any]:
+    """What belongs to the name that was given."""
     name = method_name(args)
     if name in METHODS:
         return METHODS[name].keywords(args)

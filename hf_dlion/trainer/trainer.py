@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,13 +23,14 @@ from torch.optim import Optimizer
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, TrainOutput, get_last_checkpoint
 
 from ..checkpoint.complete import check_complete, newest_complete
 from ..checkpoint.manifest import CheckpointError, has_workers, written_by_others
 from ..checkpoint.workers import load_workers, remove_manifest, save_workers
 from ..local_gradients import LocalGradients, keep_gradients_local, voting_group
 from ..optim.hidden import hidden_matrices
+from ..optim.local_steps import LocalSteps
 from ..optim.states import all_parameters
 from ..optim.tensors import local, whole
 from ..optim.virtual import VirtualWorkers
@@ -39,7 +40,7 @@ from ..wire.ledger import Ledger, fp32_all_reduce_bytes
 from ..wire.liveness import report_lost_workers
 from .arguments import DLionArgumentsMixin
 from .card import write_card
-from .methods import METHODS, method_of
+from .methods import METHODS, Method, in_local_steps, local_steps_options, method_of
 from .theory import LionTheoryCallback
 from .transformers_versions import TrainerVersionsMixin
 from .virtual import VirtualWorkersMixin
@@ -108,7 +109,7 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin, GradientVotes
         if self._gradient_votes:
             self._check_processes(f"gradient_votes={self._gradient_votes!r}")
             self._hook_in()
-        if self.args.optim not in METHODS:
+        if not self._named_ours:
             return
         if not isinstance(self.args, DLionArgumentsMixin):
             raise TypeError(
@@ -128,6 +129,8 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin, GradientVotes
             optimizer: Optimizer = super().create_optimizer(model)
         finally:
             self.optimizer_cls_and_kwargs = given
+        if self._local_steps and all(member.inner is None for member in members_of(optimizer)):
+            self.optimizer = optimizer = LocalSteps(optimizer, **local_steps_options(self.args))
         self._check_optimizer()
         return optimizer
 
@@ -144,16 +147,32 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin, GradientVotes
         """Class and keywords of our optimizers, with what they need to know of the model, and as virtual workers."""
         made, keywords = given or self.get_optimizer_cls_and_kwargs(self.args, model)
         method = method_of(made) if isinstance(made, type) else None
-        if method is None:
-            return given
-        self._refuse_loaded_in_shards()
+        if self._named_ours or method is not None:
+            self._refuse_loaded_in_shards()
         keywords = dict(keywords)  # the parent takes some out
-        if method.takes_hidden_matrices and "params" not in keywords:
+        if method is not None and method.takes_hidden_matrices and "params" not in keywords:
             keywords["params"] = self._hidden_groups(model)
         if self._virtual_workers == 1:
-            return made, {"process_group": voting_group(self.accelerator), **keywords}
+            return given if method is None else (made, {"process_group": voting_group(self.accelerator), **keywords})
+        if self._local_steps:
+            made = in_local_steps(self._inner(made, keywords, method), local_steps_options(self.args))
+        elif method is None:
+            return given
         adversaries = {"adversaries": self.args.adversaries, "adversary": self.args.adversary}
         return VirtualWorkers, {"workers": self._virtual_workers, "method": made, **adversaries, **keywords}
+
+    def _inner(self, made: Any, keywords: dict[str, Any], method: Method | None) -> Any:
+        """What makes the inner optimizer of a virtual worker from param groups.
+
+        Raises:
+            ValueError: it wants the model, or param groups that are made for it.
+        """
+        if method is None and not (isinstance(made, type) and not {"params", "model", "optimizer_dict"} & {*keywords}):
+            raise ValueError(
+                f"virtual_workers={self._virtual_workers} with local_steps and optim={self.args.optim!r}: that "
+                "optimizer is made for the parameters of the one model. Start as many processes, or take another one."
+            )
+        return made
 
     def _refuse_loaded_in_shards(self) -> None:
         if getattr(self, "is_distributed_loading_by_transformers", False):
@@ -205,6 +224,8 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin, GradientVotes
         return epochs, steps_an_epoch, *rest, steps
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        if self._gradients_stay_local and self.control.should_training_stop:
+            self._own_optimizer().vote()  # the last round of local steps ends here, however long it is
         # The parent gathers the loss of all ranks here, so they come together; to log() one may come alone.
         if (
             self._exchanges and self.control.should_log and self.state.global_step > self._globalstep_last_logged  # type: ignore[attr-defined]
@@ -224,6 +245,20 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin, GradientVotes
         super().log(logs, start_time)  # type: ignore[misc]
         if others and self._exchanges:
             self.control.should_log = due  # the parent takes any log for it, and the other ranks would wait
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the parent; between two votes of local steps, of the parameters of the last vote."""
+        with self._voted_parameters():
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """As the parent; by the parameters that :meth:`evaluate` takes."""
+        with self._voted_parameters():
+            return super().predict(*args, **kwargs)  # type: ignore[misc]
+
+    def _voted_parameters(self) -> AbstractContextManager[None]:
+        optimizer = self._own_optimizer()
+        return optimizer.voted_parameters() if members_of(optimizer) else nullcontext()
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         if not self._gradients_stay_local:
@@ -290,12 +325,14 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin, GradientVotes
         if not (
             self._gradients_stay_local and self.args.save_on_each_node and hasattr(model, "should_save_on_this_rank")
         ):
-            super()._save(output_dir, state_dict)  # type: ignore[misc]
+            with self._voted_parameters():
+                super()._save(output_dir, state_dict)  # type: ignore[misc]
             return
         # Models of transformers 5.23 save themselves on rank 0 only, whatever is_main_process says.
         model.should_save_on_this_rank = lambda is_main_process: is_main_process
         try:
-            super()._save(output_dir, state_dict)  # type: ignore[misc]
+            with self._voted_parameters():
+                super()._save(output_dir, state_dict)  # type: ignore[misc]
         finally:
             del model.should_save_on_this_rank
 
@@ -331,7 +368,16 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin, GradientVotes
     @property
     def _gradients_stay_local(self) -> bool:
         made: Any = getattr(self, "optimizer", None)  # not there yet, as a Trainer is made
-        return self.args.optim in METHODS or bool(members_of(made))
+        return self._named_ours or bool(members_of(made))
+
+    @property
+    def _named_ours(self) -> bool:
+        """Whether the arguments ask for one of our methods, or for local steps."""
+        return self.args.optim in METHODS or self._local_steps > 0
+
+    @property
+    def _local_steps(self) -> int:
+        return getattr(self.args, "local_steps", 0)  # plain TrainingArguments have none
 
     @property
     def _exchanges(self) -> bool:
@@ -362,7 +408,13 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin, GradientVotes
         """While gradients stay on their worker, only our optimizers may step; where they do not, only others."""
         self._refuse_own_optimizer()
         workers = len(members_of(self.optimizer))
-        if self.args.optim in METHODS and not workers:
+        if self._local_steps and any(member.inner is None for member in members_of(self.optimizer)):
+            raise ValueError(
+                f"local_steps={self._local_steps}, and an optimizer of class {type(self._own_optimizer()).__name__}, "
+                "which exchanges at every step, was given. Make it hf_dlion.LocalSteps around its inner one, or leave "
+                "it out, and the Trainer makes it."
+            )
+        if self._named_ours and not workers:
             raise ValueError(
                 f"optim={self.args.optim!r}, and an optimizer of class {type(self._own_optimizer()).__name__} was "
                 "given: no worker would learn from the others. Leave it out, or take the optim of transformers that "

@@ -19,9 +19,9 @@ def side_by_side(conversations: Iterable[Conversation[None]]) -> None:
     """
     running: list[Conversation[None]] = []
     for newest in conversations:
-        running = _still_running([newest, *running])
+        running = one_turn([newest, *running])
     while running:
-        running = _still_running(running)
+        running = one_turn(running)
 
 
 def run(conversation: Conversation[T]) -> T:
@@ -34,7 +34,7 @@ def run(conversation: Conversation[T]) -> T:
             return outcome
 
 
-def _still_running(conversations: list[Conversation[None]]) -> list[Conversation[None]]:
-    """Those that wait again after one turn each."""
+def one_turn(conversations: Iterable[Conversation[None]]) -> list[Conversation[None]]:
+    """Those that wait again after one turn each, which starts those that have not been."""
     ended = object()
     return [one for one in conversations if next(one, ended) is not ended]

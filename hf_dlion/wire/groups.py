@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from .collectives import Channel, ProcessChannel
 from .ledger import Ledger
-from .local import LocalChannel, LocalWorker
+from .local import LocalChannel, LocalGroup, LocalWorker
 
 Group = dist.ProcessGroup | LocalWorker | None
 """None is the default process group; one worker alone, if there is none."""
@@ -40,6 +40,11 @@ def rank_in(group: Group) -> int:
 
 def make_channel(group: Group, ledger: Ledger) -> Channel | None:
     """A worker's channel to the others; None for one alone."""
-    if isinstance(group, LocalWorker):
-        return LocalChannel(group, ledger)
-    return ProcessChannel(group, ledger) if group_size(group) > 1 else None
+    if group_size(group) == 1:
+        return None
+    return LocalChannel(group, ledger) if isinstance(group, LocalWorker) else ProcessChannel(group, ledger)
+
+
+def alone() -> LocalWorker:
+    """The group of a worker that has no others, however many processes there are."""
+    return LocalWorker(LocalGroup(1), 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from .collectives import Channel
@@ -9,23 +11,34 @@ from .exchange import Exchange
 from .shards import Shards
 
 
-def shares_of(
-    exchange: Exchange, channel: Channel, device: torch.device, shards: Shards | None = None
-) -> tuple[float, float]:
-    """Of the parameters, the shares on which votes were tied and unanimous, since the last call. A collective.
+@dataclass(frozen=True)
+class VoteShares:
+    """How the votes went since they were last asked for, over all workers.
+
+    Attributes:
+        ties: share of the parameters on which the votes were split evenly; 0 for N odd.
+        unanimous: share of the parameters on which all workers agreed.
+    """
+
+    ties: float
+    unanimous: float
+
+
+def shares_of(exchange: Exchange, channel: Channel, shards: Shards | None = None) -> VoteShares | None:
+    """How the votes on an exchange went since the last call. A collective over the workers; None without votes.
 
     Args:
         exchange: that has seen the votes.
         channel: the workers; not one that votes are on.
-        device: for what travels.
         shards: of this worker's replica.
     """
     seen = exchange.statistics
     mine = [int(seen.ties), int(seen.unanimous), seen.counted, round(seen.padding)]
     seen.reset()
-    rows = channel.gather_integers(mine, device)
-    sums = torch.tensor(rows, device=device).sum(0)
+    sums = torch.tensor(channel.gather_integers(mine, seen.device), device=seen.device).sum(0)
     ties, unanimous, counted, padding = (sums if shards is None else shards.sum(sums)).tolist()
+    if not counted:
+        return None
     votes = max(counted - padding, 1)
     # Votes on padding are zero votes: ties for N even, split for N odd, and never unanimous.
-    return (ties - padding) / votes if channel.size % 2 == 0 else 0.0, unanimous / votes
+    return VoteShares((ties - padding) / votes if channel.size % 2 == 0 else 0.0, unanimous / votes)

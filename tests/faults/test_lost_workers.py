@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hf_dlion import DistributedLion
+from hf_dlion import DistributedLion, LocalSteps
 from hf_dlion.optim.agreement import Agreement
 from hf_dlion.wire import liveness
 from hf_dlion.wire.conversation import Conversation
@@ -80,6 +80,22 @@ def gather_until(rank: int, victim: int) -> None:
     for step in range(3):
         weight.grad = torch.linspace(1, 2 + rank, 40_000)
         if rank == victim and step == 2:
+            die()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+def test_a_rank_that_is_killed_between_two_votes_is_named_at_the_next(delay: int) -> None:
+    check_survivors(run_to_their_ends(step_locally_until, 3, 1, delay, timeout=100), 1)
+
+
+def step_locally_until(rank: int, victim: int, delay: int) -> None:
+    """With a delay, the victim's votes are on their way when it dies."""
+    weight = torch.nn.Parameter(torch.ones(40_000))
+    optimizer = LocalSteps(torch.optim.SGD([weight], lr=0.1), every=3, delay=delay)
+    for step in range(9):
+        weight.grad = torch.linspace(1, 2 + rank, 40_000)
+        if rank == victim and step == 4:
             die()
         optimizer.step()
 

@@ -54,6 +54,7 @@ def test_what_the_plugin_names_is_there(plugin: Any) -> None:
 
 def test_the_trainer_is_mixed_for_our_names_only(plugin: Any) -> None:
     assert plugin.get_trainer_cls(Config(optimizer="adamw_torch", rl="dpo")) is None
+    assert plugin.get_trainer_cls(Config(optimizer="adamw_torch", local_steps=4)) is not None
     mixed = plugin.get_trainer_cls(Config(optimizer="dlion_mavo"))
     assert [base.__name__ for base in mixed.__mro__[1:3]] == ["DLionTrainerMixin", "VirtualWorkersMixin"]
     assert issubclass(mixed, DLionTrainerMixin)

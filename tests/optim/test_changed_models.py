@@ -226,6 +226,7 @@ def test_a_copy_goes_on_as_the_original(name: str, workers: int, copied: Callabl
     params = parameters()
     chosen = workers_of(name, params, workers)
     chosen.register_step_post_hook(lambda *_: None)  # torch's optimizers do not copy hooks either
+    torch.optim.lr_scheduler.LambdaLR(chosen, lambda _: 1.0)  # puts another step() on it, which is not copied either
     step(chosen, params, 0, workers, lambda rank: [])
     others, other = copied((params, chosen))
     for number in (1, 2):

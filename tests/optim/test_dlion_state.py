@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from hf_dlion import DistributedLion
 from hf_dlion.optim import dlion, layout
-from hf_dlion.optim.workers import VoteShares
 from hf_dlion.trainer.methods import METHODS
+from hf_dlion.wire.shares import VoteShares
 from tests.harness import run_workers, what_is_logged
 from tests.optim.test_dlion import flatten, same_on_all_ranks
 

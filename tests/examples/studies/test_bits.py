@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_dlion.trainer.methods import METHODS
-from studies.bits import paper_bits, wire_bits
+from studies.bits import local_bits, paper_bits, wire_bits
 from tests.harness import run_workers
 from tests.optim.test_methods import one_group
 
@@ -53,3 +53,11 @@ def test_bits_by_their_formulas() -> None:
     assert paper_bits("terngrad", 4) == pytest.approx((1.5, math.log2(9)))
     assert paper_bits("dgc", 4) == pytest.approx((1.28, 32))
     assert paper_bits("glion", 4) == (32, 32)
+
+
+def test_local_steps_by_their_formula() -> None:
+    """What they count is tested with them, `tests/optim/test_local_steps.py`."""
+    assert sum(local_bits("mavo", 4, 16)) == pytest.approx((1.5 + 0.1875) / 16)
+    assert sum(local_bits("mavo", 4, 1, tie="zero")) == pytest.approx(2.25 + 0.1875)
+    assert sum(local_bits("avg", 3, 16)) == pytest.approx((2 + 1 / 6) / 16)
+    assert sum(local_bits("mean", 4, 64)) == pytest.approx(48 / 64)

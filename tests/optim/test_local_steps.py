@@ -1,0 +1,535 @@
+"""Local steps between votes, against a plain implementation over processes and virtual workers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hf_dlion import DistributedLion, DistributedMuon
+from hf_dlion.optim.gmuon import GlobalMuon
+from hf_dlion.optim.local_steps import LocalSteps
+from hf_dlion.optim.virtual import VirtualWorkers
+from hf_dlion.wire.groups import alone
+from tests.harness import run_workers
+from tests.optim.test_methods import DECAY, LR, gradients, groups, parameters
+from tests.reference import ReferenceLocalSteps
+
+Inner = Callable[..., torch.optim.Optimizer]
+STEPS = 10
+FROZEN = 4
+
+
+def adamw(params: Any, **_: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=LR, weight_decay=DECAY)
+
+
+def sgd(params: Any, **_: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=LR, momentum=0.9)
+
+
+def muon(params: Any, **options: Any) -> torch.optim.Optimizer:
+    return GlobalMuon(_hidden("gmuon", params), lr=LR, weight_decay=DECAY, **options)
+
+
+def signed_muon(params: Any, **options: Any) -> torch.optim.Optimizer:
+    return DistributedMuon(_hidden("dmuon_mavo", params), lr=LR, weight_decay=DECAY, **options)
+
+
+def lion(params: Any, **options: Any) -> torch.optim.Optimizer:
+    return DistributedLion(params, lr=LR, weight_decay=DECAY, **options)
+
+
+def _hidden(name: str, params: Any) -> Any:
+    return groups(name, params) if isinstance(params[0], nn.Parameter) else params
+
+
+VARIANTS: dict[str, tuple[Inner, dict[str, Any]]] = {
+    "adamw": (adamw, {"every": 4}),
+    "adamw at every step": (adamw, {"every": 1, "tie": "zero"}),
+    "averages": (adamw, {"every": 3, "aggregation": "avg", "exchange": "gather", "nesterov": False}),
+    "diloco": (adamw, {"every": 4, "aggregation": "mean", "outer_lr": 0.5, "outer_momentum": 0.8}),
+    "muon": (muon, {"every": 4, "exchange": "sharded", "tie": "zero"}),
+    "muloco": (muon, {"every": 4, "aggregation": "mean"}),
+    "signs of muon": (signed_muon, {"every": 2, "outer_momentum": 0.0}),
+    "lion": (lion, {"every": 5, "outer_lr": 1.0}),
+    "sgd": (sgd, {"every": 4}),
+    "fragments": (adamw, {"every": 5, "fragments": 3}),
+    "delay": (adamw, {"every": 4, "delay": 3}),
+    "streaming": (muon, {"every": 6, "fragments": 3, "delay": 2}),
+    "streaming means": (adamw, {"every": 4, "fragments": 2, "delay": 1, "aggregation": "mean"}),
+}
+
+PARTS: dict[str, dict[int, list[int]]] = {
+    "fragments": {1: [0, 1], 3: [2], 5: [3, 4]},
+    "streaming": {2: [0, 1, 3], 4: [2], 6: [4]},
+    "streaming means": {2: [0, 1, 2], 4: [3, 4]},
+}
+"""By steps of a round, which parameters vote after so many."""
+
+
+def received(rank: int, step: int) -> list[torch.Tensor | None]:
+    """Gradients of which some are missing on a worker, or zero, and one on all."""
+    given: list[torch.Tensor | None] = list(gradients(rank, step))
+    if rank == 1:
+        given[0] = None
+    if rank == 0:
+        given[2] = torch.zeros_like(gradients(0, 0)[2])
+    given[FROZEN] = None
+    return given
+
+
+def give(params: Sequence[nn.Parameter], given: Sequence[torch.Tensor | None]) -> None:
+    for parameter, gradient in zip(params, given, strict=True):
+        parameter.grad = gradient
+
+
+def in_process(rank: int, interrupted: bool = False) -> dict[str, Any]:
+    """By variant, the parameters after each step, x_0 at the end, and the ledger."""
+    found = {}
+    for name, (inner, options) in VARIANTS.items():
+        params = parameters()
+        optimizer = LocalSteps(inner(params), **options)
+        history = []
+        for step in range(STEPS):
+            if interrupted and step == STEPS // 2:
+                state = optimizer.state_dict()
+                params = parameters()
+                optimizer = LocalSteps(inner(params), **options)
+                optimizer.load_state_dict(state)
+                if not optimizer.between_votes:  # the model is saved by itself
+                    for parameter, before in zip(params, history[-1], strict=True):
+                        parameter.data.copy_(before)
+            give(params, received(rank, step))
+            optimizer.step()
+            history.append([parameter.detach().clone() for parameter in params])
+        with optimizer.voted_parameters():
+            voted = [parameter.detach().clone() for parameter in params]
+        assert all(map(torch.equal, history[-1], params))
+        found[name] = (history, voted, optimizer.ledger)
+    return found
+
+
+def reference(name: str, workers: int) -> ReferenceLocalSteps:
+    inner, options = VARIANTS[name]
+    own = {"exchange", "fragments"} & options.keys()
+    ours = {"process_group": alone()}
+    given = {name: value for name, value in options.items() if name not in own}
+    return ReferenceLocalSteps(
+        parameters(), workers, lambda params: inner(params, **ours), **given, parts=PARTS.get(name)
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+def test_processes_are_the_plain_implementation(workers: int) -> None:
+    outcomes = run_workers(in_process, workers) if workers > 1 else [in_process(0)]
+    for name in VARIANTS:
+        plain = reference(name, workers)
+        for step in range(STEPS):
+            plain.step([received(rank, step) for rank in range(workers)])
+            for rank in range(workers):
+                assert all(map(torch.equal, outcomes[rank][name][0][step], plain.own[rank])), (name, step, rank)
+        for rank in range(workers):
+            assert all(map(torch.equal, outcomes[rank][name][1], plain.voted)), (name, rank)
+            assert torch.equal(outcomes[rank][name][1][FROZEN], parameters()[FROZEN]), name
+
+
+def virtually(name: str, workers: int, interrupted: bool = False) -> tuple[list[Any], VirtualWorkers]:
+    """The first worker's parameters after each step."""
+    inner, options = VARIANTS[name]
+
+    def method(given: Any, **keywords: Any) -> LocalSteps:
+        return LocalSteps(inner(given), **keywords)
+
+    def make(params: Any) -> VirtualWorkers:
+        return VirtualWorkers(
+            _hidden("gmuon", params) if inner in (muon, signed_muon) else params, workers, method, **options
+        )
+
+    params = parameters()
+    optimizer = make(params)
+    history: list[Any] = []
+    for step in range(STEPS):
+        if interrupted and step == STEPS // 2:
+            state = optimizer.state_dict()
+            params = parameters()
+            optimizer = make(params)
+            optimizer.load_state_dict(state)
+            if not optimizer.members[0].between_votes:
+                for parameter, before in zip(params, history[-1], strict=True):
+                    parameter.data.copy_(before)
+        for rank in range(workers):
+            give(params, received(rank, step))
+            optimizer.next_worker()
+        optimizer.step()
+        history.append([parameter.detach().clone() for parameter in params])
+    return history, optimizer
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_virtual_workers_are_the_plain_implementation(name: str, workers: int) -> None:
+    history, optimizer = virtually(name, workers)
+    plain = reference(name, workers)
+    for step in range(STEPS):
+        plain.step([received(rank, step) for rank in range(workers)])
+        assert all(map(torch.equal, history[step], plain.own[0])), step
+    optimizer.vote()
+    plain.vote()
+    for member in optimizer.members:
+        theirs = [parameter for group in member.param_groups for parameter in group["params"]]
+        by_shape = {parameter.shape: parameter for parameter in theirs}
+        assert all(torch.equal(by_shape[x.shape], x) for x in plain.voted)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_goes_on_from_its_state(name: str) -> None:
+    whole, parts = (virtually(name, 3, interrupted)[0] for interrupted in (False, True))
+    for one, other in zip(whole, parts, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+# Workers with a bad gradient
+
+
+BAD = {1: [1], 4: [2], 5: [2], 6: [2], 7: [2], 9: [0, 1], 10: [0]}
+"""By step, the workers with a NaN in a gradient: worker 2 in all steps of the second round."""
+
+
+def test_bad_steps_are_left_out_and_a_worker_without_another_abstains(caplog: pytest.LogCaptureFixture) -> None:
+    params = parameters()
+    optimizer = VirtualWorkers(params, 3, lambda given, **keywords: LocalSteps(adamw(given), every=4, **keywords))
+    plain = ReferenceLocalSteps(parameters(), 3, adamw, every=100)
+    for step in range(12):
+        bad = BAD.get(step, [])
+        for rank in range(3):
+            give(params, received(rank, step))
+            if rank in bad:
+                params[2].grad = torch.full_like(params[2], torch.nan)
+            optimizer.next_worker()
+        optimizer.step()
+        plain.step([None if rank in bad else received(rank, step) for rank in range(3)])
+        if step % 4 == 3:
+            plain.every = 4
+            plain.vote([2] if step == 7 else [])
+            plain.every = 100
+        for member, own in zip(optimizer.members, plain.own, strict=True):
+            assert all(map(torch.equal, (p for group in member.param_groups for p in group["params"]), own)), step
+    assert optimizer.bad_gradients == 1
+    assert "worker 1 abstains from a step: the gradient of parameter 2" in caplog.text
+
+
+def one(workers: int, every: int, **options: Any) -> tuple[nn.Parameter, VirtualWorkers]:
+    parameter = nn.Parameter(torch.zeros(300))
+
+    def method(given: Any, **keywords: Any) -> LocalSteps:
+        return LocalSteps(torch.optim.SGD(given, lr=1.0), every=every, **keywords)
+
+    return parameter, VirtualWorkers([("weight", parameter)], workers, method, outer_momentum=0.0, **options)
+
+
+def step_once(parameter: nn.Parameter, optimizer: VirtualWorkers, values: Sequence[float]) -> None:
+    for value in values:
+        parameter.grad = torch.full_like(parameter, value)
+        optimizer.next_worker()
+    optimizer.step()
+
+
+def test_a_displacement_that_is_not_finite_makes_its_worker_abstain() -> None:
+    parameter, optimizer = one(3, 2)
+    step_once(parameter, optimizer, [1.0, 1.0, 3e38])
+    step_once(parameter, optimizer, [1.0, 3.0, 3e38])
+    torch.testing.assert_close(parameter.detach(), torch.full((300,), -0.7 * 3.0))
+    assert optimizer.bad_gradients == 1
+
+
+def test_raises_at_the_next_vote_where_that_is_wanted_or_nobody_is_left() -> None:
+    parameter, optimizer = one(2, 2, on_bad_gradient="raise")
+    step_once(parameter, optimizer, [1.0, torch.inf])
+    with pytest.raises(FloatingPointError, match=r"rank 1: the gradient of parameter 0 \(weight\)"):
+        step_once(parameter, optimizer, [1.0, 1.0])
+    assert not parameter.any()  # x_0
+    step_once(parameter, optimizer, [1.0, 1.0])
+    step_once(parameter, optimizer, [1.0, 1.0])
+    torch.testing.assert_close(parameter.detach(), torch.full((300,), -1.4))
+    parameter, optimizer = one(2, 1)
+    with pytest.raises(FloatingPointError, match="rank 0: the gradient of parameter 0"):
+        step_once(parameter, optimizer, [torch.nan, torch.nan])
+
+
+def scaled(rank: int) -> tuple[list[float], list[float], int]:
+    """All overflow at first, and rank 1 at step 3; votes are at steps 1, 3, 5."""
+    parameter = nn.Parameter(torch.zeros(300))
+    optimizer = LocalSteps(torch.optim.SGD([parameter], lr=1.0), every=2, outer_lr=1.0, outer_momentum=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.zeros(()))
+    history, scales = [], []
+    for step in range(6):
+        bad = step < 2 or (step, rank) == (3, 1)
+        parameter.grad = torch.full_like(parameter, torch.inf if bad else (1.0 + 2 * rank) * scaler.get_scale())
+        scaler.step(optimizer)
+        scaler.update()
+        history.append(parameter[0].item())
+        scales.append(scaler.get_scale())
+    return history, scales, optimizer.bad_gradients
+
+
+def test_with_a_gradient_scaler_who_overflows_leaves_a_step_out() -> None:
+    first, second = run_workers(scaled, 2)
+    # Rank 0 moves by 1 a step, rank 1 by 3; the mean magnitude is that of 2 and 3, then of 2 and 6.
+    assert first == ([0.0, 0.0, -1.0, -2.5, -3.5, -6.5], [2.0, 1.0, 1.0, 1.0, 1.0, 1.0], 2)
+    assert second == ([0.0, 0.0, -3.0, -2.5, -5.5, -6.5], [2.0, 1.0, 1.0, 0.5, 0.5, 0.5], 2)
+
+
+# What does not fit together
+
+
+def wrong_use(rank: int, case: str) -> str:
+    parameter = nn.Parameter(torch.ones(300) * (1 + rank * (case == "parameters")))
+    kind = torch.optim.SGD if rank and case == "inner" else torch.optim.AdamW
+    options: dict[str, Any] = {"every": 3 + rank * (case == "every"), "outer_lr": 0.5 + rank * (case == "outer_lr")}
+    optimizer = LocalSteps(kind([parameter], lr=0.1), **options)
+    for step in range(3):
+        parameter.grad = torch.full_like(parameter, 1.0 if case == "gradients" else 1.0 + rank)
+        if case == "lr" and step == 2:
+            optimizer.param_groups[0]["lr"] = 0.2 + rank
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            return f"{step}: {error}"
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("parameters", "0: the parameters differ between the ranks before the first step"),
+        ("gradients", "0: all 2 workers have exactly the same gradients"),
+        ("inner", "0: the ranks do not optimize the same parameters in the same way: method is LocalSteps(AdamW) on"),
+        ("every", "0: the ranks do not optimize the same parameters in the same way: every is 3 on rank 0 and 4 on"),
+        ("outer_lr", "2: the ranks have different hyperparameters: outer_lr of param group 0 is 0.5 on rank 0 and 1.5"),
+        ("lr", "2: the ranks have different hyperparameters: lr of param group 0 is 0.2 on rank 0 and 1.2 on rank 1"),
+    ],
+)
+def test_all_ranks_say_what_does_not_fit(case: str, message: str) -> None:
+    for said in run_workers(wrong_use, 2, case):
+        assert said.startswith(message)
+
+
+def drifting(rank: int) -> str:
+    parameter = nn.Parameter(torch.zeros(300))
+    optimizer = LocalSteps(torch.optim.SGD([parameter], lr=0.1), every=2, check_replicas_steps=3)
+    for step in range(8):
+        if step == 2 and rank == 1:
+            parameter.data[7] += 1  # between two rounds
+        parameter.grad = torch.full_like(parameter, 1.0 + rank)
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            return f"{step}: {error}"
+    return "no error"
+
+
+def test_replicas_that_drift_apart_are_found() -> None:
+    for said in run_workers(drifting, 2):
+        assert said.startswith("3: the parameters are no longer the same on all ranks at step 4")
+
+
+class WithModes(torch.optim.SGD):
+    def train(self) -> None:
+        pass
+
+
+def test_inner_optimizers_that_are_refused() -> None:
+    params = [nn.Parameter(torch.zeros(3))]
+    with pytest.raises(ValueError, match="LocalSteps around a VirtualWorkers: .*VirtualWorkers\\(params, N, method\\)"):
+        LocalSteps(VirtualWorkers(params, 2, DistributedLion), every=2)
+    with pytest.raises(ValueError, match="LocalSteps around a LocalSteps: its inner optimizer"):
+        LocalSteps(LocalSteps(sgd(params), every=2), every=2)
+    with pytest.raises(ValueError, match="LocalSteps around a WithModes: its parameters are others for training"):
+        LocalSteps(WithModes(params), every=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "every=0: it is a number of steps"),
+        ({"every": 2.5}, "every=2.5"),
+        ({"fragments": 3}, "fragments=3: it is a number from 1 to every, 2"),
+        ({"fragments": 2, "delay": 2}, "delay=2: it is a number of steps from 0 to every // fragments, 1"),
+        ({"outer_lr": -1.0}, "outer_lr=-1.0: it cannot be negative"),
+        ({"outer_momentum": 1.0}, "outer_momentum=1.0"),
+        ({"aggregation": "median"}, "aggregation='median'.*'mean'"),
+        ({"tie": "coin"}, "tie='coin'"),
+        ({"exchange": "mail"}, "exchange='mail'"),
+        ({"check_replicas_steps": -1}, "check_replicas_steps=-1"),
+        ({"on_bad_gradient": "ignore"}, "on_bad_gradient='ignore'"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LocalSteps(sgd([nn.Parameter(torch.zeros(3))]), **{"every": 2, **options})
+
+
+# What torch, schedulers and models do with it
+
+
+def test_a_scheduler_and_the_inner_optimizer_share_the_groups() -> None:
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = LocalSteps(sgd([parameter]), every=3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    for step in range(4):
+        assert optimizer.inner.param_groups[0]["lr"] == pytest.approx(LR / (step + 1))
+        parameter.grad = torch.ones(3)
+        optimizer.step()
+        scheduler.step()
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LR, total_steps=9)  # looks for a momentum in the defaults
+    optimizer.param_groups[0].update(lr=LR / 5, momentum=0.9)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups is optimizer.inner.param_groups
+    other = nn.Parameter(torch.zeros(2))
+    optimizer.add_param_group({"params": [other], "lr": 1.0})
+    assert optimizer.between_votes
+    assert [len(group["params"]) for group in optimizer.inner.param_groups] == [1, 1]
+    other.grad = torch.ones(2)
+    for _ in range(2):
+        optimizer.step()
+    assert not optimizer.between_votes
+    torch.testing.assert_close(other.detach(), torch.full((2,), -0.7 * 1.9 * 2.9))
+    with pytest.raises(ValueError, match="sparse|layout"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.eye(2).to_sparse())]})
+    assert len(optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("delay", [0, 2])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copy_goes_on_as_the_original(copied: Callable[[Any], Any], delay: int, workers: int) -> None:
+    params = parameters()
+    options: dict[str, Any] = {"every": 4 - delay // 2, "delay": delay}  # with a delay, a vote is on its way
+    optimizer: Any = LocalSteps(adamw(params), **options)
+    if workers > 1:
+        optimizer = VirtualWorkers(params, 2, by_adamw, **options)
+
+    def step(params: Any, optimizer: Any, number: int) -> None:
+        for rank in range(workers):
+            give(params, received(rank, number))
+            if workers > 1:
+                optimizer.next_worker()
+        optimizer.step()
+
+    for number in range(3):
+        step(params, optimizer, number)
+    others, other = copied((params, optimizer))
+    for number in range(3, 6):
+        step(params, optimizer, number)
+        step(others, other, number)
+        assert all(map(torch.equal, params, others)), number
+    assert not torch.equal(params[0], parameters()[0])
+
+
+def by_adamw(given: Any, **keywords: Any) -> LocalSteps:
+    return LocalSteps(torch.optim.AdamW(given, lr=LR), **keywords)
+
+
+def converted(rank: int) -> list[torch.Tensor]:
+    """bfloat16 weights, one in channels_last; a layer becomes float32 in the middle of a round."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Conv2d(16, 4, 3)).bfloat16().to(memory_format=torch.channels_last)
+    optimizer = by_adamw(layers.parameters(), every=3)
+    history = []
+    for step in range(9):
+        if step == 4:
+            layers[1].float()
+        for index, parameter in enumerate(layers.parameters()):
+            parameter.grad = torch.randn(parameter.shape, generator=seeded(rank, step, index)).to(parameter)
+            parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+            optimizer.inner.state[parameter] = {
+                name: torch.empty_like(parameter).copy_(tensor) if tensor.dim() else tensor
+                for name, tensor in optimizer.inner.state[parameter].items()
+            }
+        optimizer.step()
+        history.append(torch.cat([parameter.detach().float().flatten() for parameter in layers.parameters()]))
+    assert layers[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert [parameter.dtype for parameter in layers.parameters()] == [torch.bfloat16] * 2 + [torch.float32] * 2
+    return history
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    return torch.Generator().manual_seed(sum(number * 100**place for place, number in enumerate(numbers)))
+
+
+def test_bfloat16_memory_formats_and_conversions() -> None:
+    first, second = run_workers(converted, 2)
+    for step, (one, other) in enumerate(zip(first, second, strict=True)):
+        assert torch.equal(one, other) == (step % 3 == 2), step
+    assert not torch.equal(first[2], first[5])
+
+
+def test_virtual_workers_are_converted_each() -> None:
+    parameter, optimizer = one(2, 2)
+    step_once(parameter, optimizer, [1.0, 3.0])
+    parameter.data = parameter.data.bfloat16()
+    step_once(parameter, optimizer, [1.0, 3.0])
+    assert parameter.dtype == torch.bfloat16
+    torch.testing.assert_close(parameter.detach().float(), torch.full((300,), -0.7 * 4.0), rtol=1e-2, atol=0)
+
+
+def test_bits_are_an_H_th() -> None:
+    size = 100_000
+    for aggregation, workers, bits in (
+        ("mavo", 4, 1.5 + 0.1875),
+        ("mavo", 2, 1 + 0.125),
+        ("avg", 3, 2 + 1 / 6),
+        ("mean", 4, 48),
+    ):
+        parameter = nn.Parameter(torch.zeros(size))
+        optimizer = VirtualWorkers([parameter], workers, by_adamw, every=16, aggregation=aggregation)
+        for step in range(32):
+            for rank in range(workers):
+                parameter.grad = torch.randn(size, generator=seeded(rank, step))
+                optimizer.next_worker()
+            optimizer.step()
+        sent = 8 * optimizer.ledger.sent_bytes / size / optimizer.ledger.steps
+        assert optimizer.ledger.steps == 32
+        assert bits / 16 < sent < bits / 16 * 1.02, (aggregation, workers, sent)
+        if aggregation == "mavo" and workers == 4:
+            assert sent < 0.2
+
+
+def test_an_error_with_a_delay_ends_its_vote_and_no_other() -> None:
+    parameter, optimizer = one(2, 2, on_bad_gradient="raise", delay=1)
+    step_once(parameter, optimizer, [1.0, torch.inf])
+    with pytest.raises(FloatingPointError, match="rank 1: the gradient of parameter 0"):
+        step_once(parameter, optimizer, [1.0, 2.0])
+    torch.testing.assert_close(parameter.detach(), torch.full((300,), -2.0))  # the first worker's own
+    for _ in range(3):
+        step_once(parameter, optimizer, [1.0, 2.0])
+    # Sent after 4 steps, the first worker has moved by 4, the second by 6; one step more since then.
+    torch.testing.assert_close(parameter.detach(), torch.full((300,), -0.7 * 5.0 - 1.0))
+    optimizer.vote()
+    torch.testing.assert_close(parameter.detach(), torch.full((300,), -0.7 * 5.0 - 0.7 * 1.5))
+
+
+def converted_on_its_way(rank: int) -> list[torch.Tensor]:
+    parameter = nn.Parameter(torch.zeros(300))
+    optimizer = LocalSteps(torch.optim.SGD([parameter], lr=1.0), every=4, outer_momentum=0.0, delay=2)
+    for step in range(8):
+        if step == 5:
+            parameter.data = parameter.data.bfloat16()
+        parameter.grad = torch.full_like(parameter, 1.0 + rank)
+        optimizer.step()
+    optimizer.vote()
+    return [parameter.detach(), optimizer.state[parameter]["anchor"]]
+
+
+def test_a_conversion_with_a_vote_on_its_way() -> None:
+    first, second = run_workers(converted_on_its_way, 2)
+    assert first[0].dtype == torch.bfloat16
+    assert all(map(torch.equal, first, second))
+    torch.testing.assert_close(first[1], torch.full((300,), -0.7 * 2 * 6.0), rtol=2e-2, atol=0)
