@@ -24,11 +24,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from .local_gradients import check_hook_is_free, refuse_join, taken_over, voting_group
 from .optim.signed_gradients import SignedGradients, check_options
 from .optim.workers import members_of
-from .wire.conversation import Conversation
+from .wire.conversation import Conversation, one_turn
 
 logger = logging.getLogger(__name__)
-
-_ENDED = object()
 
 
 class VotedGradients(DistributedDataParallelKwargs):
@@ -146,9 +144,9 @@ class _Buckets:
         )
         running = [self._conversation(bucket, buffer, future), *self.running]
         self.running = []  # should one of them raise
-        running = _after_a_turn(running)
+        running = one_turn(running)
         while bucket.is_last() and running:
-            running = _after_a_turn(running)
+            running = one_turn(running)
         self.running = running
         if bucket.is_last():
             self.votes.end_step()
@@ -158,11 +156,6 @@ class _Buckets:
         parts = [(self.index[id(parameter)], parameter.numel()) for parameter in bucket.parameters()]
         yield from self.votes.vote(buffer, parts)
         future.set_result(buffer)
-
-
-def _after_a_turn(running: list[Conversation[None]]) -> list[Conversation[None]]:
-    """Those that wait again, each taken to its next wait, newest first."""
-    return [one for one in running if next(one, _ENDED) is not _ENDED]
 
 
 @torch.no_grad()
