@@ -288,8 +288,8 @@ class Agreement:
                 f"all {len(checksums)} workers have exactly the same gradients, so their votes say nothing. Either "
                 "the gradients were averaged before the step (DDP still all-reduces: call "
                 "hf_dlion.keep_gradients_local before accelerator.prepare, or use DLionTrainer), or every worker "
-                "was given the same data (shard the data loader: accelerator.prepare does, if accelerator.num_processes "
-                f"is {len(checksums)}; on a machine without GPUs, that takes Accelerator(cpu=True) or --use_cpu)."
+                "was given the same data (shard the data loader: accelerator.prepare does, if its num_processes is "
+                f"{len(checksums)}; on a machine without GPUs, that takes Accelerator(cpu=True) or --use_cpu)."
             )
         self._comparing_gradients = False
 

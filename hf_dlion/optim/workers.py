@@ -17,7 +17,7 @@ from ..wire.collectives import Channel
 from ..wire.conversation import Conversation, side_by_side
 from ..wire.groups import Group, group_size, make_channel, rank_in
 from ..wire.ledger import Ledger
-from ..wire.liveness import in_step
+from ..wire.liveness import show_step
 from ..wire.shards import Shards
 from .agreement import ON_BAD_GRADIENT, Agreement, LayoutChangedError, StepInputs
 from .renamed import renamed_keywords
@@ -203,14 +203,14 @@ class WorkersOptimizer(StatefulOptimizer):
         replica = replica_of(self, plan.shards)
         gradients = [local_gradient(parameter, replica.method) for parameter in all_parameters(self)]
         scaler = [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
-        with in_step(replica.step, None if plan.shards else self.process_group):
-            gradients, bad = self.agreement.own_gradients(gradients, replica, self.rank, *scaler)
-            try:
-                self._exchange(plan, replica, gradients, bad)
-            except LayoutChangedError:
-                self.state_changed()
-                plan = self._current_plan()
-                self._exchange(plan, replica_of(self, plan.shards), gradients, bad)
+        show_step(replica.step)
+        gradients, bad = self.agreement.own_gradients(gradients, replica, self.rank, *scaler)
+        try:
+            self._exchange(plan, replica, gradients, bad)
+        except LayoutChangedError:
+            self.state_changed()
+            plan = self._current_plan()
+            self._exchange(plan, replica_of(self, plan.shards), gradients, bad)
         for group in self.param_groups:
             group[STEP] += 1
         self.ledger.steps += 1
