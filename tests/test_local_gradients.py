@@ -142,7 +142,7 @@ def test_every_trained_parameter_is_voted_on_or_named() -> None:
 
 
 def critic_before_generator(rank: int) -> tuple[str, str]:
-    """What is said where one part steps three times as often, and both have gradients; and where a third is left."""
+    """What is said where one part steps three times as often as another, and where a third one is left."""
 
     def loop(model: torch.nn.Sequential) -> None:
         wrapped = DistributedDataParallel(model)

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.parallelism_config import ParallelismConfig
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers import GPT2LMHeadModel, Trainer
 
@@ -43,6 +45,7 @@ def pretend(accelerator: Accelerator, replicas: int = 2, shards: int = 2, **plug
 def prepared(rank: int, steps: int, **plugin: Any) -> tuple[Accelerator, Any, Any]:
     act_as_launched(rank)
     torch.manual_seed(0)
+    AcceleratorState._reset_state(reset_partial_state=True)  # older ones cannot make another that shards
     accelerator = pretend(Accelerator(cpu=True, gradient_accumulation_steps=steps), **plugin)
     keep_gradients_local(accelerator)
     model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
@@ -183,6 +186,10 @@ def train(rank: int, folder: str, optim: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.skipif(
+    transformers.__version__ >= "5" and not hasattr(ParallelismConfig, "sp_backend"),
+    reason="this Trainer takes no parallelism_config of an accelerate before 1.12",
+)
 @pytest.mark.parametrize("optim", ["dlion_mavo", "dmuon_avg"])
 def test_a_trainer_goes_on_where_it_stopped(optim: str, tmp_path: Path) -> None:
     everyone = run_workers(train, 4, str(tmp_path), optim, timeout=300)

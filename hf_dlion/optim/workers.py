@@ -17,7 +17,7 @@ from ..wire.collectives import Channel
 from ..wire.conversation import Conversation, side_by_side
 from ..wire.groups import Group, group_size, make_channel, rank_in
 from ..wire.ledger import Ledger
-from ..wire.liveness import in_step
+from ..wire.liveness import show_step
 from ..wire.shards import Shards
 from ..wire.shares import VoteShares
 from .agreement import ON_BAD_GRADIENT, Agreement, LayoutChangedError, StepInputs
@@ -219,14 +219,14 @@ class WorkersOptimizer(StatefulOptimizer):
         """Exchange and update with these gradients, as far as they are good."""
         plan = self._current_plan()
         replica = replica_of(self, plan.shards)
-        with in_step(replica.step, None if plan.shards else self.process_group):
-            gradients, bad = self.agreement.own_gradients(gradients, replica, self.rank, *scaler)
-            try:
-                self._exchange(plan, replica, gradients, bad)
-            except LayoutChangedError:
-                self.state_changed()
-                plan = self._current_plan()
-                self._exchange(plan, replica_of(self, plan.shards), gradients, bad)
+        show_step(replica.step)
+        gradients, bad = self.agreement.own_gradients(gradients, replica, self.rank, *scaler)
+        try:
+            self._exchange(plan, replica, gradients, bad)
+        except LayoutChangedError:
+            self.state_changed()
+            plan = self._current_plan()
+            self._exchange(plan, replica_of(self, plan.shards), gradients, bad)
 
     def _exchange(self, plan: Plan, replica: Replica, gradients: list[Tensor | None], bad: int) -> None:
         """Exchange and update, or find out with the others that the parameters are laid out otherwise by now."""

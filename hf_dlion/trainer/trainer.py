@@ -204,7 +204,7 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin, GradientVotes
         self._steps_made = 0
         if resume_from_checkpoint:
             resume_from_checkpoint = self._resumed(resume_from_checkpoint)
-        with report_lost_workers("training") if self._exchanges else nullcontext():
+        with report_lost_workers("training", waits=False) if self._exchanges else nullcontext():
             output: TrainOutput = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         if self._exchanges:
             drain_gloo()  # so that accelerator.end_training() may follow at once

@@ -52,15 +52,15 @@ class _Heartbeat:
 
     Attributes:
         step: that this process has come to; None before the first.
-        began: when it did, by the monotonic clock; None, if that step is over.
-        ranks: that take part in it.
+        calls: how many collectives it has begun and ended: odd, inside of one.
+        waiting: when it began to wait in one, by the monotonic clock, and for which group; None, if it does not.
     """
 
     def __init__(self, group: dist.ProcessGroup, store: Any) -> None:
         self.store = store
         self.step: int | None = None
-        self.began: float | None = None
-        self.ranks: Sequence[int] = ()
+        self.calls = 0
+        self.waiting: tuple[float, dist.ProcessGroup | None] | None = None
         self._warned: float | None = None
         self._patience = PATIENCE_SECONDS
         self._group = weakref.ref(group)
@@ -80,24 +80,27 @@ class _Heartbeat:
         self._thread.join(timeout=1)
 
     def apart(self, ranks: Sequence[int]) -> str:
-        """Which of the ranks have come to another step than this one, in words; nothing, if none has."""
-        by_step: dict[str, list[int]] = {}
+        """Which of the ranks are elsewhere than this one, in words; nothing, if none is."""
+        own, elsewhere = str(self.step), dict[str, list[int]]()
         for rank in ranks:
-            key = f"{store_prefix()}/step/{rank}"
-            shown = self.store.get(key).decode() if self.store.check([key]) else None
-            by_step.setdefault("before its first step" if shown is None else f"at step {shown}", []).append(rank)
-        by_step.pop(f"at step {self.step}", None)
-        where = [f"{_named(those)} {'is' if len(those) == 1 else 'are'} {place}" for place, those in by_step.items()]
-        return f"{', '.join(where)}, this one at step {self.step}" if where and self.step is not None else ""
+            key = f"{store_prefix()}/place/{rank}"
+            step, calls = self.store.get(key).decode().split() if self.store.check([key]) else ("None", "0")
+            if (step, calls) != (own, str(self.calls)):
+                here = ", but in another collective or none" if step == own else ""
+                place = "before its first step" if step == "None" else f"at step {step}{here}"
+                elsewhere.setdefault(place, []).append(rank)
+        elsewhere = {place: those for place, those in elsewhere.items() if dist.get_rank() not in those}
+        where = [f"{_named(those)} {'is' if len(those) == 1 else 'are'} {place}" for place, those in elsewhere.items()]
+        return f"{', '.join(where)}, this one at step {own}" if where and self.step is not None else ""
 
     def _beat(self, rank: int) -> None:
-        shown = None
+        shown = ""
         try:
             while self.belongs_to(dist.group.WORLD):
                 self.count(rank, 1)
-                if shown != self.step:
-                    shown = self.step
-                    self.store.set(f"{store_prefix()}/step/{rank}", str(shown))
+                if shown != (place := f"{self.step} {self.calls}"):
+                    shown = place
+                    self.store.set(f"{store_prefix()}/place/{rank}", place)
                 self._warn_of_waiting()
                 if self._stopped.wait(HEARTBEAT_SECONDS):
                     return
@@ -105,15 +108,14 @@ class _Heartbeat:
             return  # the store is gone; who misses a rank says so
 
     def _warn_of_waiting(self) -> None:
-        """Once a step; each time it takes longer, since ranks may often be late that save or evaluate."""
-        began = self.began
-        waits = 0.0 if began is None else time.monotonic() - began
-        if began == self._warned or waits < self._patience:
+        """Once a collective; each time it takes longer, since ranks may often be late that save or evaluate."""
+        waiting = self.waiting
+        if waiting is None or waiting[0] == self._warned or (waits := time.monotonic() - waiting[0]) < self._patience:
             return
-        apart = self.apart(self.ranks)
-        if apart and began == self.began:
+        apart = self.apart(dist.get_process_group_ranks(waiting[1] or dist.group.WORLD))
+        if apart and waiting == self.waiting:
             logger.warning("waiting for %d seconds: %s. %s", waits, apart, _ELSEWHERE)
-            self._warned, self._patience = began, 2 * waits
+            self._warned, self._patience = waiting[0], 2 * waits
 
 
 _heartbeat: _Heartbeat | None = None
@@ -134,24 +136,10 @@ def start_heartbeat() -> _Heartbeat | None:
     return _heartbeat
 
 
-@contextmanager
-def in_step(step: int, group: Any = None) -> Iterator[None]:
-    """Inside, this process is at that step of its training, and says who is not if it takes long.
-
-    Args:
-        step: its number.
-        group: the ranks that take part; None, or what is no process group, stands for all.
-    """
-    heartbeat = start_heartbeat()
-    if heartbeat is None:
-        yield
-        return
-    ranks = dist.get_process_group_ranks(group if isinstance(group, dist.ProcessGroup) else dist.group.WORLD)
-    heartbeat.step, heartbeat.ranks, heartbeat.began = step, ranks, time.monotonic()
-    try:
-        yield
-    finally:
-        heartbeat.began = None
+def show_step(step: int) -> None:
+    """Let the other ranks know that this process has come to that step of its training."""
+    if (heartbeat := start_heartbeat()) is not None:
+        heartbeat.step = step
 
 
 def _stop_heartbeat() -> None:
@@ -160,17 +148,21 @@ def _stop_heartbeat() -> None:
 
 
 @contextmanager
-def report_lost_workers(what: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
+def report_lost_workers(what: str, group: dist.ProcessGroup | None = None, *, waits: bool = True) -> Iterator[None]:
     """Inside, this process beats, and an error of the backend becomes one that names who did not answer.
 
     Args:
         what: is done inside, in a few words.
         group: the ranks that take part; None is the default group.
+        waits: whether it is one collective, so that to be long in it is to wait for others.
 
     Raises:
         WorkerLostError: from the backend's error, some seconds after it.
     """
-    start_heartbeat()
+    heartbeat = start_heartbeat()
+    if waits and heartbeat is not None:
+        heartbeat.calls += 1
+        heartbeat.waiting = time.monotonic(), group
     try:
         yield
     except RuntimeError as error:
@@ -180,6 +172,10 @@ def report_lost_workers(what: str, group: dist.ProcessGroup | None = None) -> It
         # Older torch does not take None for the default group.
         ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         raise WorkerLostError(_explain(what, error, heartbeat, ranks)) from error
+    finally:
+        if waits and heartbeat is not None:
+            heartbeat.waiting = None
+            heartbeat.calls += 1
 
 
 def _of_backend(error: RuntimeError) -> bool:
@@ -202,8 +198,11 @@ def _explain(what: str, error: RuntimeError, heartbeat: _Heartbeat | None, ranks
         )
     lost, apart = found
     if not lost:
-        why = f"{apart}. {_ELSEWHERE}" if apart else _TOGETHER
-        return f"{what} failed, though all of the ranks {_listed(ranks)} are alive: {why} The backend said: {said}"
+        return (
+            f"{what} failed, though all of the ranks {_listed(ranks)} are alive{f' ({apart})' if apart else ''}: the "
+            "network between two of them is cut, one needed longer than the time limit of the process group, or the "
+            f"ranks do not call the same collectives in the same order. The backend said: {said}"
+        )
     return (
         f"{_named(lost)} did not answer: {what} of {len(ranks)} ranks failed, and then there was no sign of life for "
         f"{LISTEN_SECONDS} seconds{f' ({apart})' if apart else ''}. The process has ended or hangs, or its machine is "
@@ -214,10 +213,6 @@ def _explain(what: str, error: RuntimeError, heartbeat: _Heartbeat | None, ranks
 _ADVICE = (
     "`torchrun --max-restarts` starts all ranks again; let the script resume from the last checkpoint, as with "
     "--resume_from_checkpoint."
-)
-_TOGETHER = (
-    "the network between two of them is cut, one needed longer than the time limit of the process group, or the ranks "
-    "do not call the same collectives in the same order."
 )
 _ELSEWHERE = (
     "One of them is slow, or calls a collective that the others do not: let all ranks come to evaluations, barriers "

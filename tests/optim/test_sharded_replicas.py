@@ -89,7 +89,7 @@ def train_for_real(rank: int, name: str, options: dict[str, Any], batches: int) 
             assert torch.equal(shard.full_tensor(), parameter), f"{which} after step {step}"  # type: ignore[attr-defined]
 
 
-@pytest.mark.skipif(TORCH < (2, 7), reason="torch 2.6 cannot run a model of FSDP2 on a CPU")
+@pytest.mark.skipif(TORCH < (2, 9), reason="on a CPU torch 2.6 runs no model of FSDP2, and 2.8 sums its gradients")
 def test_models_under_fully_shard() -> None:
     variants: list[tuple[str, dict[str, Any], int]] = [
         ("plain", {}, 1),
