@@ -7,7 +7,7 @@ from typing import Any
 
 from .links import UNLIMITED, bits_per_second
 
-METHODS = ("dlion_mavo", "dlion_avg", "ddp_fp32", "ddp_fp16", "ddp_powersgd")
+METHODS = ("dlion_mavo", "dlion_avg", "local_16", "ddp_fp32", "ddp_fp16", "ddp_powersgd")
 BASELINE = "ddp_fp32"
 
 
@@ -40,7 +40,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     rates = sorted({r["rate"] for r in report["results"]}, key=bits_per_second)
     top = 10 * max([bits_per_second(rate) for rate in rates if rate != UNLIMITED], default=1e9)
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for method, marker, color in zip(METHODS, "os^vD", ("C0", "C9", "C3", "C1", "C2"), strict=True):
+    for method, marker, color in zip(METHODS, "osP^vD", ("C0", "C9", "C4", "C3", "C1", "C2"), strict=True):
         points = [r for r in report["results"] if r["method"] == method]
         limited = [r for r in points if r["rate"] != UNLIMITED]
         for part, style, label in ((limited, "-", None), (points, "none", method)) if points else ():

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
-from hf_dlion import DistributedLion, keep_gradients_local
+from hf_dlion import DistributedLion, LocalSteps, keep_gradients_local
 
 from .shapes import gpt2_shapes
 
@@ -53,6 +53,7 @@ class Contender:
             model, process_group=group, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb
         )
         self.interface: str | None = options.interface
+        self.round = int(method.removeprefix("local_")) if method.startswith("local_") else 1
         self.optimizer: torch.optim.Optimizer
         if method.startswith("dlion_"):
             keep_gradients_local(self.model)
@@ -61,6 +62,9 @@ class Contender:
             )
             return
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        if method.startswith("local_"):
+            keep_gradients_local(self.model)
+            self.optimizer = LocalSteps(self.optimizer, every=self.round, process_group=group)
         if method == "ddp_fp16":
             self.model.register_comm_hook(group, default_hooks.fp16_compress_hook)
         elif method == "ddp_powersgd":
@@ -74,20 +78,26 @@ class Contender:
         return sum(p.numel() for p in self.model.parameters())
 
     def step(self) -> float:
-        """From the start of backward to updated parameters, in seconds."""
+        """From the start of backward to updated parameters, in seconds; of a round of local steps, on average."""
         start = time.perf_counter()
-        self.loss.backward()
-        self.optimizer.step()
-        return time.perf_counter() - start
+        for left in range(self.round, 0, -1):
+            self.loss.backward(retain_graph=left > 1)
+            self.optimizer.step()
+            if left > 1:
+                self.optimizer.zero_grad()
+        return (time.perf_counter() - start) / self.round
 
-    def sent(self) -> dict[str, int]:
-        """Bytes sent so far, by the interface's count (of all methods) and by the ledger's (of this one)."""
-        counts = {}
+    def sent(self) -> dict[str, float]:
+        """Bytes sent so far, by the interface's count (of all methods) and by the ledger's (of this one).
+
+        With local steps, those of a round count as its average, as its seconds do.
+        """
+        counts: dict[str, float] = {}
         if self.interface:
             counter = Path("/sys/class/net", self.interface, "statistics/tx_bytes")
-            counts["interface"] = int(counter.read_text())
+            counts["interface"] = int(counter.read_text()) / self.round
         if hasattr(self.optimizer, "ledger"):
-            counts["ledger"] = int(self.optimizer.ledger.sent_bytes)
+            counts["ledger"] = self.optimizer.ledger.sent_bytes / self.round
         return counts
 
 
