@@ -7,7 +7,7 @@ from typing import Any
 
 from .links import UNLIMITED, bits_per_second
 
-METHODS = ("dlion_mavo", "dlion_avg", "ddp_fp32", "ddp_fp16", "ddp_powersgd")
+METHODS = ("dlion_mavo", "dlion_avg", "local_16", "ddp_fp32", "ddp_fp16", "ddp_powersgd")
 BASELINE = "ddp_fp32"
 ALONE = "computing"
 """Fused AdamW on a worker's own gradients: what a whole step takes without a network."""
@@ -18,6 +18,7 @@ WHOLE_STEP = ("dmuon_mavo", "dlion_mavo_after", ALONE)
 LOOKS = {
     "dlion_mavo": ("o", "C0"),
     "dlion_avg": ("s", "C9"),
+    "local_16": ("*", "C5"),
     "ddp_fp32": ("^", "C3"),
     "ddp_fp16": ("v", "C1"),
     "ddp_powersgd": ("D", "C2"),

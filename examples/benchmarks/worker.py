@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
-from hf_dlion import DistributedLion, DistributedMuon, hidden_matrices, keep_gradients_local
+from hf_dlion import DistributedLion, DistributedMuon, LocalSteps, hidden_matrices, keep_gradients_local
 
 from .network_report import AFTER, ALONE
 from .shapes import gpt2_shapes
@@ -71,6 +71,7 @@ class Contender:
             model = linear_model(gpt2_shapes(options.hidden, options.layers, options.vocab), options.seed + 1 + rank)
         self.interface: str | None = options.interface
         self.optimizer: torch.optim.Optimizer
+        self.round = int(method.removeprefix("local_")) if method.startswith("local_") else 1
         if method == ALONE:
             self.model = model
             self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -98,6 +99,9 @@ class Contender:
                 self.optimizer = DistributedLion(model.parameters(), **vote)
             return
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        if method.startswith("local_"):
+            keep_gradients_local(self.model)
+            self.optimizer = LocalSteps(self.optimizer, every=self.round, process_group=group)
         if method == "ddp_fp16":
             self.model.register_comm_hook(group, default_hooks.fp16_compress_hook)
         elif method == "ddp_powersgd":
@@ -112,22 +116,28 @@ class Contender:
         return sum(p.numel() for p in self.model.parameters())
 
     def step(self) -> float:
-        """From the start of backward, or of a whole step, to updated parameters, in seconds."""
+        """From the start of backward, or of a whole step, to updated parameters, in seconds; of a round on average."""
         start = time.perf_counter()
-        if self.whole:
-            self.loss = self.model()
-        self.loss.backward()
-        self.optimizer.step()
-        return time.perf_counter() - start
+        for left in range(self.round, 0, -1):
+            if self.whole:
+                self.loss = self.model()
+            self.loss.backward(retain_graph=left > 1 and not self.whole)
+            self.optimizer.step()
+            if left > 1:
+                self.optimizer.zero_grad()
+        return (time.perf_counter() - start) / self.round
 
-    def sent(self) -> dict[str, int]:
-        """Bytes sent so far, by the interface's count (of all methods) and by the ledger's (of this one)."""
-        counts = {}
+    def sent(self) -> dict[str, float]:
+        """Bytes sent so far, by the interface's count (of all methods) and by the ledger's (of this one).
+
+        With local steps, those of a round count as its average, as its seconds do.
+        """
+        counts: dict[str, float] = {}
         if self.interface:
             counter = Path("/sys/class/net", self.interface, "statistics/tx_bytes")
-            counts["interface"] = int(counter.read_text())
+            counts["interface"] = int(counter.read_text()) / self.round
         if hasattr(self.optimizer, "ledger"):
-            counts["ledger"] = int(self.optimizer.ledger.sent_bytes)
+            counts["ledger"] = self.optimizer.ledger.sent_bytes / self.round
         return counts
 
 

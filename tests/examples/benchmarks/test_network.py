@@ -37,9 +37,11 @@ def test_the_interface_counts_what_the_ledger_does(workers: int, bits: dict[str,
 
 
 def test_loopback_compares_with_ddp(tmp_path: Path) -> None:
-    done = run(tmp_path, "--workers", "2", "--loopback", "--methods", "dlion_mavo", "ddp_fp32", "ddp_fp16")
+    done = run(tmp_path, "--workers", "2", "--loopback", "--methods", "dlion_mavo", "local_16", "ddp_fp32", "ddp_fp16")
     assert done.returncode == 0, done.stderr
     assert "| unlimited | dlion_mavo |" in done.stdout
+    results = {result["method"]: result for result in json.loads((tmp_path / "results.json").read_text())["results"]}
+    assert 1.125 / 16 <= results["local_16"]["ledger_bits_per_parameter"] <= 1.005 * 1.125 / 16
 
 
 def test_an_unknown_rate_says_what_is_known(tmp_path: Path) -> None:
