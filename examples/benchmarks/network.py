@@ -15,8 +15,8 @@ update; and `computing`, the same with fused AdamW and no network, is what it ca
   training; what is left to measure is the update. Every worker has gradients of its own.
 - The methods take turns, so that noise of the machine meets all alike; a turn's first step is not counted.
 - Before each step the workers wait for each other over pipes to the parent: no byte of that is on the link.
-- A step takes as long as it takes the slowest worker. The forward pass is not part of it, without `--tokens`. `local_16`
-  is AdamW on each worker and a vote every 16 steps: a step of it is the average of a round.
+- A step takes as long as it takes the slowest worker. The forward pass is not part of it, without `--tokens`.
+  `local_16` is AdamW on each worker and a vote every 16 steps: a step of it is the average of a round.
 - Bytes sent are the difference of the interface's `tx_bytes`: TCP, acknowledgements and retransmissions too.
   The MTU is 1500, but a piece of up to 64 KiB that the kernel passes on whole (GSO) has one header there: a
   cable would carry about 5 % more, with every method. tbf limits by what a cable would carry.
