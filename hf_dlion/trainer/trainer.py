@@ -400,7 +400,7 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin, GradientVotes
             dist.distributed_c10d._set_pg_timeout(self.args.ddp_timeout_delta)
 
     def _keep_gradients_local(self) -> None:
-        named = self.args.optim in METHODS
+        named = self._named_ours
         self._check_processes(f"optim={self.args.optim!r}" if named else f"A {type(self._own_optimizer()).__name__}")
         keep_gradients_local(self.accelerator)
 

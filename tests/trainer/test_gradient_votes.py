@@ -75,7 +75,7 @@ def test_one_worker_alone_has_its_own_signs(tmp_path: Path) -> None:
         ({"optim": "dlion_mavo"}, "gradient_votes='avg' with optim='dlion_mavo'"),
         ({"gradient_votes": "mean"}, "gradient_votes='mean' is not known"),
         ({"adversaries": 1, "virtual_workers": 3}, "gradient_votes='avg' with adversaries=1"),
-        ({"gradient_votes": None, "virtual_workers": 3}, "or for gradient_votes"),
+        ({"gradient_votes": None, "virtual_workers": 3}, "and for gradient_votes"),
     ],
 )
 def test_what_does_not_go_together(options: dict[str, Any], message: str, tmp_path: Path) -> None:
