@@ -48,7 +48,7 @@ def table(report: dict[str, Any]) -> str:
 def title(report: dict[str, Any]) -> str:
     settings = report["settings"]
     tokens = settings.get("tokens", 0)
-    what = f"A whole step of {tokens} tokens a worker," if tokens else "One update of"
+    what = f"A step on {tokens} tokens," if tokens else "One update of"
     return f"{what} {settings['parameters'] / 1e6:.1f} M parameters, {settings['workers']} workers"
 
 
