@@ -141,19 +141,19 @@ def _eager_vote(gradient: Tensor, momentum: Tensor, hyper: Tensor, zero_votes: T
         g = part.float()
         u = (m * hyper[0]).add_(g * hyper[1])
         m.mul_(hyper[2]).add_(g * hyper[3])
-        _pack_signs(u, zero_votes, out)
+        pack_signs(u, zero_votes, out)
 
 
 def _eager_peek(gradient: Tensor, momentum: Tensor, hyper: Tensor, zero_votes: Tensor, words: Tensor) -> None:
     size = _chunk(gradient)
     for part, m, out in zip(gradient.split(size), momentum.split(size), words.split(size), strict=True):
-        _pack_signs((m * hyper[0]).add_(part.float() * hyper[1]), zero_votes, out)
+        pack_signs((m * hyper[0]).add_(part.float() * hyper[1]), zero_votes, out)
 
 
 def _eager_sign(direction: Tensor, hyper: Tensor, zero_votes: Tensor, words: Tensor) -> None:
     size = _chunk(direction)
     for part, out in zip(direction.split(size), words.split(size), strict=True):
-        _pack_signs(part, zero_votes, out)
+        pack_signs(part, zero_votes, out)
 
 
 def _eager_move(gradient: Tensor, momentum: Tensor, hyper: Tensor) -> None:
@@ -162,7 +162,8 @@ def _eager_move(gradient: Tensor, momentum: Tensor, hyper: Tensor) -> None:
         m.mul_(hyper[2]).add_(g.float() * hyper[3])
 
 
-def _pack_signs(direction: Tensor, zero_votes: Tensor, words: Tensor) -> None:
+def pack_signs(direction: Tensor, zero_votes: Tensor, words: Tensor) -> None:
+    """As ``sign`` of :class:`Kernels`, in one piece."""
     bits = direction > 0
     bits |= (direction == 0) & zero_votes
     pack_bits(bits, words)

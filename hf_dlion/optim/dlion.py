@@ -199,6 +199,7 @@ class DistributedLion(WorkersOptimizer):
         self.norm_gradients = norm_gradients
         self.overlap = overlap
         self._early: EarlyVotes | None = None
+        self._overlaps = overlap  # until the ranks find that it does not help
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, (), (MOMENTUM,), **options)
 
     @override
@@ -256,7 +257,7 @@ class DistributedLion(WorkersOptimizer):
     @override
     def _decide(self, plan: VotePlan, inputs: StepInputs) -> None:
         early = self._early
-        if early is not None:
+        if early is not None and not early.agreed:
             early.look()
         decisions = early.finish(inputs) if early is not None and early.under_way else None
         if decisions is not None:
@@ -265,6 +266,9 @@ class DistributedLion(WorkersOptimizer):
             super()._decide(plan, inputs)
         if early is not None and early.plan is plan:
             early.next_step()
+            if early.closed:  # on all ranks alike: they lay out anew, in fewer buckets
+                self._early, self._overlaps = None, False
+                self.state_changed()
             return
         if early is not None:
             early.close()
@@ -346,7 +350,7 @@ class DistributedLion(WorkersOptimizer):
         exchange = None
         if channel is not None:
             exchange = make_exchange(self.exchange, channel, elements // 32, self.aggregation, self.tie, device)
-        overlaps = self.overlap and shards is None and device.type == "cpu" and isinstance(channel, ProcessChannel)
+        overlaps = self._overlaps and shards is None and device.type == "cpu" and isinstance(channel, ProcessChannel)
         count = BUCKETS if overlaps else exchange.buckets if exchange else 1
         buckets = lay_out(self.param_groups, shards, count)
         highest = highest_level(self.aggregation, self.tie, workers)

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack, override
 
 from ..bits.orthogonal import orthogonalize_into
-from .hidden import ORTHOGONAL, UPDATE_RMS, HiddenMatricesMixin, begin_direction
+from .hidden import ORTHOGONAL, UPDATE_RMS, HiddenMatricesMixin, begin_direction, move_momentum
 from .layout import Span
 from .mean_gradient import DenseMean
 from .states import all_parameters
@@ -75,7 +75,8 @@ class GlobalMuon(HiddenMatricesMixin, DenseMean):
         updates: list[Tensor] = []
         matrices, outputs = [], []
         for span, mean, state in zip(spans, means, states, strict=True):
-            update, own, results = begin_direction(whole[span.parameter], mean, state["exp_avg"], group)
+            direction = move_momentum(mean, state["exp_avg"], group)
+            update, own, results = begin_direction(whole[span.parameter], direction, group)
             updates.append(update)
             matrices += own
             outputs += results

@@ -88,30 +88,35 @@ def matrices_of(weight: Tensor, split: Split) -> list[Tensor]:
 
 
 def begin_direction(
-    parameter: Tensor, gradient: Tensor, momentum: Tensor, group: dict[str, Any]
+    parameter: Tensor, direction: Tensor, group: dict[str, Any]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """What is to be orthogonalised of a hidden parameter; moves its momentum on.
+    """What is to be orthogonalised of a hidden parameter.
 
     Args:
         parameter: for its shape and memory order.
-        gradient, momentum: float32, flat, in that order.
+        direction: float32, flat, in that order.
         group: its param group.
 
     Returns:
         An empty tensor of its shape; the matrices of its direction; and those of the empty tensor, for the result.
     """
-    direction = move_momentum(gradient, momentum, group)
-    result = torch.empty(parameter.shape, device=gradient.device)
+    result = torch.empty(parameter.shape, device=direction.device)
     matrices = matrices_of(as_laid_out(direction, parameter.shape, memory_order(parameter)), group[SPLIT])
     return result, matrices, matrices_of(result, group[SPLIT])
 
 
 def move_momentum(gradient: Tensor, momentum: Tensor, group: dict[str, Any]) -> Tensor:
     """The direction of a hidden parameter, or of a part of it; moves its momentum on."""
-    beta1, beta2 = group["betas"]
-    direction = beta1 * momentum + (1 - beta1) * gradient
+    direction = direction_of(gradient, momentum, group)
+    beta2 = group["betas"][1]
     momentum.copy_(beta2 * momentum + (1 - beta2) * gradient)
     return direction
+
+
+def direction_of(gradient: Tensor, momentum: Tensor, group: dict[str, Any]) -> Tensor:
+    """The direction of a hidden parameter, or of a part of it, before it is orthogonalised."""
+    beta1 = group["betas"][0]
+    return beta1 * momentum + (1 - beta1) * gradient
 
 
 def _check_split(weight: Tensor, split: Split) -> None:

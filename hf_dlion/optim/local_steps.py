@@ -17,7 +17,8 @@ from torch.nn.functional import pad
 from torch.optim import Optimizer
 from typing_extensions import Unpack, override
 
-from ..bits.packing import BLOCK, LANES, pack_bits, unpack_bits
+from ..bits.kernels import pack_signs
+from ..bits.packing import BLOCK, LANES, unpack_bits
 from ..wire.collectives import Channel
 from ..wire.conversation import Conversation, one_turn, run
 from ..wire.exchange import AGGREGATIONS, EXCHANGES, TIES, Ballot, Exchange, make_exchange
@@ -495,7 +496,7 @@ class LocalSteps(CodedMean):
         words = torch.empty((blocks, LANES), dtype=torch.int32, device=displacement.device)
         padded = pad(displacement, (0, blocks * BLOCK - size)).view(blocks, LANES, LANES)
         lanes = torch.arange(LANES, device=displacement.device)
-        pack_bits((padded > 0) | ((padded == 0) & ((lanes + channel.rank + number) & 1).bool()), words)
+        pack_signs(padded, ((lanes + channel.rank + number) & 1).bool(), words)
         ballot = Ballot(words.view(-1), words.new_empty(0), number, 1 - size / (blocks * BLOCK))
         decision = yield from plan.exchange.decide(ballot, lambda headers: voters)
         assert decision is not None

@@ -17,7 +17,7 @@ from ..wire.exchange import Decision
 from ..wire.shards import Shards
 from .agreement import StepInputs
 from .dlion import MOMENTUM, Ballots, DistributedLion, VoteOptions, VotePlan
-from .hidden import ORTHOGONAL, SPLIT, UPDATE_RMS, HiddenMatricesMixin, begin_direction, move_momentum
+from .hidden import ORTHOGONAL, SPLIT, UPDATE_RMS, HiddenMatricesMixin, begin_direction, direction_of, move_momentum
 from .layout import Bucket, Segment
 from .sharding import orthogonalize_shards
 from .states import all_parameters
@@ -210,8 +210,8 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
             if gradient is None:
                 continue
             momentum, group = plan.views.states[index][MOMENTUM], self.param_groups[plan.group_of[index]]
-            momentum = momentum.clone() if early else momentum
-            wholes[index], own, results = begin_direction(local(parameters[index]), gradient.float(), momentum, group)
+            direction = (direction_of if early else move_momentum)(gradient.float(), momentum, group)
+            wholes[index], own, results = begin_direction(local(parameters[index]), direction, group)
             matrices += own
             outputs += results
         orthogonalize_into(matrices, outputs)

@@ -28,6 +28,7 @@ from ..wire.exchange import Ballot, Decision, Exchange
 from .agreement import CHANGED_GRADIENT, Agreement, Header, StepInputs
 from .layout import Bucket
 from .replica import STEP
+from .states import all_parameters
 from .tensors import local_gradient
 from .views import SegmentViews
 
@@ -144,10 +145,6 @@ def _arrived(arrivals: weakref.ref[Arrivals], index: int, parameter: Tensor) -> 
         watching.arrived(index)
 
 
-def _parameters(optimizer: Voter) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
 def _identity(gradient: Tensor | None) -> tuple[int, int] | None:
     return None if gradient is None else (gradient.data_ptr(), gradient._version)
 
@@ -164,6 +161,7 @@ class EarlyVotes:
 
     Attributes:
         plan: as given.
+        closed: whether no votes are sent early any more.
         under_way: whether the ranks send the buckets of the present step in their agreed order.
     """
 
@@ -186,7 +184,7 @@ class EarlyVotes:
             self._beside = before._beside
         self._order: Sequence[Bucket] = ()
         self._changes = 0
-        self._closed = False
+        self.closed = False
         self._watch()
         self._start()
 
@@ -221,12 +219,12 @@ class EarlyVotes:
         return [self._decisions[bucket.number] for bucket in self.plan.buckets]
 
     def look(self) -> None:
-        """At the beginning of a step: whether gradients are as backward has left them."""
+        """At the beginning of a step, before the ranks have agreed: whether gradients are as backward has left them."""
         self._unchanged = self._arrivals.unchanged(self._arrivals.order)
 
     def next_step(self) -> None:
         """After a step: agree with the others, if that is still to be done, and begin to listen for the next one."""
-        if self._closed:
+        if self.closed:
             return
         if not self._order:
             self._agree()
@@ -240,10 +238,15 @@ class EarlyVotes:
 
     def close(self) -> None:
         """Send no votes early any more. On all ranks alike."""
-        self._closed = True
+        self.closed = True
         self._arrivals.close()
         if self._channel.rank == 0 and self._changes == _MOST_CHANGES:
             logger.warning(_WHY_NOT)
+
+    @property
+    def agreed(self) -> bool:
+        """Whether the ranks have agreed on an order."""
+        return bool(self._order)
 
     @property
     def _agreement(self) -> Agreement:
@@ -255,11 +258,11 @@ class EarlyVotes:
         return owner
 
     def _watch(self) -> None:
-        self._arrivals = Arrivals(_parameters(self._owner()), self._complete)
+        self._arrivals = Arrivals(all_parameters(self._owner()), self._complete)
         self._needed = [len(self._arrivals.watched & set(bucket.parameters)) for bucket in self.plan.buckets]
 
     def _start(self) -> None:
-        self.under_way = bool(self._order) and not self._closed
+        self.under_way = bool(self._order) and not self.closed
         self._missing = list(self._needed)
         self._sent = 0
         self._ballots: Any = None
@@ -303,7 +306,7 @@ class EarlyVotes:
 
     @torch.no_grad()
     def _send_early(self, bucket: Bucket) -> None:
-        views, parameters = self.plan.views, _parameters(self._owner())
+        views, parameters = self.plan.views, all_parameters(self._owner())
         gradients: list[Tensor | None] = [None] * len(parameters)
         for index in bucket.parameters:
             gradient = local_gradient(parameters[index], type(self._owner()).__name__)

@@ -7,7 +7,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -137,7 +137,13 @@ class StatefulOptimizer(Optimizer, ABC):
         tensor.zero_()
 
 
-def all_parameters(optimizer: Optimizer) -> list[Tensor]:
+class HasGroups(Protocol):
+    """An optimizer, as far as its parameters go."""
+
+    param_groups: list[dict[str, Any]]
+
+
+def all_parameters(optimizer: HasGroups) -> list[Tensor]:
     """Those of all param groups, in order."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
