@@ -21,8 +21,10 @@ BACKWARD = 2 / 3  # of forward and backward
 DDP_BUCKET = 25 << 20  # bytes
 CLOSE = 1.05  # two predictions that differ by less are the same
 WORTH = 1.2  # so much longer may a step be of the method that trained best in the studies
-# Orthogonalising, of forward and backward: 6 to 9 % in model_cards/orthogonal.
-ORTHOGONAL = 0.08
+# Orthogonalising, times the width over the tokens of a step, of forward and backward: 1.8 to 1.9 in
+# model_cards/orthogonal and model_cards/whole_step; 5 by the operations alone, if all parameters were hidden matrices.
+ORTHOGONAL = 1.9
+SCALED = 256  # elements that share a scale, of local steps
 
 _PER_SECOND = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
@@ -50,11 +52,12 @@ class Method:
     Attributes:
         name: as ``optim=`` takes it; ``gradient_votes`` stands for votes with AdamW behind them, ``ddp_`` for DDP.
         memory: bytes that its local work moves through memory, per parameter: what its measured time is at the rate of
-            a copy. By the number of rounds of a bucket, where it votes.
+            a copy; first those of every step, then those per bit that is sent.
         aggregation: of what votes; None for DDP.
+        tie: of the votes.
         bytes_sent: of what DDP sends of a parameter.
-        overlaps: whether it is on its way while backward computes.
         orthogonal: whether it orthogonalises.
+        every: steps from one vote to the next.
     """
 
     name: str
@@ -62,23 +65,28 @@ class Method:
     aggregation: str | None = None
     tie: str = "zero"
     bytes_sent: int = 0
-    overlaps: bool = False
     orthogonal: bool = False
+    every: int = 1
 
 
-# Fitted to model_cards/network, at the rate of a copy that model_cards/step has for AdamW; update included.
-_VOTE, _DDP = (75.0, 115.0), (145.0, 145.0)
+# Fitted to model_cards/network, at the rate of a copy measured there; update included.
+ALONE = 28.0  # AdamW's memory per parameter: read parameter, gradient and two states, write three
+_VOTE = (36.0, 27.0)
 METHODS = (
     Method("dmuon_mavo", _VOTE, "mavo", "alternate", orthogonal=True),
     Method("dmuon_avg", _VOTE, "avg", orthogonal=True),
     Method("dlion_mavo", _VOTE, "mavo"),
     Method("dlion_avg", _VOTE, "avg"),
     # AdamW, the exchange, and the hook's own 8 ns a parameter, timed once on the same machine.
-    Method("gradient_votes", (240.0, 260.0), "avg", overlaps=True),
-    Method("ddp_fp32", _DDP, bytes_sent=4, overlaps=True),
-    Method("ddp_bf16", (155.0, 155.0), bytes_sent=2, overlaps=True),
+    Method("gradient_votes", (200.0, 27.0), "avg"),
+    Method("ddp_fp32", (ALONE, 2.4), bytes_sent=4),
+    Method("ddp_bf16", (ALONE, 5.5), bytes_sent=2),
 )
-ALONE = 28.0  # AdamW's memory per parameter: read parameter, gradient and two states, write three
+
+
+def local_steps(every: int) -> Method:
+    """AdamW on each worker, and a vote on what it moved by every so many steps."""
+    return Method(f"local_{every}", (52.0, 24.0), "mavo", "alternate", every=every)
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,7 @@ class Setting:
         compute: seconds of forward and backward.
         bandwidth: bytes per second that a worker's memory is read and written at, together, by a copy.
         latency: seconds of a round, besides its bytes.
+        orthogonal: what orthogonalising adds, as a share of ``compute``.
     """
 
     parameters: float
@@ -100,6 +109,7 @@ class Setting:
     compute: float
     bandwidth: float
     latency: float
+    orthogonal: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -126,67 +136,81 @@ class Prediction:
 
 
 def traffic(method: Method, parameters: float, workers: int) -> Traffic:
-    """What it sends in a step."""
+    """What it sends in a step with an exchange."""
     from .bits.packing import BLOCK
     from .optim.layout import MAX_BUCKET_BLOCKS
+    from .optim.mean_gradient import BUCKET
+    from .optim.overlap import BUCKETS
     from .wire.exchange import GatherExchange, ShardedExchange, highest_level
 
     if workers == 1:
         return Traffic(0, 1, 0)
+    ring = 2 * (workers - 1)
     if method.aggregation is None:
         of_parameters = method.bytes_sent * parameters
-        rounds = 2 * (workers - 1)
-        return Traffic(rounds / workers * of_parameters, math.ceil(4 * parameters / DDP_BUCKET), rounds)
+        return Traffic(ring / workers * of_parameters, math.ceil(4 * parameters / DDP_BUCKET), ring)
     words = math.ceil(parameters / BLOCK) * BLOCK // 32
     planes = highest_level(method.aggregation, method.tie, workers).bit_length()
     sent = {kind: kind.words_sent(words, workers, planes) for kind in (GatherExchange, ShardedExchange)}
     kind = min(sent, key=lambda one: sent[one])
+    rounds = 1 if kind is GatherExchange else 2
+    if method.every > 1:
+        scales = 4 * parameters / SCALED
+        return Traffic(4 * sent[kind] + ring / workers * scales, math.ceil(parameters / BUCKET), rounds + ring)
     fewest = math.ceil(parameters / BLOCK / MAX_BUCKET_BLOCKS)
-    return Traffic(4 * sent[kind], max(kind.buckets, fewest), 1 if kind is GatherExchange else 2)
+    return Traffic(4 * sent[kind], max(BUCKETS, fewest), rounds)
 
 
 def predict(method: Method, setting: Setting) -> Prediction:
-    """A whole step of each worker.
+    """A whole step of each worker, or the average of a round of local steps.
 
-    The network is hidden behind backward where a method overlaps, but for the last bucket, and half of the rest behind
-    the local work, or the other way round, where there are several buckets.
+    The network is hidden behind backward, but for the last bucket and for local steps, and half of the rest behind the
+    local work, or the other way round, where there are several buckets.
     """
     sent = traffic(method, setting.parameters, setting.workers)
-    memory = method.memory[max(sent.rounds, 1) - 1] if method.aggregation else method.memory[0]
-    local = setting.parameters * memory / setting.bandwidth
-    network = FRAMES * 8 * sent.sent_bytes / setting.link + sent.buckets * sent.rounds * setting.latency
+    sent_bytes = sent.sent_bytes / method.every
+    bits = 8 * sent_bytes / setting.parameters
+    fixed, of_bits = method.memory
+    local = setting.parameters * (fixed + of_bits * bits) / setting.bandwidth
+    network = FRAMES * 8 * sent_bytes / setting.link + sent.buckets * sent.rounds / method.every * setting.latency
     shown = network
-    if method.overlaps:
+    if method.every == 1:
         shown = max(network / sent.buckets, network - BACKWARD * setting.compute)
     if sent.buckets > 1:
         shown -= min(local, shown) / 2
-    compute = setting.compute * (1 + ORTHOGONAL * method.orthogonal)
+    compute = setting.compute * (1 + setting.orthogonal * method.orthogonal)
     alone = setting.compute + setting.parameters * ALONE / setting.bandwidth
     step = compute + local + shown
-    bits = 8 * sent.sent_bytes / setting.parameters
-    return Prediction(method.name, step, step / alone, local, network, sent.sent_bytes, bits)
+    return Prediction(method.name, step, step / alone, local, network, sent_bytes, bits)
 
 
-def recommend(predictions: Sequence[Prediction]) -> tuple[str, str]:
-    """The name of the method to take, and why."""
+def recommend(predictions: Sequence[Prediction], local: Prediction) -> tuple[str, str]:
+    """The name of the method to take, and why; what local steps would win is said where it is much."""
     by_name = {one.method: one for one in predictions}
     fastest = min(predictions, key=lambda one: one.step_seconds)
     if by_name["ddp_fp32"].step_seconds <= CLOSE * fastest.step_seconds:
         return "ddp_fp32", "the link is fast enough for averaged gradients: stay with your optimizer"
+    name, why = fastest.method, "the fastest that exchanges at every step"
     if by_name["dmuon_mavo"].step_seconds <= WORTH * fastest.step_seconds:
-        return "dmuon_mavo", "the one that trained best in the studies, and about as fast as any"
-    return fastest.method, "the fastest"
+        name, why = "dmuon_mavo", "the one that trained best in the studies, and about as fast as any"
+    if by_name[name].step_seconds > WORTH * local.step_seconds:
+        every = local.method.partition("_")[2]
+        why += f"; with a vote every {every} local steps, a step would take {local.step_seconds:.3g} s"
+    return name, why
 
 
-def parameter_count(model: str) -> float:
-    """How many parameters a model has, by a count such as 124M, or by its configuration.
+def shape_of(model: str) -> tuple[float, float]:
+    """How many parameters a model has, and its width; by a count such as 124M, or by its configuration.
+
+    Of a count, the width is that of a transformer whose depth is a 64th of it: 12 of its squares a layer.
 
     Raises:
         ValueError: it is neither a count, nor a folder with a config.json, nor in the cache of the hub.
     """
     count = re.fullmatch(r"([\d.]+)([kmbt]?)", model.lower())
     if count:
-        return _number(count, _COUNTS, model)
+        parameters = _number(count, _COUNTS, model)
+        return parameters, (64 / 12 * parameters) ** (1 / 3)
     try:
         import torch
         from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -194,13 +218,14 @@ def parameter_count(model: str) -> float:
         config = AutoConfig.from_pretrained(model, local_files_only=True)
         kind = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
         with torch.device("meta"):
-            return float(sum(parameter.numel() for parameter in kind.from_config(config).parameters()))
+            parameters = float(sum(parameter.numel() for parameter in kind.from_config(config).parameters()))
     except (ImportError, OSError, ValueError) as error:
         cause = str(error).partition("\n")[0]
         raise ValueError(
             f"{model!r} is no number of parameters, and no configuration was found by that name here: nothing is "
             f"downloaded. Give a number, such as 124M, or a folder with a config.json. The cause: {cause}"
         ) from error
+    return parameters, float(getattr(config.get_text_config(), "hidden_size", 0) or shape_of(str(parameters))[1])
 
 
 def link_rate(text: str) -> float:
@@ -231,11 +256,12 @@ def measured_bandwidth() -> float:
     return 2 * source.nbytes / best
 
 
-def report(setting: Setting) -> dict[str, Any]:
+def report(setting: Setting, every: int) -> dict[str, Any]:
     """The setting, the predictions, the fastest first, and which method to take."""
-    predictions = sorted((predict(method, setting) for method in METHODS), key=lambda one: one.step_seconds)
-    name, why = recommend(predictions)
-    return {"setting": asdict(setting), "predictions": [asdict(one) for one in predictions], "take": name, "why": why}
+    predictions, local = [predict(method, setting) for method in METHODS], predict(local_steps(every), setting)
+    name, why = recommend(predictions, local)
+    ordered = sorted([*predictions, local], key=lambda one: one.step_seconds)
+    return {"setting": asdict(setting), "predictions": [asdict(one) for one in ordered], "take": name, "why": why}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -243,7 +269,8 @@ def table(found: dict[str, Any]) -> str:
     setting = Setting(**found["setting"])
     lines = [
         f"{setting.parameters:,.0f} parameters, {setting.workers} workers, {setting.link / 1e6:g} Mbit/s each way, "
-        f"{setting.compute:g} s of forward and backward, memory at {setting.bandwidth / 1e9:.1f} GB/s",
+        f"{setting.compute:g} s of forward and backward, {100 * setting.orthogonal:.0f} % more with orthogonalising, "
+        f"memory at {setting.bandwidth / 1e9:.1f} GB/s",
         "",
         f"{'':14} {'step, s':>10} {'x alone':>8} {'local, s':>9} {'network, s':>11} {'MB sent':>9} {'bits/param':>11}",
     ]
@@ -262,6 +289,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, required=True, help="how many")
     add("--link", required=True, metavar="RATE", help="what a worker's link carries each way: 100mbit, 1Gbit")
     add("--compute", type=float, required=True, metavar="SECONDS", help="forward and backward of a step, on one worker")
+    about_tokens = "of a worker's step; the fewer, the more orthogonalising adds to compute (default: %(default)s)"
+    add("--tokens", type=int, default=8192, help=about_tokens)
+    add("--local_steps", type=int, default=16, metavar="H", help="of the row for local steps (default: %(default)s)")
     add("--bandwidth", type=float, metavar="GB/S", help="of a worker's memory, read and written; else a copy is timed")
     add("--latency", type=float, default=0.2, metavar="MS", help="of a round (default: %(default)s)")
     add("--json", action="store_true", help="print JSON")
@@ -270,19 +300,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print what was asked for. Returns the exit code."""
     try:
-        if options.workers < 1 or options.compute < 0 or options.latency < 0 or (options.bandwidth or 1) <= 0:
-            raise ValueError(
-                f"workers={options.workers}, compute={options.compute:g}, latency={options.latency:g}, bandwidth="
-                f"{options.bandwidth}: there is at least one worker, there is memory, and times are not negative."
-            )
+        _check(options)
         bandwidth = measured_bandwidth() if options.bandwidth is None else 1e9 * options.bandwidth
-        parameters, link = parameter_count(options.model), link_rate(options.link)
+        (parameters, width), link = shape_of(options.model), link_rate(options.link)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    found = report(Setting(parameters, options.workers, link, options.compute, bandwidth, options.latency / 1e3))
+    setting = Setting(
+        parameters,
+        options.workers,
+        link,
+        options.compute,
+        bandwidth,
+        latency=options.latency / 1e3,
+        orthogonal=ORTHOGONAL * width / options.tokens,
+    )
+    found = report(setting, options.local_steps)
     sys.stdout.write((json.dumps(found, indent=1) if options.json else table(found)) + "\n")
     return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name, least in (("workers", 1), ("compute", 0), ("latency", 0), ("tokens", 1), ("local_steps", 2)):
+        value = getattr(options, name)
+        if value < least:
+            raise ValueError(f"--{name} {value:g} is too small; it is at least {least}.")
+    if options.bandwidth is not None and options.bandwidth <= 0:
+        raise ValueError(f"--bandwidth {options.bandwidth:g} is too small; a worker's memory has some.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,6 +17,7 @@ update; and `computing`, the same with fused AdamW and no network, is what it ca
 - Before each step the workers wait for each other over pipes to the parent: no byte of that is on the link.
 - A step takes as long as it takes the slowest worker. The forward pass is not part of it, without `--tokens`.
   `local_16` is AdamW on each worker and a vote every 16 steps: a step of it is the average of a round.
+- `bandwidth_by_rank` is what a copy reads and writes in a second, all workers at once: `hf_dlion plan` counts in it.
 - Bytes sent are the difference of the interface's `tx_bytes`: TCP, acknowledgements and retransmissions too.
   The MTU is 1500, but a piece of up to 64 KiB that the kernel passes on whole (GSO) has one header there: a
   cable would carry about 5 % more, with every method. tbf limits by what a cable would carry.
@@ -80,6 +81,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             say(f"{method}: warming up")
             parameters: int = workers.ask(method, "prepare")[0]
             workers.steps(method, WARMUP_STEPS)
+        bandwidths: list[float] = workers.ask(options.methods[0], "bandwidth")
         for rate in rates:
             if names:
                 limit(names, bits_per_second(rate))
@@ -95,6 +97,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "machine": machine(),
         "network": f"loopback ({reason})" if reason else "namespaces, veth and a bridge, tbf at both ends",
         "settings": {name: getattr(options, name) for name in SETTINGS} | {"parameters": parameters},
+        "bandwidth_by_rank": bandwidths,
         "results": results,
     }
 

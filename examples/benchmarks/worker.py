@@ -17,6 +17,7 @@ import torch
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
 from hf_dlion import DistributedLion, DistributedMuon, LocalSteps, hidden_matrices, keep_gradients_local
+from hf_dlion.plan import measured_bandwidth
 
 from .network_report import AFTER, ALONE
 from .shapes import gpt2_shapes
@@ -107,6 +108,10 @@ class Contender:
         elif method == "ddp_powersgd":
             state = powerSGD_hook.PowerSGDState(group, matrix_approximation_rank=4, start_powerSGD_iter=2)
             self.model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+
+    def bandwidth(self) -> float:
+        """Bytes a second that a copy reads and writes."""
+        return measured_bandwidth()
 
     def prepare(self) -> int:
         """Do all of a step that is not timed. Returns the number of parameters."""

@@ -26,6 +26,7 @@ from .page import page
 from .pictures import draw
 from .publishing import publish
 from .records import choose, record
+from .restoring import restore
 from .runs import Run
 from .study import Study
 
@@ -82,6 +83,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder for the runs and the page")
     parser.add_argument("--tune", action="store_true", help="search the learning rates, as the study says")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores")
+    parser.add_argument("--published", type=Path, metavar="JSON", help="a summary.json whose runs need no other run")
     parser.add_argument("--report-only", action="store_true", help="run nothing, make the page of what there is")
     parser.add_argument("--publish", type=Path, help="folder to copy the page, its numbers, pictures and cards to")
     options = parser.parse_args()
@@ -94,6 +96,8 @@ def main() -> int:
     options = parse()
     study = Study.read(options.study)
     options.output.mkdir(parents=True, exist_ok=True)
+    if options.published is not None:
+        print(f"taken over from {options.published}: {restore(study, options.published, options.output)} runs")
     found = run_study(study, options.output, options.tune, None if options.report_only else options.jobs)
     words = [word for word in sys.argv[1:] if word != "--report-only"]
     found["command"] = shlex.join(["python", "-m", f"examples.{NAME}", *words])

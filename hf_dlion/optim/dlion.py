@@ -268,13 +268,21 @@ class DistributedLion(WorkersOptimizer):
             early.next_step()
             if early.closed:  # on all ranks alike: they lay out anew, in fewer buckets
                 self._early, self._overlaps = None, False
-                self.state_changed()
+                self._lay_out_anew(plan)
             return
         if early is not None:
             early.close()
         self._early = None
         if plan.overlaps and plan.exchange is not None and isinstance(plan.channel, ProcessChannel):
             self._early = EarlyVotes(self, plan, plan.exchange, plan.channel, early)
+
+    def _lay_out_anew(self, old: VotePlan) -> None:
+        self.state_changed()
+        self._current_plan()
+        assert self.plan is not None
+        assert self.plan.exchange is not None
+        assert old.exchange is not None
+        self.plan.exchange.statistics = old.exchange.statistics
 
     def _apply_all(self, plan: VotePlan, inputs: StepInputs, decisions: Sequence[Decision]) -> None:
         """A step whose votes are decided, but have not moved the momenta."""
