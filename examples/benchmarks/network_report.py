@@ -7,16 +7,19 @@ from typing import Any
 
 from .links import UNLIMITED, bits_per_second
 
-METHODS = ("dlion_mavo", "dlion_avg", "local_16", "ddp_fp32", "ddp_fp16", "ddp_powersgd")
+METHODS = ("dlion_mavo", "dlion_mavo_alternate", "dlion_avg", "local_16", "ddp_fp32", "ddp_fp16", "ddp_powersgd")
 BASELINE = "ddp_fp32"
 ALONE = "computing"
 """Fused AdamW on a worker's own gradients: what a whole step takes without a network."""
 AFTER = "_after"
 """Of a method's name: its votes leave after backward."""
+ALTERNATE = "_alternate"
+"""Of a method's name: its ties alternate, so that one bit a parameter comes back."""
 WHOLE_STEP = ("dmuon_mavo", "dlion_mavo_after", ALONE)
 """Further methods, of a whole step."""
 LOOKS = {
     "dlion_mavo": ("o", "C0"),
+    "dlion_mavo_alternate": ("h", "C6"),
     "dlion_avg": ("s", "C9"),
     "local_16": ("*", "C5"),
     "ddp_fp32": ("^", "C3"),

@@ -19,7 +19,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from hf_dlion import DistributedLion, DistributedMuon, LocalSteps, hidden_matrices, keep_gradients_local
 from hf_dlion.plan import measured_bandwidth
 
-from .network_report import AFTER, ALONE
+from .network_report import AFTER, ALONE, ALTERNATE
 from .shapes import gpt2_shapes
 
 
@@ -85,7 +85,7 @@ class Contender:
         self.model = torch.nn.parallel.DistributedDataParallel(
             model, process_group=group, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb
         )
-        kind, _, aggregation = method.removesuffix(AFTER).partition("_")
+        kind, _, aggregation = method.removesuffix(AFTER).removesuffix(ALTERNATE).partition("_")
         if kind in ("dlion", "dmuon"):
             keep_gradients_local(self.model)
             vote = {
@@ -97,7 +97,8 @@ class Contender:
             if kind == "dmuon":
                 self.optimizer = DistributedMuon(hidden_matrices(model), **vote)
             else:
-                self.optimizer = DistributedLion(model.parameters(), **vote)
+                tie = "alternate" if method.endswith(ALTERNATE) else "zero"
+                self.optimizer = DistributedLion(model.parameters(), tie=tie, **vote)
             return
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         if method.startswith("local_"):

@@ -284,14 +284,14 @@ class DistributedLion(WorkersOptimizer):
         assert old.exchange is not None
         self.plan.exchange.statistics = old.exchange.statistics
 
-    def _apply_all(self, plan: VotePlan, inputs: StepInputs, decisions: Sequence[Decision]) -> None:
-        """A step whose votes are decided, but have not moved the momenta."""
+    def _apply_all(self, plan: VotePlan, inputs: StepInputs, decisions: Iterable[tuple[Bucket, Decision]]) -> None:
+        """A step whose votes are being decided, and have not moved the momenta."""
         hypers = self._hypers(plan)
         if self.norm_gradients:
             _norm(inputs.gradients, all_parameters(self), plan.shards)
         plan.views.move(plan.usable_kernels, inputs.gradients, [hypers[group] for group in plan.group_of], MOMENTUM)
         ballots = self._begin(plan, inputs, hypers)
-        for bucket, decision in zip(plan.buckets, decisions, strict=True):
+        for bucket, decision in decisions:
             self._apply(plan, bucket, decision, ballots)
 
     @override

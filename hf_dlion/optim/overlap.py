@@ -1,10 +1,10 @@
 """Votes that leave while backward still computes other gradients.
 
-A step's buckets are sent in one order on all ranks, the header with the last of them, and nothing is applied before it
-is known. When a bucket leaves is each rank's own business: as soon as its gradients are complete, or in ``step()``. If
-what was sent turns out not to hold on some rank (a gradient changed afterwards, by clipping say, or a worker abstains),
-its header says so, and all ranks drop the decisions and exchange again. So no bit depends on the guess of when a
-gradient is complete.
+A step's buckets are sent in one order on all ranks. When a bucket leaves is each rank's own business: as soon as its
+gradients are complete, or in ``step()``. The headers travel beside them, in ``step()``, and nothing is applied before they
+are known. If what was sent turns out not to hold on some rank (a gradient changed afterwards, by clipping say, or a worker
+abstains), its header says so, and all ranks drop the decisions and exchange again. So no bit depends on the guess of when
+a gradient is complete.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -77,10 +77,6 @@ class Voter(Protocol):
 
     def pack_early(self, plan: Any, bucket: Bucket, ballots: Any, gradients: Sequence[Tensor | None]) -> Tensor:
         """Own votes on a bucket; changes no state."""
-
-
-class VotesChangedError(RuntimeError):
-    """The votes that were sent do not hold on some rank: exchange again. All ranks know."""
 
 
 class Arrivals:
@@ -189,34 +185,31 @@ class EarlyVotes:
         self._start()
 
     @torch.no_grad()
-    def finish(self, inputs: StepInputs) -> list[Decision] | None:
-        """Send what has not been sent, and learn the decisions. A collective over the workers.
+    def finish(self, inputs: StepInputs) -> Iterator[tuple[Bucket, Decision]] | None:
+        """Send what has not been sent, and learn whether what was sent holds. A collective over the workers.
 
         Args:
             inputs: of the step.
 
         Returns:
-            The decisions on the plan's buckets; None, on all ranks, where votes that were sent do not hold.
+            The decisions, as they come; None, on all ranks, where votes that were sent do not hold.
         """
         holds = self._holds(inputs)
         bad = inputs.bad_gradient if holds or inputs.bad_gradient >= 0 else CHANGED_GRADIENT
         header = self._agreement.header(replace(inputs, bad_gradient=bad))
+        headers, on_its_way = self._channel.all_gather(header)
         for bucket in self._order[self._sent :]:
-            last = bucket is self._order[-1]
-            self._send(bucket, header if last else header[:0], inputs.gradients if holds else None)
+            self._send(bucket, inputs.gradients if holds else None)
         self._conversations.put(None)
-        if self._thread is None:
-            self._talk()
-        else:
-            self._thread.join()
         self.under_way = False
-        if isinstance(self._error, VotesChangedError):
-            self._changes += 1
-            return None
-        if self._error is not None:
-            raise self._error
-        self._changes = 0
-        return [self._decisions[bucket.number] for bucket in self.plan.buckets]
+        on_its_way.wait()
+        if self._agreement.stands(Header.unpack(headers), len(self.plan.buckets_of)):
+            self._changes = 0
+            return self._decided()
+        for _ in self._decided():
+            pass
+        self._changes += 1
+        return None
 
     def look(self) -> None:
         """At the beginning of a step, before the ranks have agreed: whether gradients are as backward has left them."""
@@ -266,10 +259,8 @@ class EarlyVotes:
         self._missing = list(self._needed)
         self._sent = 0
         self._ballots: Any = None
-        self._decisions: dict[int, Decision] = {}
         self._conversations: queue.SimpleQueue[Conversation[None] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._results: queue.SimpleQueue[tuple[Bucket, Decision] | BaseException | None] = queue.SimpleQueue()
 
     def _agree(self) -> None:
         """On an order of the buckets, that in which rank 0's became complete; or not to send early. A collective."""
@@ -300,8 +291,7 @@ class EarlyVotes:
             return
         for number in self.plan.buckets_of[index]:
             self._missing[number] -= 1
-        # The last one waits for the header.
-        while self._sent < len(self._order) - 1 and self._missing[self._order[self._sent].number] == 0:
+        while self._sent < len(self._order) and self._missing[self._order[self._sent].number] == 0:
             self._send_early(self._order[self._sent])
 
     @torch.no_grad()
@@ -311,39 +301,47 @@ class EarlyVotes:
         for index in bucket.parameters:
             gradient = local_gradient(parameters[index], type(self._owner()).__name__)
             gradients[index] = None if gradient is None else views.flat(index, gradient)
-        self._send(bucket, torch.empty(0, dtype=torch.int32, device=views.device), gradients)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._talk, name="votes", daemon=True)
-            self._thread.start()
+        self._send(bucket, gradients)
 
-    def _send(self, bucket: Bucket, header: Tensor, gradients: Sequence[Tensor | None] | None) -> None:
+    def _send(self, bucket: Bucket, gradients: Sequence[Tensor | None] | None) -> None:
         """Hand a bucket over; without gradients, its votes are of no meaning."""
+        device = self.plan.views.device
         if self._ballots is None:
             self._settings, self._views = self._read_settings(), self.plan.views.parameters
             self._ballots = self._owner().begin_ballots(self.plan)
+            threading.Thread(target=self._talk, name="votes", daemon=True).start()
         if gradients is None:
-            words = torch.zeros(bucket.blocks * 32, dtype=torch.int32, device=self.plan.views.device)
+            words = torch.zeros(bucket.blocks * 32, dtype=torch.int32, device=device)
         else:
             words = self._owner().pack_early(self.plan, bucket, self._ballots, gradients)
-        ballot = Ballot(words, header, self._ballots.inputs.step, bucket.padding)
+        no_header = torch.empty(0, dtype=torch.int32, device=device)
+        ballot = Ballot(words, no_header, self._ballots.inputs.step, bucket.padding)
         self._sent += 1
         self._conversations.put(self._decide(bucket, ballot))
 
     def _decide(self, bucket: Bucket, ballot: Ballot) -> Conversation[None]:
-        decision = yield from self._exchange.decide(ballot, self._voters)
+        decision = yield from self._exchange.decide(ballot, lambda headers: range(self._channel.size))
         assert decision is not None  # all vote
-        self._decisions[bucket.number] = decision
-
-    def _voters(self, headers: Tensor) -> Sequence[int]:
-        if headers.shape[1] and not self._agreement.stands(Header.unpack(headers), len(self.plan.buckets_of)):
-            raise VotesChangedError
-        return range(self._channel.size)
+        self._results.put((bucket, decision))
 
     def _talk(self) -> None:
+        conversations, results = self._conversations, self._results
         try:
-            side_by_side(iter(self._conversations.get, None))
+            side_by_side(iter(conversations.get, None))
         except BaseException as error:
-            self._error = error
+            results.put(error)
+        else:
+            results.put(None)
+
+    def _decided(self) -> Iterator[tuple[Bucket, Decision]]:
+        """Each bucket's decision as it comes; raises what the thread has raised."""
+        while True:
+            result = self._results.get()
+            if result is None:
+                return
+            if isinstance(result, BaseException):
+                raise result
+            yield result
 
     def _holds(self, inputs: StepInputs) -> bool:
         """Whether what was sent is what would be sent now, and what is still to be sent can be."""
