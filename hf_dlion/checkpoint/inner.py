@@ -7,16 +7,18 @@ in the metadata of the file.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..optim.tensors import local, placed_as
 from .manifest import ELSEWHERE, CheckpointError
 
 PREFIX = "inner."
+Held = Callable[[Sequence[Any], str, int], Tensor]
 
 _AVERAGED = {"F16", "BF16", "F32", "F64"}
 
@@ -33,7 +35,7 @@ def inner_state(inner: Optimizer) -> tuple[dict[str, Tensor], dict[str, str]]:
         for name, value in state.items():
             key = f"{PREFIX}{index}.{name}"
             if isinstance(value, Tensor):
-                tensors[key] = value.contiguous()
+                tensors[key] = local(value).contiguous()
             elif value is None or isinstance(value, (bool, int, float, str)):
                 others[key] = value
             else:
@@ -57,23 +59,27 @@ def check_inner(part: Any, parameters: int) -> None:
         )
 
 
-def load_inner(inner: Optimizer, parts: Sequence[Any]) -> None:
+def load_inner(inner: Optimizer, workers: Sequence[Sequence[Any]], held: Held) -> None:
     """Take over what it had.
 
     Args:
         inner: whose state becomes that; its param groups become copies.
-        parts: open, of one worker, or of several, whose mean it becomes; none: it starts anew. Where something cannot
-            be averaged (a quantised state), it becomes that of the first.
+        workers: the open parts of one worker, or of several, whose mean it becomes; none: it starts anew. Where
+            something cannot be averaged (a quantised state), it becomes that of the first.
+        held: of the parts of a worker, a key and the index of its parameter: what this rank holds of that tensor.
     """
-    kinds = {part.get_slice(key).get_dtype() for part in parts for key in _tensors(part)}
-    sources = parts if kinds <= _AVERAGED else parts[:1]
+    kinds = {part.get_slice(key).get_dtype() for parts in workers for part in parts for key in _tensors(part)}
+    sources = workers if kinds <= _AVERAGED else workers[:1]
+    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
-    for key in dict.fromkeys(key for part in sources for key in _tensors(part)):
-        held = [part.get_tensor(key) for part in sources if key in _tensors(part)]
+    for key in dict.fromkeys(key for parts in sources for key in _tensors(parts[0])):
         index, name = _place(key)
-        state.setdefault(index, {})[name] = held[0] if len(held) == 1 else torch.stack(held).mean(0)
-    for part in reversed(sources):
-        for key, value in _others(part).items():
+        found = [held(parts, key, index) for parts in sources if key in _tensors(parts[0])]
+        value = found[0] if len(found) == 1 else torch.stack(found).mean(0)
+        whole = value.shape != local(parameters[index]).shape
+        state.setdefault(index, {})[name] = value if whole else placed_as(parameters[index], value)
+    for parts in reversed(sources):
+        for key, value in _others(parts[0]).items():
             index, name = _place(key)
             state.setdefault(index, {})[name] = value
     inner.load_state_dict({"state": state, "param_groups": inner.state_dict()["param_groups"]})

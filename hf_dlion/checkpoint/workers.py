@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -232,8 +233,9 @@ def _load_member(
     for group, saved in zip(member.param_groups, manifest.groups, strict=True):
         group.update({name: _as_before(saved[name], group[name]) for name in _taken_over(group, saved)})
     if member.inner is not None:
-        of_all = [files[name] for worker in workers for name in manifest.parts_of(worker)]
-        load_inner(member.inner, first if as_many else of_all if policy == "mean" else [])
+        of_all = [[files[name] for name in _parts_for(shards, manifest, worker)] for worker in workers]
+        sources = [first] if as_many else of_all if policy == "mean" else []
+        load_inner(member.inner, sources, partial(_held_of_inner, all_parameters(member), manifest.shards, shards))
         member.inner.param_groups = member.param_groups
     member.state_changed()
     if scaler is not None and SCALER in first[0].keys():  # noqa: SIM118
@@ -317,6 +319,20 @@ def _held(parts: Sequence[Any], key: str, shape: torch.Size, shards: Shards | No
             rows.append(piece[max(first - start, 0) : min(last - start, height)])
         start += height
     return torch.cat(rows)
+
+
+def _held_of_inner(
+    parameters: Sequence[Tensor], cut_into: int, shards: Shards | None, parts: Sequence[Any], key: str, index: int
+) -> Tensor:
+    """As :func:`_held`, of a tensor of an inner optimizer, which is as its parameter was cut, or of another shape."""
+    shape = parameters[index].shape
+    if not shape:
+        return parts[0].get_tensor(key)
+    first = shards.rank if shards is not None and cut_into > 1 and len(parts) == 1 else 0
+    as_cut = [shard_rows(shape[0], cut_into)[first], *shape[1:]]
+    return (
+        _held(parts, key, shape, shards) if parts[0].get_slice(key).get_shape() == as_cut else parts[0].get_tensor(key)
+    )
 
 
 def _needed(folder: Path, manifest: Manifest, members: Sequence[WorkersOptimizer], policy: str) -> list[str]:

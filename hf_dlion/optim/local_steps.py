@@ -31,7 +31,7 @@ from .mean_gradient import CodedMean, MeanPlan, Share
 from .replica import STEP
 from .rules import RULES
 from .states import all_parameters
-from .tensors import float32_state, laid_out_state, local, local_gradient
+from .tensors import float32_state, laid_out_state, local, local_gradient, placed_as
 from .workers import (
     WorkersOptimizer,
     WorkersOptions,
@@ -102,7 +102,7 @@ class LocalSteps(CodedMean):
     x_0 always (Streaming DiLoCo, Douillard et al., 2025, arXiv 2501.18512).
 
     Args:
-        inner: any optimizer whose state is per parameter, for dense parameters that are not sharded.
+        inner: any optimizer whose state is per parameter, for dense parameters.
         every: H, inner steps from one vote to the next.
         outer_lr: learning rate of the outer rule.
         outer_momentum: its momentum, in [0, 1).
@@ -121,6 +121,7 @@ class LocalSteps(CodedMean):
     """
 
     inner: Optimizer
+    by_element = True  # a scale is that of a block in what a rank holds
 
     def __init__(
         self,
@@ -197,7 +198,8 @@ class LocalSteps(CodedMean):
             with torch.enable_grad():
                 loss = closure()
         gradients = [local_gradient(parameter, self.method) for parameter in all_parameters(self)]
-        gradients, bad = self.agreement.own_gradients(gradients, replica_of(self), self.rank, *scaler_of(self))
+        replica = replica_of(self, self._current_plan().shards)
+        gradients, bad = self.agreement.own_gradients(gradients, replica, self.rank, *scaler_of(self))
         self._begin(gradients)
         made = self.param_groups[0][STEP] + 1
         if bad < 0:
@@ -272,10 +274,11 @@ class LocalSteps(CodedMean):
         """The outer state and the param groups, that of the inner optimizer, and between votes the parameters."""
         own = super().state_dict()
         if self.between_votes:
-            for index, parameter in enumerate(all_parameters(self)):
-                own["state"][index][OWN] = local(parameter).detach().clone()
+            parameters = all_parameters(self)
+            for index, parameter in enumerate(parameters):
+                own["state"][index][OWN] = parameter.detach().clone()
             for index, sent in self._sent.items():
-                own["state"][index][SENT] = sent.clone()
+                own["state"][index][SENT] = placed_as(parameters[index], sent.clone())
         return own | {"inner": self.inner.state_dict()}
 
     @override
@@ -292,9 +295,9 @@ class LocalSteps(CodedMean):
         for index, parameter in enumerate(all_parameters(self)):
             saved = own["state"].get(index, {})
             if OWN in saved:
-                local(parameter).copy_(saved[OWN])
+                local(parameter).copy_(local(saved[OWN]))
             if SENT in saved:
-                self._sent[index] = torch.empty_like(local(parameter)).copy_(saved[SENT])
+                self._sent[index] = torch.empty_like(local(parameter)).copy_(local(saved[SENT]))
 
     @override
     def common_parameters(self) -> list[Tensor]:
@@ -334,7 +337,7 @@ class LocalSteps(CodedMean):
         if not self.between_votes:
             self._agree(range(len(all_parameters(self))))
         if plan.channel is not None and not self.agreement.handshake_done:
-            self.agreement.shake_hands(plan.channel, replica_of(self), gradients, plan.compiled)
+            self.agreement.shake_hands(plan.channel, replica_of(self, plan.shards), gradients, plan.compiled)
 
     def _agree(self, indices: Iterable[int]) -> None:
         """Take these parameters for x_0."""
@@ -447,9 +450,16 @@ class LocalSteps(CodedMean):
             given[index] = displacement if there else None
         bad, self._bad_gradient = self._bad_gradient, -1
         raises = self.agreement.on_bad_gradient == "raise" and not self.agreement.scaled
-        if bad >= 0 and (raises or not any(found)):
+        if bad >= 0 and (raises or not self._replica_moved(any(found))):
             given[bad] = torch.full_like(local(parameters[bad]), torch.nan)
         return given
+
+    def _replica_moved(self, moved: bool) -> bool:
+        """Whether any shard of this worker has moved."""
+        plan = self._current_plan()
+        if plan.shards is None:
+            return moved
+        return any(plan.shards.combine([int(moved)], local(all_parameters(self)[0]).device))
 
     @override
     def _make_plan(self, channel: Channel | None) -> LocalPlan:

@@ -130,7 +130,10 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin, GradientVotes
         finally:
             self.optimizer_cls_and_kwargs = given
         if self._local_steps and all(member.inner is None for member in members_of(optimizer)):
-            self.optimizer = optimizer = LocalSteps(optimizer, **local_steps_options(self.args))
+            options = local_steps_options(self.args)
+            if (group := voting_group(self.accelerator)) is not None:  # else the workers are those of the inner one
+                options["process_group"] = group
+            self.optimizer = optimizer = LocalSteps(optimizer, **options)
         self._check_optimizer()
         return optimizer
 

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
-from hf_dlion import DistributedLion, DistributedMuon, LocalSteps, hidden_matrices
+from hf_dlion import DistributedLion, DistributedMuon, hidden_matrices
 from hf_dlion.optim.virtual import VirtualWorkers
 from hf_dlion.trainer.methods import METHODS
 from tests.harness import run_workers, what_is_logged
@@ -275,8 +275,6 @@ def unsupported(rank: int) -> dict[str, str]:
     for name in ("terngrad", "graddrop", "dgc", "gmuon"):
         keywords = [{"params": params[:1], "orthogonal": True}] if name == "gmuon" else params
         told[name] = message(METHODS[name].optimizer(keywords, process_group=group).step)  # type: ignore[call-arg]
-    for name, inner in {"adamw": torch.optim.AdamW(params), "lion": DistributedLion(params)}.items():
-        told[f"local steps of {name}"] = message(LocalSteps(inner, every=2, process_group=group).step)
     virtual = VirtualWorkers(sharded(mesh, SHAPES), 2, DistributedLion)
     told["virtual"] = message(virtual.step)
     return told
@@ -287,7 +285,7 @@ def test_what_is_not_supported_is_refused() -> None:
         assert 'mesh=mesh["dp_shard"]' in told["hybrid"]
         assert "shard_placement_fn" in told["columns"]
         assert "without ignored_params" in told["mixed"]
-        for name in ("terngrad", "graddrop", "dgc", "gmuon", "local steps of adamw", "local steps of lion"):
+        for name in ("terngrad", "graddrop", "dgc", "gmuon"):
             assert "dlion, dsignum, dmuon, glion and gadamw" in told[name]
         assert "Do not shard it" in told["virtual"]
 
