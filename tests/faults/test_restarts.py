@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from tests.faults.test_soak import (
     inject,
     progress,
     training,
+    undisturbed,
     workers_of,
 )
 from tests.harness import run_workers
@@ -88,43 +89,77 @@ def accepts(port: int) -> bool:
         return probe.connect_ex(("localhost", port)) == 0
 
 
-@pytest.mark.slow
-def test_goes_on_with_the_machines_that_are_left(tmp_path: Path) -> None:
+@contextlib.contextmanager
+def machines(folder: Path, steps: int, *options: str) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+    """Starts another machine, each time it is called, of two or three that train together; the first has the store."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    folder, agents = tmp_path / "run", []
-    folder.mkdir()
+    agents: list[subprocess.Popen[bytes]] = []
     launch = (
         f"--nnodes 2:3 --nproc-per-node 1 --max-restarts 3 --rdzv-backend c10d --rdzv-id {port} --local-addr localhost"
     )
     command = [sys.executable, "-m", "torch.distributed.run", *launch.split(), "--rdzv-endpoint", f"localhost:{port}"]
+    words = [*command, str(SCRIPT), *arguments(folder, steps, 1), *options]
+
+    def start() -> subprocess.Popen[bytes]:
+        agents.append(subprocess.Popen(words, env=environment(), start_new_session=True))
+        wait_until(lambda: accepts(port))
+        return agents[-1]
+
     try:
-        for _ in range(3):  # each as if a machine; the first has the store
-            agents.append(
-                subprocess.Popen(
-                    [*command, str(SCRIPT), *arguments(folder, STEPS, seed=1)],
-                    env=environment(),
-                    start_new_session=True,
-                )
-            )
-            wait_until(lambda: accepts(port))
-        wait_until(lambda: progress(folder) > SAVED + 1)
-        for pid in [*workers_of(agents[2].pid).values(), agents[2].pid]:
-            os.kill(pid, signal.SIGKILL)
-        assert [agent.wait(timeout=400) for agent in agents[:2]] == [0, 0]
+        yield start
     finally:
         for agent in agents:
-            for pid in [*workers_of(agent.pid).values(), agent.pid]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            take_away(agent)
             agent.wait()
+
+
+def take_away(agent: subprocess.Popen[bytes]) -> None:
+    for pid in [*workers_of(agent.pid).values(), agent.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_goes_on_with_the_machines_that_are_left(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with machines(folder, STEPS) as start:
+        first, second, third = start(), start(), start()
+        wait_until(lambda: progress(folder) > SAVED + 1)
+        take_away(third)
+        assert [agent.wait(timeout=400) for agent in (first, second)] == [0, 0]
     ends = [records_of(folder, rank)[-1] for rank in range(2)]
     assert [end["step"] for end in ends] == [STEPS, STEPS]
     assert ends[0]["checksum"] == ends[1]["checksum"]
     resumed = records_of(folder, 0)[-2]
     assert Path(resumed["resumed_from"]).name in (f"checkpoint-{SAVED}", f"checkpoint-{2 * SAVED}")
     assert json.loads((folder / "results.json").read_text())["workers"] == 2
+
+
+@pytest.mark.slow
+def test_between_votes_a_machine_joins_and_another_is_lost(tmp_path: Path) -> None:
+    options = ("--local_steps=8", "--optim=adamw_torch", "--learning_rate=3e-3")
+    folder, steps = tmp_path / "run", 8 * SAVED
+    folder.mkdir()
+    with machines(folder, steps, *options) as start:
+        first, second = start(), start()
+        wait_until(lambda: progress(folder) > SAVED + 1)
+        third = start()
+        wait_until(
+            lambda: len(workers_of(third.pid)) == 1 and progress(folder) > 4 * SAVED and progress(folder) % 8 == 4
+        )
+        take_away(third)
+        assert [agent.wait(timeout=400) for agent in (first, second)] == [0, 0]
+    ends = [records_of(folder, rank)[-1] for rank in range(2)]
+    assert [end["step"] for end in ends] == [steps, steps]
+    assert ends[0]["checksum"] == ends[1]["checksum"]
+    assert [len([one for one in records_of(folder, rank) if "began" in one]) for rank in range(3)] == [3, 3, 1]
+    loss = json.loads((folder / "results.json").read_text())["validation_loss_last"]
+    others = [undisturbed(tmp_path / str(seed), steps, seed, options)["validation_loss"] for seed in (1, 2)]
+    spread = abs(others[0] - others[1])
+    assert min(others) - spread < loss < max(others) + spread, (loss, others)
 
 
 def wait_until(what: Callable[[], bool], seconds: float = 300) -> None:

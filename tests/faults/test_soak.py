@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,14 @@ FAULTS = ["kill", "kill in an exchange", "kill while saving", "terminate all", "
 IN_NAMESPACE = 'exec ip netns exec "$1-$LOCAL_RANK" env MASTER_ADDR="$2" GLOO_SOCKET_IFNAME=eth0 "${@:3}"'
 
 
-def command(folder: Path, steps: int, seed: int, network: Links | None) -> list[str]:
+def command(folder: Path, steps: int, seed: int, network: Links | None, options: Sequence[str]) -> list[str]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORKERS)]
     launch += ["--max-restarts", "1000", "--monitor-interval", "0.5"]
     script = ["--no-python", sys.executable, str(SCRIPT)]
     if network is not None:
         prefix = network.namespaces[0].removesuffix("-0")
         script = ["--no-python", "bash", "-c", IN_NAMESPACE, "bash", prefix, network.addresses[0], *script[1:]]
-    return [*launch, *script, *arguments(folder, steps, seed)]
+    return [*launch, *script, *arguments(folder, steps, seed), *options]
 
 
 def arguments(folder: Path, steps: int, seed: int) -> list[str]:
@@ -93,13 +93,15 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def training(folder: Path, steps: int, seed: int, network: Links | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def training(
+    folder: Path, steps: int, seed: int, network: Links | None = None, options: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
     folder.mkdir(parents=True)
     with (folder / "log.txt").open("wb") as log:
         # Through a pipe: a worker without space can still say so.
         writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log, start_new_session=True)
         process = subprocess.Popen(
-            command(folder, steps, seed, network),
+            command(folder, steps, seed, network, options),
             stdout=writer.stdin,
             stderr=subprocess.STDOUT,
             env=environment(),
@@ -152,9 +154,9 @@ def inject(fault: str, ranks: dict[int, int], draw: random.Random) -> list[int]:
     return struck
 
 
-def undisturbed(folder: Path, steps: int, seed: int) -> dict[str, Any]:
+def undisturbed(folder: Path, steps: int, seed: int, options: Sequence[str] = ()) -> dict[str, Any]:
     began = time.monotonic()
-    with training(folder, steps, seed) as process:
+    with training(folder, steps, seed, options=options) as process:
         assert process.wait(timeout=7200) == 0, (folder / "log.txt").read_text()[-3000:]
     return {"seed": seed, "seconds": round(time.monotonic() - began), **end_of(folder)}
 
