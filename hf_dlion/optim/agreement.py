@@ -10,7 +10,7 @@ import logging
 import operator
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -129,6 +129,7 @@ class Agreement:
         handshake_done: whether the workers have found that they fit together; not so before the first step.
         bad_gradients: workers left out of a step for a bad gradient, over all steps.
         scaled: whether a gradient scaler calls, which handles overflows itself.
+        good: indices of gradients of the next step that are known to be finite.
         absent: indices of the parameters that no worker whose vote counts has a gradient for, in this step. They are
             left alone, as torch's optimizers do.
     """
@@ -139,6 +140,7 @@ class Agreement:
         self.handshake_done = False
         self.bad_gradients = 0
         self.scaled = False
+        self.good: Container[int] = ()
         self.absent: frozenset[int] = frozenset()
         self._comparing_gradients = True
         self._overflows = 0
@@ -172,7 +174,8 @@ class Agreement:
         present = [gradient for gradient in gradients if gradient is not None]
         if scale is not None and present:
             torch._foreach_div_(present, scale.to(present[0].device))
-        bad = first_bad_gradient(gradients)
+        good, self.good = (self.good if scale is None else ()), ()
+        bad = first_bad_gradient([None if i in good else gradient for i, gradient in enumerate(gradients)])
         if bad < 0 and found_inf is not None and bool(found_inf):
             bad = 0  # something else, clipping by value say, has made finite what the scaler found to be infinite
         if replica.shards is not None:

@@ -255,6 +255,12 @@ class DistributedLion(WorkersOptimizer):
         return self._pack(plan, bucket, ballots)
 
     @override
+    def _take_part(self, gradients: list[Tensor | None], *scaler: Tensor | None) -> None:
+        if self._early is not None:
+            self.agreement.good = self._early.good_gradients()
+        super()._take_part(gradients, *scaler)
+
+    @override
     def _decide(self, plan: VotePlan, inputs: StepInputs) -> None:
         early = self._early
         if early is not None and not early.agreed:

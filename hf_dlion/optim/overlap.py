@@ -13,7 +13,7 @@ import logging
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -25,7 +25,7 @@ from torch import Tensor
 from ..wire.collectives import ProcessChannel
 from ..wire.conversation import Conversation, side_by_side
 from ..wire.exchange import Ballot, Decision, Exchange
-from .agreement import CHANGED_GRADIENT, Agreement, Header, StepInputs
+from .agreement import CHANGED_GRADIENT, Agreement, Header, StepInputs, first_bad_gradient
 from .layout import Bucket
 from .replica import STEP
 from .states import all_parameters
@@ -211,6 +211,10 @@ class EarlyVotes:
         self._changes += 1
         return None
 
+    def good_gradients(self) -> Container[int]:
+        """Indices of gradients that were finite when their votes left, and are as they were."""
+        return self._good if self.under_way and self._arrivals.unchanged(self._good) else ()
+
     def look(self) -> None:
         """At the beginning of a step, before the ranks have agreed: whether gradients are as backward has left them."""
         self._unchanged = self._arrivals.unchanged(self._arrivals.order)
@@ -258,6 +262,8 @@ class EarlyVotes:
         self.under_way = bool(self._order) and not self.closed
         self._missing = list(self._needed)
         self._sent = 0
+        self._checked: set[int] = set()
+        self._good: set[int] = set()
         self._ballots: Any = None
         self._conversations: queue.SimpleQueue[Conversation[None] | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[tuple[Bucket, Decision] | BaseException | None] = queue.SimpleQueue()
@@ -301,6 +307,10 @@ class EarlyVotes:
         for index in bucket.parameters:
             gradient = local_gradient(parameters[index], type(self._owner()).__name__)
             gradients[index] = None if gradient is None else views.flat(index, gradient)
+        new = [index for index in bucket.parameters if index not in self._checked]
+        if first_bad_gradient([gradients[index] for index in new]) < 0:  # while packing brings them into the cache
+            self._good.update(new)
+        self._checked.update(new)
         self._send(bucket, gradients)
 
     def _send(self, bucket: Bucket, gradients: Sequence[Tensor | None] | None) -> None:

@@ -72,6 +72,13 @@ def bad(rank: int, step: int, model: nn.Module, optimizer: DistributedLion) -> N
         next(model.parameters()).grad[0, 0] = float("nan")  # type: ignore[index]
 
 
+def infinite(rank: int, step: int, model: Any, optimizer: DistributedLion) -> None:
+    if step == 4 and rank == 0:  # as backward leaves it in the next step
+        model.hook = model.blocks[2][2].weight.register_hook(lambda gradient: gradient * float("inf"))
+    elif step == 5 and rank == 0:
+        model.hook.remove()
+
+
 def replaced(rank: int, step: int, model: nn.Module, optimizer: DistributedLion) -> None:
     for parameter in model.parameters():
         if step == 4 and parameter.grad is not None:
@@ -108,7 +115,7 @@ def resized(rank: int, step: int, model: Any, optimizer: DistributedLion) -> Non
         model.blocks[0][0].weight.data = model.blocks[0][0].weight.data.t().contiguous().t()
 
 
-EVENTS = [nothing, clipped, bad, replaced, skipped, loaded, betas, frozen, resized]
+EVENTS = [nothing, clipped, bad, infinite, replaced, skipped, loaded, betas, frozen, resized]
 
 
 def backward(model: nn.Module, rank: int, seed: int, blocks: tuple[int, ...] = (0, 1, 2)) -> None:
@@ -128,6 +135,8 @@ def train(rank: int, make: Make, event: Event, micro_batches: int, options: dict
             backward(model, rank, 10 * step + micro_batch, blocks)
         event(rank, step, model, optimizer)
         optimizer.step()
+        if event is infinite and step == 5:
+            assert optimizer.bad_gradients == 1
         optimizer.zero_grad()
     state = [optimizer.state[p]["momentum"] for group in optimizer.param_groups for p in group["params"]]
     return [p.detach().clone() for p in model.parameters()] + state, optimizer
