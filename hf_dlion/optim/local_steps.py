@@ -30,6 +30,7 @@ from .layout import Span
 from .mean_gradient import CodedMean, MeanPlan, Share
 from .replica import STEP
 from .rules import RULES
+from .schedule import Schedule
 from .states import all_parameters
 from .tensors import float32_state, laid_out_state, local, local_gradient, placed_as
 from .workers import (
@@ -138,12 +139,11 @@ class LocalSteps(CodedMean):
         exchange: str = "auto",
         **options: Unpack[WorkersOptions],
     ) -> None:
-        _check_schedule(every, fragments, delay)
+        self.schedule = Schedule(every, fragments, delay)
         check_known("aggregation", aggregation, OUTER_AGGREGATIONS)
         check_known("tie", tie, TIES)
         check_known("exchange", exchange, EXCHANGES)
-        self.inner, self.every, self.nesterov = inner, every, nesterov
-        self.fragments, self.delay = fragments, delay
+        self.inner, self.nesterov = inner, nesterov
         self.aggregation, self.tie, self.exchange = aggregation, tie, exchange
         self._bad_gradient = -1
         self._number = 0  # of the vote that is held
@@ -155,7 +155,7 @@ class LocalSteps(CodedMean):
             member.process_group = alone()
             member.state_changed()
         outer = {OUTER_LR: outer_lr, OUTER_MOMENTUM: outer_momentum, SINCE: 0}
-        options["check_replicas_steps"] = _whole_rounds(options.get("check_replicas_steps", 100), every)
+        options["check_replicas_steps"] = self.schedule.whole_rounds(options.get("check_replicas_steps", 100))
         super().__init__(inner.param_groups, outer, (ANCHOR, BUFFER), (OWN, SENT), **options)
         self.state_names = (ANCHOR, BUFFER)  # what is the worker's own is its parameters, which are no state
         self.param_groups = inner.param_groups
@@ -251,9 +251,9 @@ class LocalSteps(CodedMean):
     @override
     def options(self) -> dict[str, Any]:
         votes: dict[str, Any] = {} if self.aggregation == "mean" else {"tie": self.tie, "exchange": self.exchange}
-        if self.fragments > 1 or self.delay:
-            votes |= {"fragments": self.fragments, "delay": self.delay}
-        outer = {"every": self.every, "nesterov": self.nesterov, "aggregation": self.aggregation, **votes}
+        if self.schedule.fragments > 1 or self.schedule.delay:
+            votes |= {"fragments": self.schedule.fragments, "delay": self.schedule.delay}
+        outer = {"every": self.schedule.every, "nesterov": self.nesterov, "aggregation": self.aggregation, **votes}
         return outer | super().options()
 
     @override
@@ -355,55 +355,40 @@ class LocalSteps(CodedMean):
         """After so many steps: the vote on its way goes on, or has its effect; and the part votes whose turn it is."""
         group = self.param_groups[0]
         if flight := self._flight({STEP: made - 1, SINCE: group[SINCE] - 1}):
-            if made == flight[0] + self.delay:
+            if made == flight[0] + self.schedule.delay:
                 self._land(*flight)
             elif self._running is None:
                 self._depart(flight[0])
-            elif made == flight[0] + (1 + self.delay) // 2:
+            elif made == flight[0] + (1 + self.schedule.delay) // 2:
                 self._running = one_turn(self._running)  # of two rounds, each has half of the delay
-        part, parameters = self._part(made), all_parameters(self)
-        if part and self.delay:
+        part, parameters = self.schedule.part(made, self._sizes()), all_parameters(self)
+        if part and self.schedule.delay:
             self._sent = {index: local(parameters[index]).clone() for index in part}
             self._depart(made)
-        elif part and self.fragments > 1:
+        elif part and self.schedule.fragments > 1:
             self._vote_on(part, made)
         elif part:
             self.vote()
 
-    def _part(self, made: int) -> list[int]:
-        """The indices of the parameters that vote after so many steps."""
-        turns = [(1 + fragment) * self.every // self.fragments % self.every for fragment in range(self.fragments)]
-        if made % self.every not in turns:
-            return []
-        chosen, place = turns.index(made % self.every), 0
-        part: list[int] = []
-        total = sum(parameter.numel() for parameter in all_parameters(self))
-        for index, parameter in enumerate(all_parameters(self)):
-            middle = place + parameter.numel() / 2
-            place += parameter.numel()
-            if min(int(middle * self.fragments / max(total, 1)), self.fragments - 1) == chosen:
-                part.append(index)
-        return part
+    def _sizes(self) -> list[int]:
+        return [parameter.numel() for parameter in all_parameters(self)]
 
     def _flight(self, group: Mapping[str, Any]) -> tuple[int, list[int]] | None:
         """After how many steps the vote was sent that is on its way, and of which parameters; None if there is none."""
-        for age in range(min(self.delay, group[SINCE])):
-            if part := self._part(group[STEP] - age):
-                return group[STEP] - age, part
-        return None
+        return self.schedule.flight(group[STEP], group[SINCE], self._sizes())
 
     def _vote_on(self, indices: Sequence[int], made: int) -> None:
         """Vote on these parameters, which become x_0."""
         parameters = all_parameters(self)
         displacements = self._displacements({index: local(parameters[index]) for index in indices})
         self._go_back(indices)
-        self._number, self._holding = -(-made // self.every), False
+        self._number, self._holding = self.schedule.number(made), False
         self._take_part(displacements, None, self._overflow())
         self._agree(indices)
 
     def _depart(self, made: int) -> None:
         """Send the votes on what has been kept for it after so many steps."""
-        self._number, self._holding = -(-made // self.every), True
+        self._number, self._holding = self.schedule.number(made), True
         try:
             self._take_part(self._displacements(self._sent), None, self._overflow())
         except BaseException:
@@ -528,19 +513,6 @@ class LocalSteps(CodedMean):
         RULES["sgd"].apply(parameters, means, states, outer | {"nesterov": self.nesterov})
 
 
-def _check_schedule(every: int, fragments: int, delay: int) -> None:
-    """Raise ValueError unless so many parts can vote in turn, each every so many steps, with this delay."""
-    if type(every) is not int or every < 1:
-        raise ValueError(f"every={every!r}: it is a number of steps, at least 1.")
-    if type(fragments) is not int or not 1 <= fragments <= every:
-        raise ValueError(f"fragments={fragments!r}: it is a number from 1 to every, {every}.")
-    if type(delay) is not int or not 0 <= delay <= every // fragments:
-        raise ValueError(
-            f"delay={delay!r}: it is a number of steps from 0 to every // fragments, {every // fragments}, so that "
-            "one vote at a time is on its way."
-        )
-
-
 def _members_to_take_in(inner: Optimizer) -> Sequence[WorkersOptimizer]:
     """The one worker of an inner optimizer of this package, none of others.
 
@@ -560,11 +532,6 @@ def _members_to_take_in(inner: Optimizer) -> Sequence[WorkersOptimizer]:
             "evaluation, and a vote is on one. Take an inner optimizer without schedule-free averages."
         )
     return members
-
-
-def _whole_rounds(steps: int, every: int) -> int:
-    """The least multiple of ``every`` that is at least ``steps``, if that is a number of steps."""
-    return -(-steps // every) * every if steps > 0 else steps
 
 
 def _magnitudes(displacement: Tensor | None, parameter: Tensor) -> Tensor:
