@@ -14,10 +14,12 @@ from .errors import ModelError
 
 TINY = "gpt2-tiny"
 MINI = "gpt2-mini"
+TEN = "gpt2-10m"
 # name: layers, heads, width
 GPT2_SIZES = {
     TINY: (4, 4, 128),
     MINI: (6, 5, 160),
+    TEN: (12, 4, 256),
     "gpt2": (12, 12, 768),
     "gpt2-medium": (24, 16, 1024),
     "gpt2-large": (36, 20, 1280),
@@ -63,7 +65,7 @@ def build_model(name: str, tokenizer: PreTrainedTokenizerBase, block_size: int) 
 
 def _config(name: str, block_size: int) -> PretrainedConfig:
     # The small ones have no positions beyond the block: they would be weights voted on and never trained.
-    context = block_size if name in (TINY, MINI) else max(block_size, GPT2_CONTEXT)
+    context = block_size if name in (TINY, MINI, TEN) else max(block_size, GPT2_CONTEXT)
     if name in GPT2_SIZES:
         layers, heads, width = GPT2_SIZES[name]
         # No dropout: a pretraining run hardly sees a token twice.
