@@ -1,10 +1,10 @@
 """Votes that leave while backward still computes other gradients.
 
 A step's buckets are sent in one order on all ranks. When a bucket leaves is each rank's own business: as soon as its
-gradients are complete, or in ``step()``. The headers travel beside them, in ``step()``, and nothing is applied before they
-are known. If what was sent turns out not to hold on some rank (a gradient changed afterwards, by clipping say, or a worker
-abstains), its header says so, and all ranks drop the decisions and exchange again. So no bit depends on the guess of when
-a gradient is complete.
+gradients are complete, or in ``step()``. The headers travel beside them, in ``step()``, and nothing is applied before
+they are known. If what was sent turns out not to hold on some rank (a gradient changed afterwards, by clipping say, or
+a worker abstains), its header says so, and all ranks drop the decisions and exchange again. So no bit depends on the
+guess of when a gradient is complete.
 """
 
 from __future__ import annotations
