@@ -243,6 +243,8 @@ def test_without_a_process_group_every_rank_looks_at_all(tmp_path: Path, monkeyp
 
 def test_nothing_whole_is_an_error_or_none(tmp_path: Path) -> None:
     assert last_complete_checkpoint(tmp_path / "absent") is None
+    with pytest.raises(CheckpointError, match="absent is no folder"):
+        load_workers(tmp_path / "absent", DistributedLion([torch.nn.Parameter(torch.zeros(3))]))
     write(0, str(tmp_path), {})
     spoil(tmp_path / "checkpoint-2", "no manifest")
     assert last_complete_checkpoint(tmp_path) is None
