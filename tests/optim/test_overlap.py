@@ -112,7 +112,7 @@ def taken_out(rank: int, step: int, model: nn.Module, optimizer: DistributedLion
     def take(*_: Any) -> None:
         first, *others = optimizer.param_groups
         optimizer.param_groups = others or [first]
-        del optimizer.param_groups[0]["params"][2], optimizer.param_groups[0]["params"][-1]
+        del optimizer.param_groups[0]["params"][0]
         hook.remove()
 
     if step == 4:  # after it, and before the next backward
