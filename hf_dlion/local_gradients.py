@@ -75,8 +75,9 @@ def keep_gradients_local(target: Accelerator | DistributedDataParallel) -> None:
     backward. Gradient accumulation works as ever. ``DLionTrainer`` does this by itself.
 
     Every trainable parameter of the model must then be one of an optimizer of this package: the step of another one
-    raises, and so does the second step if a parameter with a gradient is in none. DDP goes on sending rank 0's buffers
-    to all, but for those that are not part of the state dict (masks, rotary frequencies): they are constants.
+    raises, and so does the second step, or the second after parameters were unfrozen, if a parameter with a gradient is
+    in none. DDP goes on sending rank 0's buffers to all, but for those that are not part of the state dict (masks,
+    rotary frequencies): they are constants.
 
     With FSDP2 and a ``parallelism_config`` of several replicas, a replica is a worker: its ranks reduce their gradients
     among themselves. The optimizer then votes with ``accelerator.torch_device_mesh["dp_replicate"].get_group()`` as its
@@ -165,7 +166,8 @@ def _check_launch(accelerator: Accelerator) -> None:
 
 
 _local_modules: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
-_steps: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+_trained: weakref.WeakKeyDictionary[Optimizer, tuple[int, list[Any]]] = weakref.WeakKeyDictionary()
+"""Of an optimizer, how many steps it has made since it, or what of the modules is trained, last changed; and that."""
 _inner: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
@@ -207,7 +209,11 @@ def _send_buffers(module: DistributedDataParallel, inputs: object, outputs: obje
 
 def _check_votes(optimizer: Optimizer, args: object, keywords: object) -> None:
     """Before any optimizer's step: whether it votes on the parameters whose gradients nobody averages."""
-    steps = _steps[optimizer] = _steps.get(optimizer, 0) + 1
+    trains = [[parameter.requires_grad for parameter in module._module_parameters] for module in _local_modules]
+    trains.append([len(group["params"]) for group in optimizer.param_groups])
+    steps, before = _trained.get(optimizer, (0, []))
+    steps = steps + 1 if trains == before else 1
+    _trained[optimizer] = steps, trains
     _inner.update(member.inner for member in members_of(optimizer) if member.inner is not None)
     if steps > 2 or optimizer in _inner:
         return
@@ -217,7 +223,7 @@ def _check_votes(optimizer: Optimizer, args: object, keywords: object) -> None:
         if dist.get_world_size(module.process_group) == 1 or not own & trained.keys():
             continue
         if not members_of(optimizer):
-            name, _ = trained[next(iter(own & trained.keys()))]
+            name = next(name for key, (name, _) in trained.items() if key in own)
             raise RuntimeError(
                 f"{type(optimizer).__name__} would step {name} with the gradient of this worker alone, and the "
                 "replicas would come apart: keep_gradients_local leaves averaging to the votes. Give the parameter to "

@@ -141,6 +141,44 @@ def test_every_trained_parameter_is_voted_on_or_named() -> None:
         assert "nor on those of 1 more" in nobody
 
 
+def unfrozen_later(rank: int) -> list[str]:
+    """What is said where the second of two layers is frozen at first, and the fourth step is the first to train it."""
+
+    def loop(second: Callable[[torch.nn.Module], Any], then: Callable[[Any, torch.nn.Module], Any]) -> None:
+        model = two_layers()
+        model[2].requires_grad_(False)
+        wrapped = DistributedDataParallel(model)
+        keep_gradients_local(wrapped)
+        optimizers = [DistributedLion(model[0].parameters(), lr=0.1), second(model[2])]
+        for step in range(6):
+            if step == 3:
+                model[2].requires_grad_(True)
+                then(optimizers, model[2])
+            wrapped(inputs(rank, step)).pow(2).mean().backward()
+            for optimizer in filter(None, optimizers):
+                optimizer.step()
+                optimizer.zero_grad()
+
+    def add(optimizers: Any, layer: torch.nn.Module) -> None:
+        optimizers[-1 if optimizers[-1] else 0].add_param_group({"params": list(layer.parameters())})
+
+    elsewhere = torch.nn.Parameter(torch.ones(1))
+    return [
+        said(lambda: loop(lambda layer: None, add)),
+        said(lambda: loop(lambda layer: torch.optim.AdamW(layer.parameters()), lambda *_: None)),
+        said(lambda: loop(lambda layer: torch.optim.AdamW([elsewhere]), add)),
+        said(lambda: loop(lambda layer: None, lambda *_: None)),
+    ]
+
+
+def test_what_is_unfrozen_later_is_voted_on_or_named() -> None:
+    for ours, theirs, added, nobody in run_workers(unfrozen_later, 2):
+        assert ours == "nothing"
+        for another in (theirs, added):
+            assert another.startswith("AdamW would step 2.weight with the gradient of this worker alone")
+        assert nobody.startswith("2.weight is trained, and in no optimizer of hf_dlion")
+
+
 def critic_before_generator(rank: int) -> tuple[str, str]:
     """What is said where one part steps three times as often as another, and where a third one is left."""
 

@@ -151,7 +151,9 @@ def written_by_others(folder: str | Path, wanted: str, written: str = "an optimi
 
 def _why_no_manifest(folder: Path) -> str:
     """From what else is there."""
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set[str]()
+    if not folder.is_dir():
+        return f"{folder} is no folder. {ELSEWHERE}"
+    there = {path.name for path in folder.iterdir()}
     anew = f"Begin anew from it: from_pretrained({str(folder)!r}), and no resume_from_checkpoint."
     if not has_workers(folder) and there.intersection(_OPTIMIZER):
         return (

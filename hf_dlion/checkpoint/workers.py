@@ -434,6 +434,7 @@ def _on_all_ranks(members: Sequence[WorkersOptimizer], work: Callable[[], Any], 
     failures = {rank: failure for rank, (_, failure) in enumerate(together) if failure is not None}
     if failures:
         rank, failure = next(iter(failures.items()))
-        others = f" Ranks {', '.join(map(str, list(failures)[1:]))} failed, too." if len(failures) > 1 else ""
+        more = list(failures)[1:]
+        others = f" Rank{'s' * (len(more) > 1)} {', '.join(map(str, more))} failed, too." if more else ""
         raise CheckpointError(f"rank {rank} {what}: {failure}{others}")
     return [result for result, _ in together]

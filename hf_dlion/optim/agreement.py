@@ -42,7 +42,8 @@ class StepInputs:
 
     Attributes:
         replica: as it describes itself.
-        gradients: this worker's, flat, in the memory order of the parameters; None where there is none.
+        gradients: this worker's, flat, in the memory order of the parameters that votes are laid out for; None where
+            there is none.
         bad_gradient: index of the first parameter with a NaN or Inf in its gradient; -1 if there is none. This worker
             abstains then, and has no gradients.
         changed: whether the parameters are laid out otherwise than the votes. This worker then has no gradients, and
@@ -244,7 +245,7 @@ class Agreement:
         hyperparameters, compared, changed = values
         present = sum(1 << index for index, gradient in enumerate(inputs.gradients) if gradient is not None)
         own = Header(hyperparameters, inputs.bad_gradient, compared, changed, present)
-        return own.pack(len(replica.parameters), replica.parameters[0].device)
+        return own.pack(len(inputs.gradients), replica.parameters[0].device)
 
     def voters(self, channel: Channel, replica: Replica, headers: Tensor) -> list[int]:
         """The ranks that do not abstain, the same on all ranks; none, where a gradient scaler overflowed on all.

@@ -303,7 +303,7 @@ class DistributedLion(WorkersOptimizer):
     @override
     def _conversations(self, plan: VotePlan, inputs: StepInputs) -> Iterator[Conversation[None]]:
         hypers = self._hypers(plan)
-        if self.norm_gradients:
+        if self.norm_gradients and not inputs.changed:
             _norm(inputs.gradients, all_parameters(self), plan.shards)
         if plan.exchange is None:  # nothing to say
             self._step_alone(plan, inputs, hypers)
@@ -318,7 +318,10 @@ class DistributedLion(WorkersOptimizer):
         self, plan: VotePlan, exchange: Exchange, bucket: Bucket, ballots: Ballots, header: Tensor
     ) -> Conversation[None]:
         """One bucket's way through a step."""
-        words = self._pack(plan, bucket, ballots)
+        if ballots.inputs.changed:  # they are of no meaning, and the header says so
+            words = torch.zeros(bucket.blocks * LANES, dtype=torch.int32, device=plan.views.device)
+        else:
+            words = self._pack(plan, bucket, ballots)
         ballot = Ballot(words, header, ballots.inputs.step, bucket.padding)
         decision = yield from exchange.decide(ballot, ballots.voters)
         if decision is not None:

@@ -27,7 +27,7 @@ from ..wire.conversation import Conversation, side_by_side
 from ..wire.exchange import Ballot, Decision, Exchange
 from .agreement import CHANGED_GRADIENT, Agreement, Header, StepInputs, first_bad_gradient
 from .layout import Bucket
-from .replica import STEP
+from .replica import STEP, Layout, layout_of
 from .states import all_parameters
 from .tensors import local_gradient
 from .views import SegmentViews
@@ -52,6 +52,10 @@ class Plan(Protocol):
     @property
     def views(self) -> SegmentViews:
         """Of the parameters."""
+
+    @property
+    def layout(self) -> Layout:
+        """Of the parameters that it was made for."""
 
     @property
     def buckets(self) -> Sequence[Bucket]:
@@ -298,6 +302,8 @@ class EarlyVotes:
         for number in self.plan.buckets_of[index]:
             self._missing[number] -= 1
         while self._sent < len(self._order) and self._missing[self._order[self._sent].number] == 0:
+            if self._ballots is None and layout_of(all_parameters(self._owner())) != self.plan.layout:
+                return  # resized, converted or taken out since the last step: the ranks lay out anew in step()
             self._send_early(self._order[self._sent])
 
     @torch.no_grad()

@@ -184,12 +184,6 @@ class VirtualWorkers(Optimizer):
             )
         self._put_in_place(0)
         self._follow_first()
-        first, *others = self.members
-        if not first.agreement.handshake_done and not first.between_votes:
-            # As DistributedDataParallel does: all start with the first one's.
-            for member in others:
-                for own, theirs in zip(all_parameters(member), all_parameters(first), strict=True):
-                    own.copy_(theirs)
         nothing: list[Tensor | None] = [None] * len(all_parameters(self))
         turns, self._turns = self._turns, []
         for rank, member in enumerate(self.members):
@@ -240,7 +234,13 @@ class VirtualWorkers(Optimizer):
     def _follow_first(self) -> None:
         """Take over what was set or changed in the model and the param groups, which are the first worker's."""
         first, *others = self.members
+        sizes = [len(group["params"]) for group in first.param_groups]
         for member in others:
+            if (held := [len(group["params"]) for group in member.param_groups]) != sizes:
+                raise ValueError(
+                    f"the param groups of virtual workers have {sizes} parameters, and had {held}: which ones were "
+                    "taken out cannot be known of the copies. Freeze them instead: requires_grad_(False)."
+                )
             for group, shared in zip(member.param_groups, first.param_groups, strict=True):
                 group.update({name: value for name, value in shared.items() if name not in _NOT_SHARED})
             _follow(member, all_parameters(first))
@@ -267,9 +267,12 @@ class VirtualWorkers(Optimizer):
 
 
 def _follow(member: WorkersOptimizer, parameters: list[Tensor]) -> None:
-    """Resized, converted or moved, as the model was since the last step."""
+    """Resized, converted, moved or set to other values, as the model was since the last step."""
     for own, parameter in zip(all_parameters(member), parameters, strict=True):
-        if layout_of([own]) != layout_of([parameter]):
+        if layout_of([own]) == layout_of([parameter]):
+            if not member.between_votes:
+                own.copy_(parameter)
+        else:
             kept = own if member.between_votes and own.shape == parameter.shape else parameter
             own.data = torch.empty_like(parameter).copy_(kept)
 

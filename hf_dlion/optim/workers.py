@@ -232,7 +232,7 @@ class WorkersOptimizer(StatefulOptimizer):
         """Exchange and update, or find out with the others that the parameters are laid out otherwise by now."""
         changed = plan.layout != replica.layout
         if changed:
-            gradients = [None] * len(gradients)
+            gradients = [None] * len(plan.layout)
         else:
             self.make_state()
             plan.views.follow(replica.parameters, [self.state[parameter] for parameter in all_parameters(self)])

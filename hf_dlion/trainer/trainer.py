@@ -193,6 +193,7 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin, GradientVotes
     def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         # Here the optimizer is there, wherever it comes from, and the model is not in DDP yet.
         if training:
+            self._warn_of_what_is_not_called()
             self._check_optimizer()
             self._begin_votes()
         return super()._wrap_model(model, training, *args, **kwargs)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import Any
 
+import transformers
 from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, trainer_utils
 
 from ..local_gradients import LocalGradients, keep_gradients_local
 
+logger = logging.getLogger(__name__)
+
 _HAS_CLIP = hasattr(Trainer, "_clip_grad_norm")
+_BOTH = "create_optimizer_and_scheduler"
+_CALLS_BOTH = any(
+    _BOTH in function.__code__.co_names for function in vars(Trainer).values() if inspect.isfunction(function)
+)
 
 
 class TrainerVersionsMixin:
@@ -34,6 +42,15 @@ class TrainerVersionsMixin:
         takes_model = "model" in inspect.signature(super().create_optimizer).parameters  # type: ignore[misc]
         optimizer: Optimizer = super().create_optimizer(*([model] if takes_model else []))  # type: ignore[misc]
         return optimizer
+
+    def _warn_of_what_is_not_called(self) -> None:
+        """An optimizer that is made there is not the one that steps."""
+        if not _CALLS_BOTH and getattr(type(self), _BOTH) is not getattr(Trainer, _BOTH):
+            logger.warning(
+                "%s has a %s of its own, which transformers %s does not call: what steps is the optimizer of "
+                "create_optimizer. Override that, and create_scheduler, or pass optimizers=.",
+                type(self).__name__, _BOTH, transformers.__version__,
+            )  # fmt: skip
 
     def _clip_and_get_norm(self) -> Any:
         return self._get_grad_norm(self.model, grad_norm=self._clip_grad_norm(self.model))  # type: ignore[attr-defined]

@@ -243,6 +243,8 @@ def test_without_a_process_group_every_rank_looks_at_all(tmp_path: Path, monkeyp
 
 def test_nothing_whole_is_an_error_or_none(tmp_path: Path) -> None:
     assert last_complete_checkpoint(tmp_path / "absent") is None
+    with pytest.raises(CheckpointError, match="absent is no folder"):
+        load_workers(tmp_path / "absent", DistributedLion([torch.nn.Parameter(torch.zeros(3))]))
     write(0, str(tmp_path), {})
     spoil(tmp_path / "checkpoint-2", "no manifest")
     assert last_complete_checkpoint(tmp_path) is None
@@ -324,20 +326,23 @@ def test_checkpoints_of_two_runs_are_not_mixed(tmp_path: Path) -> None:
         assert "is not of one run on all ranks" in message
 
 
-def unwritable(rank: int, folder: str) -> str:
+def unwritable(rank: int, folder: str) -> tuple[str, str]:
     optimizer = DistributedLion([torch.nn.Parameter(torch.ones(8))])
     optimizer.param_groups[0]["note"] = object()
-    try:
-        save_workers(folder, optimizer)
-    except CheckpointError as error:
-        return str(error)
-    return "no error"
+    said = []
+    for call in (save_workers, load_workers):
+        with pytest.raises(CheckpointError) as error:
+            call(folder, optimizer)
+        said.append(str(error.value))
+    return said[0], said[1]
 
 
 def test_what_is_no_json_stops_all_ranks(tmp_path: Path) -> None:
-    for message in run_workers(unwritable, 2, str(tmp_path)):
+    for message, of_loading in run_workers(unwritable, 2, str(tmp_path)):
         assert "rank 0 could not write the manifest" in message
         assert "TypeError" in message
+        assert of_loading.startswith("rank 0 cannot resume: ")
+        assert of_loading.endswith(" Rank 1 failed, too.")
 
 
 def test_a_checkpoint_is_pushed_when_it_counts(tmp_path: Path) -> None:

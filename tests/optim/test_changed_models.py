@@ -214,6 +214,61 @@ def test_a_resized_embedding(before: bool) -> None:
         assert error.startswith("parameter 0 (weight) has shape (10, 4), and its momentum (8, 4)") == before
 
 
+def take_out(rank: int) -> list[str]:
+    """What ranks say of parameters that are taken out of the optimizer on all ranks or on rank 1 alone."""
+    said = []
+    for name in ("dlion_mavo", "dmuon_mavo", "gadamw", "dgc"):
+        for everywhere in (True, False):
+            for change in (
+                lambda groups: groups[-1]["params"].pop(0),
+                lambda groups: groups.pop(0) if len(groups) > 1 else groups[0]["params"].pop(),
+            ):
+                params = parameters()
+                chosen = optimizer(name, params)
+                for number in range(3):
+                    if number == 1 and (everywhere or rank == 1):
+                        change(chosen.param_groups)
+                    for parameter, gradient in zip(params, gradients(rank, number), strict=True):
+                        parameter.grad = gradient
+                    try:
+                        chosen.step()
+                    except RuntimeError as error:
+                        said.append(str(error))
+                        break
+                else:
+                    said.append(str([float(parameter.sum()) for parameter in params]))
+    return said
+
+
+def test_parameters_may_be_taken_out_on_all_ranks_and_not_on_one() -> None:
+    first, second = run_workers(take_out, 2)
+    assert first == second
+    for i, said in enumerate(first):
+        assert said.startswith("[" if i % 4 < 2 else "a parameter was changed on some ranks only: "), said
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_virtual_workers_follow_values_that_were_set(name: str) -> None:
+    params = parameters()
+    chosen = workers_of(name, params, 2)
+    for member in chosen.members:
+        member.agreement.check_replicas_steps = 1
+    kept = [parameter.detach().clone() for parameter in params]
+    for number in range(4):
+        step(chosen, params, number, 2, lambda rank: [])
+        if number == 1:  # as load_state_dict of a model does
+            for parameter, value in zip(params, kept, strict=True):
+                parameter.data.copy_(value)
+
+
+def test_virtual_workers_whose_groups_shrank_are_refused() -> None:
+    params = parameters()
+    chosen = workers_of("dlion_mavo", params, 2)
+    chosen.param_groups[0]["params"].pop()
+    with pytest.raises(ValueError, match=r"had \[\d+\]: .* Freeze them instead"):
+        step(chosen, params, 0, 2, lambda rank: [])
+
+
 def test_float64_is_refused() -> None:
     with pytest.raises(ValueError, match=r"dtype torch.float64.*model.float\(\)"):
         DistributedLion([nn.Parameter(torch.ones(3, dtype=torch.float64))])

@@ -115,7 +115,18 @@ def resized(rank: int, step: int, model: Any, optimizer: DistributedLion) -> Non
         model.blocks[0][0].weight.data = model.blocks[0][0].weight.data.t().contiguous().t()
 
 
-EVENTS = [nothing, clipped, bad, infinite, replaced, skipped, loaded, betas, frozen, resized]
+def taken_out(rank: int, step: int, model: nn.Module, optimizer: DistributedLion) -> None:
+    def take(*_: Any) -> None:
+        first, *others = optimizer.param_groups
+        optimizer.param_groups = others or [first]
+        del optimizer.param_groups[0]["params"][0]
+        hook.remove()
+
+    if step == 4:  # after it, and before the next backward
+        hook = optimizer.register_step_post_hook(take)
+
+
+EVENTS = [nothing, clipped, bad, infinite, replaced, skipped, loaded, betas, frozen, resized, taken_out]
 
 
 def backward(model: nn.Module, rank: int, seed: int, blocks: tuple[int, ...] = (0, 1, 2)) -> None:

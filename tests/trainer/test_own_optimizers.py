@@ -168,6 +168,22 @@ def test_the_getter_can_be_built_upon(tmp_path: Path) -> None:
     assert issubclass(adam, AdamW)
 
 
+@pytest.mark.parametrize("optim", ["dlion_mavo", DEFAULT])
+def test_an_override_counts_or_is_said_not_to(optim: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of the method that makes both, which transformers 5 does not call."""
+
+    class Own(DLionTrainer):
+        def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+            self.optimizer = LION[0](self.model.parameters(), **LION[1])
+            self.create_scheduler(num_training_steps)
+
+    trainer = Own(model=tiny.model(), args=arguments(tmp_path, optim, max_steps=1), train_dataset=tiny.rows())
+    trainer.train()
+    counts = trainer.optimizer.param_groups[0]["betas"] == LION[1]["betas"]
+    said = "Own has a create_optimizer_and_scheduler of its own, which transformers" in caplog.text
+    assert counts != said
+
+
 def test_virtual_workers_must_be_as_many(tmp_path: Path) -> None:
     args = tiny.arguments(tmp_path, virtual_workers=3, max_steps=1, logging_steps=1)
     with pytest.raises(ValueError, match="virtual_workers=3, and an optimizer of 1 in this process"):
