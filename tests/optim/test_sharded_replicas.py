@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable
@@ -181,9 +182,16 @@ def only_on_one_shard(rank: int) -> None:
         optimizer.step()
         theirs.step()
         assert all(torch.equal(a.to_local(), b.to_local()) for a, b in zip(params, other, strict=True))
+    optimizer.zero_grad()
+    copied, copy_of_it = copy.deepcopy((params, optimizer))
+    for mine, one in ((params, optimizer), (copied, copy_of_it)):
+        give(mine, rank, 3, mesh)
+        one.step()
+    assert all(torch.equal(a.to_local(), b.to_local()) for a, b in zip(params, copied, strict=True))
+    assert not any(torch.equal(a.to_local(), b.to_local()) for a, b in zip(params, other, strict=True) if a.numel() > 9)
 
 
-def test_a_gradient_that_only_some_shards_have() -> None:
+def test_a_gradient_that_only_some_shards_have_and_a_copy() -> None:
     run_workers(only_on_one_shard, 4)
 
 
