@@ -287,6 +287,11 @@ def _check_shards(plugin: Any, parallel: ParallelismConfig | None) -> None:
             "Distributed Lion was asked to run under FSDP version 1, which keeps all parameters of a layer in one. Set "
             f"fsdp_version to 2. {where}"
         )
+    if getattr(plugin, "cpu_ram_efficient_loading", False) and compare_versions("accelerate", "<", "1.11"):
+        raise ValueError(
+            "Distributed Lion was asked to run under FSDP2 with fsdp_cpu_ram_efficient_loading, and accelerate before "
+            "1.11 then sends the weights inside the first replica only. Update accelerate, or set it to false."
+        )
     sizes = (1, 1) if parallel is None else (parallel.dp_replicate_size, parallel.dp_shard_size)
     if min(sizes) < 2:
         raise ValueError(

@@ -5,6 +5,7 @@ accelerate shards on GPUs only: here its state is told that it does, after which
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from hf_dlion import (
     LionTheoryCallback,
     keep_gradients_local,
     load_workers,
+    local_gradients,
     save_workers,
 )
 from hf_dlion.local_gradients import check_supported
@@ -141,6 +143,22 @@ def test_what_fsdp_cannot_do_here(version: int, sizes: tuple[int, ...] | None, m
         state = type("State", (), {"fsdp_plugin": type("Plugin", (), {"fsdp_version": version})})
 
     with pytest.raises(ValueError, match=message):
+        check_supported(Sharding())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("efficient", "old"), itertools.product((True, False), (True, False)))
+def test_weights_that_would_reach_one_replica_only(efficient: bool, old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sharding:
+        distributed_type = DistributedType.FSDP
+        parallelism_config = ParallelismConfig(2, 2)
+        plugin = type("Plugin", (), {"fsdp_version": 2, "cpu_ram_efficient_loading": efficient})
+        state = type("State", (), {"fsdp_plugin": plugin})
+
+    monkeypatch.setattr(local_gradients, "compare_versions", lambda *_: old)
+    if efficient and old:
+        with pytest.raises(ValueError, match="inside the first replica only. Update accelerate"):
+            check_supported(Sharding())  # type: ignore[arg-type]
+    else:
         check_supported(Sharding())  # type: ignore[arg-type]
 
 

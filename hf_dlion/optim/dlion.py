@@ -309,10 +309,14 @@ class DistributedLion(WorkersOptimizer):
             self._step_alone(plan, inputs, hypers)
             return
         ballots = self._begin(plan, inputs, hypers)
-        header = self.agreement.header(inputs)
+        header = self._header(plan, ballots)
         for bucket in plan.buckets:
             yield self._vote(plan, plan.exchange, bucket, ballots, header)
             header = header[:0]  # it travels with the first
+
+    def _header(self, plan: VotePlan, ballots: Ballots) -> Tensor:
+        """What travels with the first bucket."""
+        return self.agreement.header(ballots.inputs)
 
     def _vote(
         self, plan: VotePlan, exchange: Exchange, bucket: Bucket, ballots: Ballots, header: Tensor
@@ -404,15 +408,15 @@ def make_kernels(
 
 def _norm(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], shards: Shards | None) -> None:
     """Divide each by its root mean square, in place; zeros stay. Of shards, by that of the whole gradient."""
-    present = [(g, p.numel()) for g, p in zip(gradients, parameters, strict=True) if g is not None and p.numel()]
-    if not present:
-        return
-    norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient, _ in present])
+    zero = torch.zeros((), device=local(parameters[0]).device)
+    # Zeros for those without, too: all shards have as many, whatever became of the parameters of one of them.
+    norms = torch.stack([zero if g is None else torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
     if shards is not None:
         norms = shards.sum(norms.square()).sqrt()
-    for (gradient, elements), norm in zip(present, norms, strict=True):
-        rms = norm / elements**0.5
-        gradient.div_(torch.where(rms > 0, rms, 1.0))
+    for gradient, parameter, norm in zip(gradients, parameters, norms, strict=True):
+        if gradient is not None:
+            rms = norm / max(parameter.numel(), 1) ** 0.5
+            gradient.div_(torch.where(rms > 0, rms, 1.0))
 
 
 def _hyper(group: dict[str, Any], device: torch.device) -> Tensor:

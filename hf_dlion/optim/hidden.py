@@ -203,7 +203,7 @@ def _matrices(
     name: str, module: nn.Module, heads: tuple[int, int] | None, splits: Mapping[str, Sequence[int]]
 ) -> Iterator[tuple[nn.Parameter, Split]]:
     """The weights of a layer that are matrices, each with its split."""
-    kind, layer = type(module).__name__, cast(Any, module)
+    kinds, layer = _kinds(module), cast(Any, module)
     if isinstance(module, _CONVOLUTIONS):
         yield layer.weight, ()
     elif isinstance(module, nn.MultiheadAttention):
@@ -211,21 +211,27 @@ def _matrices(
             yield module.in_proj_weight, (0, *[module.embed_dim] * 3)
         else:  # keys and values of other widths
             yield from ((weight, ()) for weight in (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight))
-    elif kind.endswith("Experts"):
+    elif any(kind.endswith("Experts") for kind in kinds):
         yield from _experts(module)
-    elif isinstance(module, nn.Linear) or kind == "Conv1D":
-        outputs = 1 if kind == "Conv1D" else 0  # transformers' Conv1D has its inputs first
+    elif isinstance(module, nn.Linear) or "Conv1D" in kinds:
+        outputs = 1 if "Conv1D" in kinds else 0  # transformers' Conv1D has its inputs first
         sizes = splits.get(name) or _fused(name, layer.weight.shape[outputs], layer, heads)
         yield layer.weight, (outputs, *sizes) if len(sizes) > 1 else ()
+
+
+def _kinds(module: nn.Module) -> set[str]:
+    """The names of its class and of those it comes from: fully_shard puts a class of its own in front."""
+    return {kind.__name__ for kind in type(module).__mro__}
 
 
 def _experts(module: nn.Module) -> Iterator[tuple[nn.Parameter, Split]]:
     """Banks ``[experts, ...]``; gate and up, in one weight beside one that leads down, are cut."""
     weights = {name: weight for name, weight in module.named_parameters(recurse=False) if weight.dim() == 3}
+    kinds = _kinds(module)
     down = weights.get("down_proj")
     for name, weight in weights.items():
         split: Split = (0, len(weight))
-        if name == "gate_up_proj" and down is not None and type(module).__name__ not in _ALTERNATING:
+        if name == "gate_up_proj" and down is not None and kinds.isdisjoint(_ALTERNATING):
             for outputs, width in ((1, down.shape[2]), (2, down.shape[1])):
                 if weight.shape[outputs] == 2 * width and weight.shape[3 - outputs] == down.shape[outputs]:
                     split = (outputs, width, width)

@@ -115,6 +115,17 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         return DirectedBallots(**vars(ballots), undirected=hidden)
 
     @override
+    def _header(self, plan: VotePlan, ballots: Ballots) -> Tensor:
+        """Of shards it goes ahead: a rank may raise by it, and no other may wait for its matrices by then."""
+        header = super()._header(plan, ballots)
+        if plan.shards is None or plan.channel is None:
+            return header
+        headers, work = plan.channel.all_gather(header)
+        work.wait()
+        ballots.voters(headers)
+        return header[:0]
+
+    @override
     def _pack(self, plan: VotePlan, bucket: Bucket, ballots: DirectedBallots) -> Tensor:  # type: ignore[override]
         hidden = [index for index in bucket.parameters if self._is_hidden(plan, index)]
         for indices in self._next(plan, bucket, hidden, ballots):

@@ -82,8 +82,9 @@ class Replica:
 
     def describe_bad_gradient(self, index: int) -> str:
         """What is wrong with the gradient of a parameter, and where to look."""
+        whole = [parameter for group in self.groups for parameter in group["params"]][index]
         return (
-            f"the gradient of {self.name(index)}, shape {tuple(self.parameters[index].shape)}, has a NaN or Inf at "
+            f"the gradient of {self.name(index)}, shape {tuple(whole.shape)}, has a NaN or Inf at "
             f"step {self.step}. Look for a too large learning rate, a division by zero in the loss, or a batch without "
             "targets."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 from abc import ABC, abstractmethod
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -70,6 +72,16 @@ class StatefulOptimizer(Optimizer, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         return copyable(self) | {"_plan": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StatefulOptimizer:
+        """With parameters and state of its own, and the same process group, which cannot be copied."""
+        group = getattr(self, "process_group", None)
+        if isinstance(group, dist.ProcessGroup):
+            memo[id(group)] = group
+        copied: StatefulOptimizer = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     def state_dict(self) -> dict[str, Any]:
         """The state and the param groups, with the number of this worker in each.

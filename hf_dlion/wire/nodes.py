@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from .collectives import Channel, ProcessChannel
 from .ledger import Ledger
@@ -25,7 +26,10 @@ class Nodes:
 
 
 def workers_per_node(channel: Channel, device: torch.device) -> int:
-    """L, as ``torchrun`` and ``accelerate launch`` tell each process. A small collective over the workers.
+    """L, by what ``torchrun`` and ``accelerate launch`` tell each process. A small collective over the workers.
+
+    They number processes node by node, so that the processes of a node are those with the same first rank. Of sharded
+    replicas, other processes of the node may be no workers of this channel.
 
     Returns:
         1, where the nodes have different numbers of workers, the workers are not numbered node by node, or all share
@@ -33,13 +37,11 @@ def workers_per_node(channel: Channel, device: torch.device) -> int:
     """
     if not isinstance(channel, ProcessChannel):
         return 1
-    own = [int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))]
-    everyone = ProcessChannel(channel.group, Ledger()).gather_integers(own, device)
-    sizes = {size for size, _ in everyone}
-    [size] = sizes if len(sizes) == 1 else [1]
-    if size < 1 or channel.size % size or any(place != rank % size for rank, (_, place) in enumerate(everyone)):
-        return 1
-    return size if size < channel.size else 1
+    own = dist.get_rank() - int(os.environ.get("LOCAL_RANK", 0))
+    firsts = [row[0] for row in ProcessChannel(channel.group, Ledger()).gather_integers([own], device)]
+    nodes = list(dict.fromkeys(firsts))
+    size = channel.size // len(nodes)
+    return size if len(nodes) > 1 and firsts == [first for first in nodes for _ in range(size)] else 1
 
 
 def split_by_node(channel: ProcessChannel, size: int) -> Nodes:

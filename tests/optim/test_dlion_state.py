@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from hf_dlion import DistributedLion
 from hf_dlion.optim import dlion, layout
+from hf_dlion.optim.virtual import VirtualWorkers
 from hf_dlion.trainer.methods import METHODS
 from hf_dlion.wire.shares import VoteShares
 from tests.harness import run_workers, what_is_logged
@@ -250,6 +251,16 @@ def test_vote_shares_leave_padding_out_and_start_over() -> None:
     for first, second in run_workers(shares, 4):
         assert first == VoteShares(ties=0.5, unanimous=0.25)
         assert second is None
+
+
+def test_padding_is_left_out_to_the_last_vote() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(121))
+    optimizer = VirtualWorkers([parameter], 3, DistributedLion, exchange="sharded")
+    for rank in range(3):
+        parameter.grad = torch.full((121,), 1.0 + rank)
+        optimizer.next_worker()
+    optimizer.step()
+    assert optimizer.vote_shares() == VoteShares(ties=0.0, unanimous=1.0)
 
 
 def falls_back_to_eager(rank: int) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import fully_shard
 from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
@@ -19,10 +20,12 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from hf_dlion import hidden_matrices
 from hf_dlion.optim.hidden import matrices_of
+from tests.harness import run_workers
 
 GPT2: dict[str, Any] = {
     "n_layer": 1,
@@ -142,6 +145,26 @@ def test_banks_of_experts_with_their_inputs_first() -> None:
         "0.gate_up_proj": [(8, 6)] * 4,
         "0.down_proj": [(6, 8)] * 2,
     }
+
+
+def sharded_one_by_one(rank: int) -> list[dict[str, list[tuple[int, ...]]]]:
+    """What is found before and after each layer was sharded by itself."""
+    gpt2 = GPT2LMHeadModel(GPT2Config(**GPT2))
+    experts = GptOssExperts(GptOssConfig(hidden_size=8, intermediate_size=8, num_local_experts=2))
+    both = []
+    for model, layers in ((gpt2, [gpt2.transformer.h[0].attn.c_attn]), (torch.nn.ModuleList([experts]), [experts])):
+        both.append(found(model))
+        for layer in layers:
+            fully_shard(layer)
+        both.append(found(model))
+    return both
+
+
+def test_layers_that_are_sharded_are_found_all_the_same() -> None:
+    [(gpt2, sharded, experts, sharded_experts)] = run_workers(sharded_one_by_one, 1)
+    assert gpt2 == sharded
+    assert experts == sharded_experts
+    assert experts["0.gate_up_proj"] == [(8, 16)] * 2  # gate and up alternate
 
 
 def test_attention_with_keys_of_another_width() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
 from hf_dlion import DistributedLion, DistributedMuon, hidden_matrices
+from hf_dlion.optim import layout
 from hf_dlion.optim.virtual import VirtualWorkers
 from hf_dlion.trainer.methods import METHODS
 from tests.harness import run_workers, what_is_logged
@@ -180,9 +182,16 @@ def only_on_one_shard(rank: int) -> None:
         optimizer.step()
         theirs.step()
         assert all(torch.equal(a.to_local(), b.to_local()) for a, b in zip(params, other, strict=True))
+    optimizer.zero_grad()
+    copied, copy_of_it = copy.deepcopy((params, optimizer))
+    for mine, one in ((params, optimizer), (copied, copy_of_it)):
+        give(mine, rank, 3, mesh)
+        one.step()
+    assert all(torch.equal(a.to_local(), b.to_local()) for a, b in zip(params, copied, strict=True))
+    assert not any(torch.equal(a.to_local(), b.to_local()) for a, b in zip(params, other, strict=True) if a.numel() > 9)
 
 
-def test_a_gradient_that_only_some_shards_have() -> None:
+def test_a_gradient_that_only_some_shards_have_and_a_copy() -> None:
     run_workers(only_on_one_shard, 4)
 
 
@@ -257,6 +266,51 @@ def test_what_does_not_fit_is_said_on_all_ranks() -> None:
     }.items():
         for told in everyone:
             assert all(part in told[name] for part in parts), f"{name}: {told[name]}"
+
+
+def in_other_collectives(rank: int) -> list[str]:
+    """What is wrong when ranks of a replica are about to call each other.
+
+    The first shard comes to the hidden matrices later than the second; of another model one shard has changed.
+    """
+    mesh = make_mesh(2, 2)
+    layout.MAX_BUCKET_BLOCKS = layout.MIN_BUCKET_BLOCKS = 24
+    layout.SEGMENT_BLOCKS = 16
+    told = []
+    for name in ("none", "bad", "rate", "apart"):
+        params = sharded(mesh, [(1, 30 * 1024), (1, 30 * 1024), (64, 1024)])
+        groups = [{"params": params[:2]}, {"params": params[2:], "orthogonal": True}]
+        group = mesh["dp_replicate"].get_group()
+        on_bad = "raise" if name == "bad" else "abstain"
+        optimizer = DistributedMuon(groups, process_group=group, check_replicas_steps=1, on_bad_gradient=on_bad)
+        give(params, rank, 0, mesh)
+        optimizer.step()
+        give(params, rank, 1, mesh, math.nan if name == "bad" and rank == 2 else None)
+        if name == "rate" and rank >= 2:
+            optimizer.param_groups[0]["lr"] = 0.1
+        if name == "apart" and rank == 3:
+            params[2].to_local().detach().add_(1)
+        told.append(message(optimizer.step))
+    told = [f"{len(optimizer.plan.buckets)} buckets", *told]
+    params, normed = start(mesh, norm_gradients=True)
+    give(params, rank, 0, mesh)
+    normed.step()
+    give(params, rank, 1, mesh)
+    if rank == 1:
+        params[1].grad = None
+        nn.ParameterList(params[1:2]).bfloat16()
+    return [*told, message(normed.step)]
+
+
+def test_no_shard_waits_for_one_that_raises() -> None:
+    everyone = run_workers(in_other_collectives, 4, timeout=60)
+    assert [told[0] for told in everyone] == ["6 buckets", "2 buckets"] * 2
+    for _, nothing, bad, rate, apart, converted in everyone:
+        assert nothing == "nothing"
+        assert "FloatingPointError: rank 1: the gradient of parameter 0, shape (1, 30720), has a NaN" in bad
+        assert "lr of param group 0 is 0.001 on rank 0 and 0.1 on rank 1" in rate
+        assert "the checksum of parameter 2 is" in apart
+        assert "a parameter was changed on some ranks only: parameter 1 is float32" in converted
 
 
 def unsupported(rank: int) -> dict[str, str]:

@@ -133,8 +133,8 @@ def follow_whole_replicas(rank: int, replicas: int, shards: int, cases: list[Any
             assert_same(mine, theirs, mesh, f"{method.__name__} {options} after step {step}")
         shares = [one.vote_shares() for one in (optimizer, whole)]
         if shares[0] is not None:
-            assert shares[0].ties == pytest.approx(shares[1].ties, abs=2e-3)
-            assert shares[0].unanimous == pytest.approx(shares[1].unanimous, abs=2e-3)
+            assert shares[0].ties == pytest.approx(shares[1].ties, abs=1e-7)
+            assert shares[0].unanimous == pytest.approx(shares[1].unanimous, abs=1e-7)
 
 
 def vote_cases(method: type[WorkersOptimizer]) -> list[Any]:

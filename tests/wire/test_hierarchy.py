@@ -16,6 +16,7 @@ from hf_dlion.wire.conversation import run
 from hf_dlion.wire.exchange import Ballot, HierarchicalExchange, make_exchange
 from hf_dlion.wire.ledger import Ledger
 from tests.harness import run_workers
+from tests.optim.test_sharding import cut, make_mesh, sharded
 from tests.wire.test_exchange import CPU, decided, expected, unpack, votes_of
 
 WORDS = 160
@@ -118,6 +119,27 @@ def not_on_nodes(rank: int, local: int) -> str:
 @pytest.mark.parametrize("local", [1, 4, 3])
 def test_without_nodes_votes_are_not_counted_by_node(local: int) -> None:
     run_workers(not_on_nodes, 4, local)
+
+
+def several_replicas_a_node(rank: int) -> list[bool]:
+    """Four replicas of two shards, on nodes of two replicas, and of one."""
+    mesh = make_mesh(4, 2)
+    found = []
+    for processes in (4, 2):
+        live_on_nodes(rank, processes)
+        params = sharded(mesh, [(96, 1024)])
+        optimizer = DistributedLion(params, process_group=mesh["dp_replicate"].get_group(), check_replicas_steps=1)
+        for step in range(2):
+            gradient = torch.randn(96, 1024, generator=torch.Generator().manual_seed(10 * step + rank // 2))
+            params[0].grad = cut(gradient, mesh)  # type: ignore[assignment]
+            optimizer.step()
+        assert optimizer.plan is not None
+        found.append(isinstance(optimizer.plan.exchange, HierarchicalExchange))
+    return found
+
+
+def test_sharded_replicas_of_one_node_are_counted_there() -> None:
+    assert run_workers(several_replicas_a_node, 8) == [[True, False]] * 8
 
 
 def test_virtual_workers_have_no_nodes() -> None:
