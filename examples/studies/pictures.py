@@ -28,8 +28,10 @@ _COLOURS = (
     "#8c564b",
     "#e377c2",
     "#bcbd22",
+    "#7f7f7f",
+    "#c49c94",
 )
-_MARKERS = "osD^vPX*<>"
+_MARKERS = "osD^vPX*<>hd"
 _STYLES = ("-", "--", ":", "-.")  # of a method's numbers of workers, from few to many
 _PANEL, _LEGEND, _HEIGHT = 3.4, 1.7, 3.6
 
