@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
+
+_counting = threading.Lock()  # votes that leave during backward are counted in a thread of their own
 
 
 @dataclass
@@ -18,8 +21,9 @@ class Ledger:
 
     def record(self, sent: int, received: int) -> None:
         """Add one collective."""
-        self.sent_bytes += sent
-        self.received_bytes += received
+        with _counting:
+            self.sent_bytes += sent
+            self.received_bytes += received
 
     def since(self, earlier: Ledger) -> Ledger:
         """What was added after ``earlier``, a :meth:`copy` of this ledger."""
