@@ -303,7 +303,7 @@ class DistributedLion(WorkersOptimizer):
     @override
     def _conversations(self, plan: VotePlan, inputs: StepInputs) -> Iterator[Conversation[None]]:
         hypers = self._hypers(plan)
-        if self.norm_gradients and not inputs.changed:
+        if self.norm_gradients:
             _norm(inputs.gradients, all_parameters(self), plan.shards)
         if plan.exchange is None:  # nothing to say
             self._step_alone(plan, inputs, hypers)
@@ -413,9 +413,9 @@ def _norm(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], shar
     norms = torch.stack([zero if g is None else torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
     if shards is not None:
         norms = shards.sum(norms.square()).sqrt()
-    for gradient, parameter, norm in zip(gradients, parameters, norms, strict=True):
-        if gradient is not None:
-            rms = norm / max(parameter.numel(), 1) ** 0.5
+    for index, (gradient, norm) in enumerate(zip(gradients, norms, strict=True)):
+        if gradient is not None:  # else there may be other parameters by now
+            rms = norm / max(parameters[index].numel(), 1) ** 0.5
             gradient.div_(torch.where(rms > 0, rms, 1.0))
 
 
