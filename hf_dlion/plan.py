@@ -21,10 +21,9 @@ BACKWARD = 2 / 3  # of forward and backward
 DDP_BUCKET = 25 << 20  # bytes
 CLOSE = 1.05  # two predictions that differ by less are the same
 WORTH = 1.2  # so much longer may a step be of the method that trained best in the studies
-# Orthogonalising, times the width over the tokens of a step, of forward and backward: 1.8 to 1.9 in
+# Orthogonalising, times the width over the tokens of a step, of forward and backward: 1.7 to 1.9 in
 # model_cards/orthogonal and model_cards/whole_step; 5 by the operations alone, if all parameters were hidden matrices.
 ORTHOGONAL = 1.9
-SCALED = 256  # elements that share a scale, of local steps
 
 _PER_SECOND = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
@@ -139,6 +138,7 @@ def traffic(method: Method, parameters: float, workers: int) -> Traffic:
     """What it sends in a step with an exchange."""
     from .bits.packing import BLOCK
     from .optim.layout import MAX_BUCKET_BLOCKS
+    from .optim.local_steps import SCALED
     from .optim.mean_gradient import BUCKET
     from .optim.overlap import BUCKETS
     from .wire.exchange import GatherExchange, ShardedExchange, highest_level
@@ -202,15 +202,13 @@ def recommend(predictions: Sequence[Prediction], local: Prediction) -> tuple[str
 def shape_of(model: str) -> tuple[float, float]:
     """How many parameters a model has, and its width; by a count such as 124M, or by its configuration.
 
-    Of a count, the width is that of a transformer whose depth is a 64th of it: 12 of its squares a layer.
-
     Raises:
         ValueError: it is neither a count, nor a folder with a config.json, nor in the cache of the hub.
     """
     count = re.fullmatch(r"([\d.]+)([kmbt]?)", model.lower())
     if count:
         parameters = _number(count, _COUNTS, model)
-        return parameters, (64 / 12 * parameters) ** (1 / 3)
+        return parameters, _usual_width(parameters)
     try:
         import torch
         from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -225,7 +223,12 @@ def shape_of(model: str) -> tuple[float, float]:
             f"{model!r} is no number of parameters, and no configuration was found by that name here: nothing is "
             f"downloaded. Give a number, such as 124M, or a folder with a config.json. The cause: {cause}"
         ) from error
-    return parameters, float(getattr(config.get_text_config(), "hidden_size", 0) or shape_of(str(parameters))[1])
+    return parameters, float(getattr(config.get_text_config(), "hidden_size", 0) or _usual_width(parameters))
+
+
+def _usual_width(parameters: float) -> float:
+    """Of a transformer whose depth is a 64th of it, at 12 of its squares a layer."""
+    return float((64 / 12 * parameters) ** (1 / 3))
 
 
 def link_rate(text: str) -> float:

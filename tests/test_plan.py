@@ -88,6 +88,9 @@ def test_a_slow_link_wants_votes_and_a_fast_one_does_not(capsys: pytest.CaptureF
     slow = json.loads(printed(capsys, "124M", "--workers", "4", "--link", "1gbit", "--compute", "2", "--json"))
     assert slow["take"] == "dmuon_mavo"
     assert slow["setting"]["parameters"] == 124e6
+    assert "with a vote every 16 local steps, a step would take" in slow["why"]
+    rarely = printed(capsys, "124M", "--workers", "4", "--link", "1gbit", "--compute", "2", "--local_steps", "64")
+    assert "every 64 local steps" in rarely
     times = [one["step_seconds"] for one in slow["predictions"]]
     assert times == sorted(times)
     fast = printed(capsys, "124M", "--workers", "4", "--link", "400Gbit/s", "--compute", "60")

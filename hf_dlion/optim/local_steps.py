@@ -28,12 +28,13 @@ from ..wire.sums import sum_dense
 from .agreement import StepInputs
 from .layout import Span
 from .mean_gradient import CodedMean, MeanPlan, Share
-from .replica import STEP
+from .replica import STEP, Replica
 from .rules import RULES
 from .schedule import Schedule
 from .states import all_parameters
 from .tensors import float32_state, laid_out_state, local, local_gradient, placed_as
 from .workers import (
+    Plan,
     WorkersOptimizer,
     WorkersOptions,
     check_known,
@@ -198,9 +199,10 @@ class LocalSteps(CodedMean):
             with torch.enable_grad():
                 loss = closure()
         gradients = [local_gradient(parameter, self.method) for parameter in all_parameters(self)]
-        replica = replica_of(self, self._current_plan().shards)
+        plan = self._current_plan()
+        replica = replica_of(self, plan.shards)
         gradients, bad = self.agreement.own_gradients(gradients, replica, self.rank, *scaler_of(self))
-        self._begin(gradients)
+        self._begin(plan, replica, gradients)
         made = self.param_groups[0][STEP] + 1
         if bad < 0:
             self.inner.step()
@@ -330,14 +332,13 @@ class LocalSteps(CodedMean):
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_running": None}
 
-    def _begin(self, gradients: Sequence[Tensor | None]) -> None:
+    def _begin(self, plan: Plan, replica: Replica, gradients: Sequence[Tensor | None]) -> None:
         """Before an inner step: keep the parameters that a round starts from, and find out whether the ranks fit."""
-        plan = self._current_plan()
         self.make_state()
         if not self.between_votes:
             self._agree(range(len(all_parameters(self))))
         if plan.channel is not None and not self.agreement.handshake_done:
-            self.agreement.shake_hands(plan.channel, replica_of(self, plan.shards), gradients, plan.compiled)
+            self.agreement.shake_hands(plan.channel, replica, gradients, plan.compiled)
 
     def _agree(self, indices: Iterable[int]) -> None:
         """Take these parameters for x_0."""

@@ -136,7 +136,7 @@ def test_a_published_study_is_gone_on_with(bench: Bench) -> None:
     before, page = bench.summary, bench.page
     published = bench.output.rename(bench.folder / "published") / "summary.json"
     bench.study["methods"]["glion"] = {"seeds": [2]}
-    bench.study["methods"]["gadamw"]["learning_rate"] = 2e-3  # with other arguments, a run is another
+    bench.study["methods"]["gadamw"]["weight_decay"] = 0.1  # with other arguments, a run in the same folder is another
     done = bench.compare("--published", str(published))
     assert done.returncode == 0, done.stderr
     assert {name.partition("/")[0] for name in started(done)} == {"glion", "gadamw"}
