@@ -63,6 +63,10 @@ class ScriptArguments:
         default=TINY,
         metadata={"help": f"{', '.join(NAMES)}, or a hub id or path whose config is taken; trained from scratch."},
     )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "eager, sdpa, flash_attention_2, as in transformers. Without it: the model's choice."},
+    )
     dataset: str = field(
         default=EMBEDDED,
         metadata={
@@ -117,7 +121,7 @@ def main() -> None:
     checkpoint = checkpoint_to_resume(args)
     data = load_data(script_args, args)
     set_seed(args.seed)
-    model = build_model(script_args.model, data.tokenizer, script_args.block_size)
+    model = build_model(script_args.model, data.tokenizer, script_args.block_size, script_args.attn_implementation)
     trainer = DLionTrainer(
         model=model,
         args=args,

@@ -36,8 +36,14 @@ NAMES = (*GPT2_SIZES, *GPT2PP_SIZES)
 GPT2_CONTEXT = 1024
 
 
-def build_model(name: str, tokenizer: PreTrainedTokenizerBase, block_size: int) -> PreTrainedModel:
-    """A freshly initialised model of this name, hub id or path, with the tokenizer's vocabulary."""
+def build_model(
+    name: str, tokenizer: PreTrainedTokenizerBase, block_size: int, attention: str | None = None
+) -> PreTrainedModel:
+    """A freshly initialised model of this name, hub id or path, with the tokenizer's vocabulary.
+
+    Args:
+        attention: transformers' `attn_implementation`; None is the model's own choice.
+    """
     config = _config(name, block_size)
     config.vocab_size = len(tokenizer)
     config.bos_token_id = tokenizer.bos_token_id
@@ -49,8 +55,10 @@ def build_model(name: str, tokenizer: PreTrainedTokenizerBase, block_size: int) 
             f"--block_size {block_size}: {name} has {context} positions. Give --block_size {context} or less."
         )
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    except (ValueError, ImportError) as error:
+        if "attn_implementation" in str(error) or isinstance(error, ImportError):
+            raise ModelError(f"--attn_implementation {attention}: {error}") from error
         raise ModelError(
             f"--model {name}: its config is a {type(config).__name__}, which is no causal language model. "
             f"Give one that is, or one of {', '.join(NAMES)}."
