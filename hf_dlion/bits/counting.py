@@ -6,10 +6,34 @@ bitwise operation on an int32 word works on 32 parameters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+RULES = ("avg", "zero", "alternate")
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What became of the votes on one part.
+
+    Attributes:
+        planes: int32 ``[W]`` each, bit-sliced levels, least significant first. By rule: ``"avg"``, the count of those
+            who said yes; ``"zero"``, 0 for no, 1 for a tie, 2 for yes, or without a second plane if the number of
+            voters is odd; ``"alternate"``, one plane.
+        unanimous: on how many elements of the sample all agreed, an integer or an int64 scalar tensor.
+        ties: on how many half said yes.
+    """
+
+    planes: list[Tensor]
+    unanimous: Tensor | int
+    ties: Tensor | int
+
+
+Count = Callable[[Sequence[Tensor], str, int, range], Tally]
+"""As :func:`tally`."""
 
 
 def count_planes(votes: Sequence[Tensor]) -> list[Tensor]:
@@ -85,6 +109,35 @@ def majority(planes: Sequence[Tensor], voters: int) -> tuple[Tensor, Tensor | No
     """
     ahead = reaches(planes, voters // 2 + 1)
     return ahead, None if voters % 2 else equals(planes, voters // 2)
+
+
+def tally(votes: Sequence[Tensor], rule: str, step: int, sample: range) -> Tally:
+    """Count votes and decide.
+
+    Args:
+        votes: N >= 1 int32 tensors ``[W]``.
+        rule: one of ``RULES``.
+        step: its parity is that of alternating ties.
+        sample: which words the statistics look at.
+    """
+    return tally_counts(count_planes(votes), len(votes), rule, step, sample)
+
+
+def tally_counts(count: list[Tensor], voters: int, rule: str, step: int, sample: range) -> Tally:
+    """As :func:`tally`, from the count of so many votes."""
+    ahead, tied = majority(count, voters)
+    looked = [plane[sample.start : sample.stop : sample.step] for plane in count]
+    unanimous = popcount(equals(looked, 0) | equals(looked, voters))
+    ties = popcount(tied[sample.start : sample.stop : sample.step]) if tied is not None else 0
+    if rule == "avg":
+        planes = count
+    elif tied is None:
+        planes = [ahead]
+    elif rule == "alternate":
+        planes = [ahead | (tied & parity_words(len(tied), step, tied.device))]
+    else:
+        planes = [tied, ahead]
+    return Tally(planes, unanimous, ties)
 
 
 def parity_words(count: int, step: int, device: torch.device) -> Tensor:

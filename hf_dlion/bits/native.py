@@ -1,4 +1,5 @@
-"""The passes over parameters in C, for CPUs: bit for bit those of :mod:`kernels`, at the speed of memory.
+"""The passes over parameters and the counting of votes in C, for CPUs: bit for bit those of :mod:`kernels` and
+:mod:`counting`, at the speed of memory.
 
 ``passes.c`` is compiled at the first use, in a second, and kept in the user's cache. It needs a C compiler (``cc``, or
 what the environment variable CC names) and no headers but the compiler's own.
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import counting
+from .counting import RULES, Count, Tally
 from .kernels import EAGER, Kernels
 
 logger = logging.getLogger(__name__)
@@ -29,21 +32,20 @@ logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("passes.c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")
 
+NATIVE_FROM = 1 << 20
+"""Parameters from which on compiling, a second the first time on a machine, pays."""
+
+_MOST_VOTERS = (1 << 16) - 1
+"""That ``passes.c`` can count."""
+
 _NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 
 @functools.cache
 def load_passes() -> Kernels | None:
     """The passes; None, with a warning, where they cannot be compiled or loaded. Float16 parameters step eagerly."""
-    try:
-        library = ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or error
-        logger.warning(
-            "the optimizer steps in eager mode, which is several times slower: its passes in C could not be compiled. "
-            "A C compiler (gcc, clang) on the path, or named by CC, makes it work. The cause: %s",
-            said,
-        )
+    library = _library()
+    if library is None:
         return None
     return Kernels(
         functools.partial(_vote, library, "vote"),
@@ -53,6 +55,27 @@ def load_passes() -> Kernels | None:
         functools.partial(_step, library),
         functools.partial(_vote, library, "peek"),
     )
+
+
+@functools.cache
+def load_count() -> Count | None:
+    """``counting.tally``; None, with a warning, where it cannot be compiled or loaded."""
+    library = _library()
+    return None if library is None else functools.partial(_tally, library)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(str(_compiled()))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or error
+        logger.warning(
+            "the optimizer steps in eager mode, which is several times slower: its passes in C could not be compiled. "
+            "A C compiler (gcc, clang) on the path, or named by CC, makes it work. The cause: %s",
+            said,
+        )
+        return None
 
 
 def _compiled() -> Path:
@@ -96,6 +119,10 @@ def _call(function: Any, *arguments: Any) -> None:
     function(*(ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else value for value in arguments))
 
 
+def _pointers(tensors: Sequence[Tensor]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+
 def _counts(elements: int) -> tuple[ctypes.c_int64, int]:
     return ctypes.c_int64(elements), torch.get_num_threads()
 
@@ -135,7 +162,7 @@ def _apply(
     if kind is None:
         EAGER.apply(parameter, hyper, seed, scale, highest, tuple(planes))
         return
-    pointers = (ctypes.c_void_p * len(planes))(*(plane.data_ptr() for plane in planes))
+    pointers = _pointers(planes)
     scales = ctypes.c_int64(0 if scale is None else scale.numel())
     function = getattr(library, f"apply_{kind}")
     _call(function, parameter, hyper, seed, scale, scales, highest, pointers, len(planes), *_counts(len(parameter)))
@@ -156,3 +183,25 @@ def _step(
         return
     function = getattr(library, f"step_{kind}")
     _call(function, parameter, gradient, momentum, hyper, seed, scale, *_counts(len(parameter)))
+
+
+def _tally(library: Any, votes: Sequence[Tensor], rule: str, step: int, sample: range) -> Tally:
+    voters, words = len(votes), len(votes[0])
+    if voters > _MOST_VOTERS or not all(vote.is_contiguous() for vote in votes):
+        return counting.tally(votes, rule, step, sample)
+    planes = voters.bit_length() if rule == "avg" else 2 if rule == "zero" and voters % 2 == 0 else 1
+    decided = [torch.empty_like(votes[0]) for _ in range(planes)]
+    sums = (ctypes.c_int64 * 2)()
+    library.tally(
+        _pointers(votes),
+        voters,
+        RULES.index(rule),
+        step & 1,
+        _pointers(decided),
+        ctypes.c_int64(words),
+        ctypes.c_int64(sample.stop),
+        ctypes.c_int64(sample.step),
+        sums,
+        torch.get_num_threads(),
+    )
+    return Tally(decided, *sums)

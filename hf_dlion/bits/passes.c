@@ -1,4 +1,5 @@
-/* The passes over parameters of kernels.py for CPUs, each reading and writing its memory once.
+/* The passes over parameters of kernels.py, and the counting of votes of counting.py, for CPUs, each reading and writing
+   its memory once.
 
    Every operation is rounded as the formulas there stand: no contraction (-ffp-contract=off), no reordering. `hyper` is
    beta1, 1 - beta1, beta2, 1 - beta2, lr, weight_decay. A block is 32 rows of 32 lanes: bit k of word j is row k, lane j. */
@@ -104,6 +105,13 @@ static inline void decide(float *decided, int highest, const int32_t *const *pla
                 decided[row * LANES + lane] = (float)(2 * (int)bit_of(planes[0], block, row, lane) - 1);
         return;
     }
+    if (count == 2 && highest == 2) {
+        for (int row = 0; row < LANES; row++)
+            for (int lane = 0; lane < LANES; lane++)
+                decided[row * LANES + lane] = (float)((int)bit_of(planes[0], block, row, lane) - 1 +
+                                                      2 * (int)bit_of(planes[1], block, row, lane));
+        return;
+    }
     int levels[BLOCK];
     read_levels(levels, planes, count, block);
     if ((highest & (highest - 1)) == 0) {
@@ -155,3 +163,86 @@ APPLY(bfloat16)
 
 STEP(float)
 STEP(bfloat16)
+
+#define WIDTH 256
+#define MOST_PLANES 16
+
+/* Adds a vote to bit-sliced counts, of which the first `planes` can change. */
+static inline void add_vote(uint32_t counts[][WIDTH], int planes, const int32_t *vote, int words) {
+    uint32_t carry[WIDTH];
+    for (int i = 0; i < words; i++) carry[i] = (uint32_t)vote[i];
+    for (int p = 0; p < planes; p++)
+        for (int i = 0; i < words; i++) {
+            uint32_t before = counts[p][i];
+            counts[p][i] = before ^ carry[i];
+            carry[i] &= before;
+        }
+}
+
+/* Where the count is at least `least`, which is at least 1. */
+static inline void reaches(uint32_t *found, uint32_t counts[][WIDTH], int planes, int least, int words) {
+    int lowest = __builtin_ctz(least);
+    for (int i = 0; i < words; i++) found[i] = counts[lowest][i];
+    for (int p = lowest + 1; p < planes; p++) {
+        uint32_t set = least >> p & 1 ? 0 : ~0u;
+        for (int i = 0; i < words; i++) found[i] = (found[i] & (counts[p][i] | set)) | (counts[p][i] & set);
+    }
+}
+
+/* Where the count is `value`. */
+static inline void equals(uint32_t *found, uint32_t counts[][WIDTH], int planes, int value, int words) {
+    for (int i = 0; i < words; i++) found[i] = ~0u;
+    for (int p = 0; p < planes; p++) {
+        uint32_t inverted = value >> p & 1 ? 0 : ~0u;
+        for (int i = 0; i < words; i++) found[i] &= counts[p][i] ^ inverted;
+    }
+}
+
+static inline int64_t bits_set(const uint32_t *words, int first, int until, int64_t stride) {
+    int64_t total = 0;
+    for (int64_t i = first; i < until; i += stride) total += __builtin_popcount(words[i]);
+    return total;
+}
+
+enum { AVERAGE, TIES_ZERO, TIES_ALTERNATE };
+
+/* The planes of a decision, and into `sums` how many votes were unanimous and how many split evenly, in every
+   `stride`-th of the first `valid` words. An odd word has bit `parity` where ties alternate, an even one the other. */
+void tally(const int32_t *const *votes, int voters, int rule, int parity, int32_t *const *decided, int64_t words,
+           int64_t valid, int64_t stride, int64_t *sums, int threads) {
+    int planes = 32 - __builtin_clz(voters), even = voters % 2 == 0;
+    int64_t unanimous = 0, ties = 0;
+    _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1) reduction(+ : unanimous, ties)")
+    for (int64_t start = 0; start < words; start += WIDTH) {
+        uint32_t counts[MOST_PLANES][WIDTH], ahead[WIDTH], tied[WIDTH], none[WIDTH], all[WIDTH];
+        int here = words - start < WIDTH ? (int)(words - start) : WIDTH;
+        for (int p = 0; p < planes; p++)
+            for (int i = 0; i < here; i++) counts[p][i] = 0;
+        for (int v = 0; v < voters; v++) add_vote(counts, 32 - __builtin_clz(v + 1), votes[v] + start, here);
+        equals(tied, counts, planes, voters / 2, here);
+
+        if (rule == AVERAGE) {
+            for (int p = 0; p < planes; p++)
+                for (int i = 0; i < here; i++) decided[p][start + i] = (int32_t)counts[p][i];
+        } else {
+            reaches(ahead, counts, planes, voters / 2 + 1, here);
+            int32_t *last = decided[even && rule == TIES_ZERO] + start;
+            if (even && rule == TIES_ZERO)
+                for (int i = 0; i < here; i++) decided[0][start + i] = (int32_t)tied[i];
+            else if (even)
+                for (int i = 0; i < here; i++) ahead[i] |= tied[i] & -(uint32_t)((i + parity) & 1);
+            for (int i = 0; i < here; i++) last[i] = (int32_t)ahead[i];
+        }
+
+        int until = valid - start < here ? (int)(valid - start) : here;
+        int first = (int)((stride - start % stride) % stride);
+        if (first >= until) continue;
+        equals(none, counts, planes, 0, here);
+        equals(all, counts, planes, voters, here);
+        for (int i = 0; i < here; i++) none[i] |= all[i];
+        unanimous += bits_set(none, first, until, stride);
+        if (even) ties += bits_set(tied, first, until, stride);
+    }
+    sums[0] = unanimous;
+    sums[1] = ties;
+}

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import Unpack, override
 
 from ..bits.kernels import EAGER, Kernels, compile_kernels
-from ..bits.native import load_passes
+from ..bits.native import NATIVE_FROM, load_passes
 from ..bits.packing import LANES
 from ..wire.collectives import Channel, ProcessChannel
 from ..wire.conversation import Conversation
@@ -49,9 +49,6 @@ MOMENTUM = "momentum"
 
 COMPILE_FROM = 1 << 22
 """Parameters from which on compiling for a GPU, some 10 seconds once, pays."""
-
-NATIVE_FROM = 1 << 20
-"""Parameters from which on compiling for a CPU, a second the first time on a machine, pays."""
 
 
 class VoteOptions(WorkersOptions, total=False):

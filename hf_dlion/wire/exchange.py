@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ..bits.counting import add_counts, count_planes, equals, majority, parity_words, popcount
+from ..bits.counting import Count, Tally, add_counts, count_planes, tally, tally_counts
+from ..bits.native import NATIVE_FROM, load_count
 from .collectives import Channel, ProcessChannel
 from .conversation import Conversation
 from .nodes import Nodes, split_by_node, workers_per_node
@@ -71,14 +72,11 @@ class VoteStatistics:
         self.unanimous = torch.zeros_like(self.ties)
         self.counted, self.padding = 0, 0.0
 
-    def observe(self, count: Sequence[Tensor], tied: Tensor | None, voters: int, padding_share: float) -> None:
-        """Look at one part: its count, its ties (None for N odd), and the share of padding in its bucket."""
-        stride = len(count[0]) // _SAMPLE_WORDS | 1
-        sample = [plane[::stride] for plane in count]
-        self.unanimous += popcount(equals(sample, 0) | equals(sample, voters))
-        if tied is not None:
-            self.ties += popcount(tied[::stride])
-        votes = 32 * len(sample[0])
+    def add(self, found: Tally, sample: range, padding_share: float) -> None:
+        """Of one part: its sample, and the share of padding in its bucket."""
+        self.unanimous += found.unanimous
+        self.ties += found.ties
+        votes = 32 * len(sample)
         self.counted += votes
         self.padding += votes * padding_share
 
@@ -112,16 +110,21 @@ class Exchange(ABC):
         aggregation: ``"mavo"`` or ``"avg"``.
         tie: ``"zero"`` or ``"alternate"``; matters to ``"mavo"`` with an even number of workers.
         device: of the words.
+        count: how votes are counted; all ways come to the same.
     """
 
     buckets: int
     """Into how many buckets, if they are not too small for it, a step's words are best cut."""
 
-    def __init__(self, channel: Channel, aggregation: str, tie: str, device: torch.device) -> None:
+    def __init__(
+        self, channel: Channel, aggregation: str, tie: str, device: torch.device, count: Count = tally
+    ) -> None:
         self.channel = channel
         self.aggregation = aggregation
         self.tie = tie
         self.statistics = VoteStatistics(device)
+        self._rule = "avg" if aggregation == "avg" else tie
+        self._count = count
 
     @abstractmethod
     def decide(self, ballot: Ballot, voters: Voters) -> Conversation[Decision | None]:
@@ -137,22 +140,21 @@ class Exchange(ABC):
 
     def _decided(self, votes: Sequence[Tensor], valid: int, ballot: Ballot) -> list[Tensor]:
         """The planes decided from the votes on one part, whose first ``valid`` words are the bucket's."""
-        return self._decided_by(count_planes(votes), len(votes), valid, ballot)
+        sample = self._sample(len(votes), valid)
+        return self._noted(self._count(votes, self._rule, ballot.step, sample), sample, ballot)
 
     def _decided_by(self, count: list[Tensor], voters: int, valid: int, ballot: Ballot) -> list[Tensor]:
         """As that, from the count of so many votes."""
-        ahead, tied = majority(count, voters)
-        if valid > 0 and voters == self.channel.size:
-            self.statistics.observe(
-                [plane[:valid] for plane in count], None if tied is None else tied[:valid], voters, ballot.padding
-            )
-        if self.aggregation == "avg":
-            return count
-        if tied is None:
-            return [ahead]
-        if self.tie == "alternate":
-            return [ahead | (tied & parity_words(len(tied), ballot.step, tied.device))]
-        return [tied, ahead]  # levels: 0 for -1, 1 for a tie, 2 for +1
+        sample = self._sample(voters, valid)
+        return self._noted(tally_counts(count, voters, self._rule, ballot.step, sample), sample, ballot)
+
+    def _sample(self, voters: int, valid: int) -> range:
+        """The words that statistics look at; none, where some abstain."""
+        return range(0, max(valid, 0) if voters == self.channel.size else 0, max(valid, 0) // _SAMPLE_WORDS | 1)
+
+    def _noted(self, found: Tally, sample: range, ballot: Ballot) -> list[Tensor]:
+        self.statistics.add(found, sample, ballot.padding)
+        return found.planes
 
     def _decision(self, planes: Sequence[Tensor], voters: int) -> Decision:
         return Decision(tuple(planes), highest_level(self.aggregation, self.tie, voters))
@@ -174,7 +176,7 @@ class GatherExchange(Exchange):
     @override
     def decide(self, ballot: Ballot, voters: Voters) -> Conversation[Decision | None]:
         width = len(ballot.words)
-        everyone, work = self.channel.all_gather(torch.cat([ballot.words, ballot.header]))
+        everyone, work = self.channel.all_gather(_beside(ballot.words, ballot.header))
         yield
         work.wait()
         counted = voters(everyone[:, width:])
@@ -209,7 +211,7 @@ class ShardedExchange(Exchange):
         workers, width = self.channel.size, len(ballot.words)
         part = self.part_size(width, workers)
         padded = torch.nn.functional.pad(ballot.words, (0, workers * part - width)).view(workers, part)
-        theirs, work = self.channel.all_to_all(torch.cat([padded, ballot.header.expand(workers, -1)], dim=1))
+        theirs, work = self.channel.all_to_all(_beside(padded, ballot.header.expand(workers, -1)))
         yield
         work.wait()
         counted = voters(theirs[:, part:])
@@ -256,7 +258,7 @@ class HierarchicalExchange(Exchange):
         local, width = inside.size, len(ballot.words)
         part = ShardedExchange.part_size(width, local)
         padded = torch.nn.functional.pad(ballot.words, (0, local * part - width)).view(local, part)
-        theirs, work = inside.all_to_all(torch.cat([padded, ballot.header.expand(local, -1)], dim=1))
+        theirs, work = inside.all_to_all(_beside(padded, ballot.header.expand(local, -1)))
         yield
         work.wait()
         headers = theirs.new_empty((across.size, local, len(ballot.header)))
@@ -282,6 +284,11 @@ class HierarchicalExchange(Exchange):
         work.wait()
         planes = parts.transpose(0, 1).reshape(len(decided), -1)
         return self._decision([plane[:width] for plane in planes], len(counted))
+
+
+def _beside(words: Tensor, header: Tensor) -> Tensor:
+    """Rows of words, each with the header behind it; no copy, where there is none."""
+    return torch.cat([words, header], dim=-1) if header.shape[-1] else words
 
 
 def highest_level(aggregation: str, tie: str, workers: int) -> int:
@@ -328,4 +335,5 @@ def make_exchange(
             return HierarchicalExchange(channel, split_by_node(channel, local), aggregation, tie, device)
     else:
         kind = GatherExchange if exchange == "gather" else ShardedExchange
-    return kind(channel, aggregation, tie, device)
+    native = load_count() if device.type == "cpu" and 32 * word_count >= NATIVE_FROM else None
+    return kind(channel, aggregation, tie, device, native or tally)

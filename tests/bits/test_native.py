@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_dlion.bits import counting
+from hf_dlion.bits.counting import RULES
 from hf_dlion.bits.kernels import EAGER, Kernels
-from hf_dlion.bits.native import load_passes
+from hf_dlion.bits.native import load_count, load_passes
 
 HYPER = torch.tensor([0.9, 1 - 0.9, 0.99, 1 - 0.99, 3e-3, 0.1])
 ZERO_VOTES = torch.arange(32) % 2 == 0
@@ -119,3 +121,25 @@ def test_the_library_is_compiled_once_and_kept(tmp_path: Path) -> None:
     assert len(where) == 3
     assert len(set(where)) == 1
     assert "no-such-compiler" in done.stderr
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("voters", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 31, 33, 64])
+def test_counting(voters: int, rule: str, threads: int) -> None:
+    count = load_count()
+    assert count is not None
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    source = torch.Generator().manual_seed(voters)
+    for words, sample in ((1, range(0)), (300, range(0, 290, 3)), (1030, range(1030)), (512, range(0, 512, 257))):
+        cast = list(torch.randint(-(2**31), 2**31, (voters, words), dtype=torch.int32, generator=source))
+        for vote in cast:
+            vote[::5] = cast[0][::5]  # some are unanimous
+        for step in (6, 7):
+            ours, eager = count(cast, rule, step, sample), counting.tally(cast, rule, step, sample)
+            assert all(itertools.starmap(torch.equal, zip(ours.planes, eager.planes, strict=True)))
+            assert (ours.unanimous, ours.ties) == (int(eager.unanimous), int(eager.ties))
+            assert words < 300 or voters == 1 or 0 < ours.unanimous < 32 * len(sample)
+            assert (ours.ties > 0) == (voters % 2 == 0 and words >= 300)
+    torch.set_num_threads(before)
