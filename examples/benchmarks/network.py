@@ -16,7 +16,8 @@ update; and `computing`, the same with fused AdamW and no network, is what it ca
 - The methods take turns, so that noise of the machine meets all alike; a turn's first step is not counted.
 - Before each step the workers wait for each other over pipes to the parent: no byte of that is on the link.
 - A step takes as long as it takes the slowest worker. The forward pass is not part of it, without `--tokens`.
-  `local_16` is AdamW on each worker and a vote every 16 steps: a step of it is the average of a round.
+  `local_16` is AdamW on each worker and a vote every 16 steps: a step of it is the average of a round. In
+  `local_16_streamed` four parts of the parameters vote in turn, and two more steps are made while a vote is under way.
 - `bandwidth_by_rank` is what a copy reads and writes in a second, all workers at once: `hf_dlion plan` counts in it.
 - Bytes sent are the difference of the interface's `tx_bytes`: TCP, acknowledgements and retransmissions too.
   The MTU is 1500, but a piece of up to 64 KiB that the kernel passes on whole (GSO) has one header there: a
@@ -48,6 +49,7 @@ from .workers import TURNS, Workers, say
 RATES = ("100mbit", "1gbit", "10gbit", UNLIMITED)
 SETTINGS = ("workers", "methods", "hidden", "layers", "vocab", "tokens", "seed", "steps", "seconds")
 WARMUP_STEPS = 6  # optimizers compile, DDP rebuilds its buckets, PowerSGD begins to compress
+WARMUP_ROUNDS = 2  # of local steps
 
 
 def why_loopback(options: argparse.Namespace) -> str | None:
@@ -80,7 +82,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for method in options.methods:
             say(f"{method}: warming up")
             parameters: int = workers.ask(method, "prepare")[0]
-            workers.steps(method, WARMUP_STEPS)
+            workers.steps(method, WARMUP_ROUNDS if method.startswith("local_") else WARMUP_STEPS)
         bandwidths: list[float] = workers.ask(options.methods[0], "bandwidth")
         for rate in rates:
             if names:

@@ -15,13 +15,16 @@ AFTER = "_after"
 """Of a method's name: its votes leave after backward."""
 ALTERNATE = "_alternate"
 """Of a method's name: its ties alternate, so that one bit a parameter comes back."""
-WHOLE_STEP = ("dmuon_mavo", "dlion_mavo_after", ALONE)
+STREAMED = "_streamed"
+"""Of the name of local steps: four parts vote in turn, and a vote takes effect two steps later."""
+WHOLE_STEP = ("dmuon_mavo", "dlion_mavo_after", "local_16_streamed", ALONE)
 """Further methods, of a whole step."""
 LOOKS = {
     "dlion_mavo": ("o", "C0"),
     "dlion_mavo_alternate": ("h", "C6"),
     "dlion_avg": ("s", "C9"),
     "local_16": ("*", "C5"),
+    "local_16_streamed": ("X", "C5"),
     "ddp_fp32": ("^", "C3"),
     "ddp_fp16": ("v", "C1"),
     "ddp_powersgd": ("D", "C2"),

@@ -19,7 +19,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from hf_dlion import DistributedLion, DistributedMuon, LocalSteps, hidden_matrices, keep_gradients_local
 from hf_dlion.plan import measured_bandwidth
 
-from .network_report import AFTER, ALONE, ALTERNATE
+from .network_report import AFTER, ALONE, ALTERNATE, STREAMED
 from .shapes import gpt2_shapes
 
 
@@ -72,7 +72,8 @@ class Contender:
             model = linear_model(gpt2_shapes(options.hidden, options.layers, options.vocab), options.seed + 1 + rank)
         self.interface: str | None = options.interface
         self.optimizer: torch.optim.Optimizer
-        self.round = int(method.removeprefix("local_")) if method.startswith("local_") else 1
+        local = method.startswith("local_")
+        self.round = int(method.removeprefix("local_").removesuffix(STREAMED)) if local else 1
         if method == ALONE:
             self.model = model
             self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -101,9 +102,12 @@ class Contender:
                 self.optimizer = DistributedLion(model.parameters(), tie=tie, **vote)
             return
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        if method.startswith("local_"):
+        if local:
             keep_gradients_local(self.model)
-            self.optimizer = LocalSteps(self.optimizer, every=self.round, process_group=group)
+            fragments, delay = (4, 2) if method.endswith(STREAMED) else (1, 0)
+            self.optimizer = LocalSteps(
+                self.optimizer, every=self.round, fragments=fragments, delay=delay, process_group=group
+            )
         if method == "ddp_fp16":
             self.model.register_comm_hook(group, default_hooks.fp16_compress_hook)
         elif method == "ddp_powersgd":

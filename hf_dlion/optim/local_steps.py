@@ -148,6 +148,7 @@ class LocalSteps(CodedMean):
         self.aggregation, self.tie, self.exchange = aggregation, tie, exchange
         self._bad_gradient = -1
         self._number = 0  # of the vote that is held
+        self._part: Sequence[int] = ()  # the parameters that it is on
         self._holding = False  # whether it is not to have its effect yet
         self._sent: dict[int, Tensor] = {}  # x_i as it was sent, of a vote that is on its way
         self._running: list[Conversation[None]] | None = None  # that vote; None where it is to be started
@@ -383,13 +384,13 @@ class LocalSteps(CodedMean):
         parameters = all_parameters(self)
         displacements = self._displacements({index: local(parameters[index]) for index in indices})
         self._go_back(indices)
-        self._number, self._holding = self.schedule.number(made), False
+        self._number, self._part, self._holding = self.schedule.number(made), indices, False
         self._take_part(displacements, None, self._overflow())
         self._agree(indices)
 
     def _depart(self, made: int) -> None:
         """Send the votes on what has been kept for it after so many steps."""
-        self._number, self._holding = self.schedule.number(made), True
+        self._number, self._part, self._holding = self.schedule.number(made), list(self._sent), True
         try:
             self._take_part(self._displacements(self._sent), None, self._overflow())
         except BaseException:
@@ -459,12 +460,15 @@ class LocalSteps(CodedMean):
 
     @override
     def _prepare(self, channel: Channel | None, voters: Sequence[int], inputs: StepInputs) -> list[Tensor]:
-        """The scales, by parameter: the mean magnitude in each of its blocks, over the voters."""
+        """The scales, by parameter that the vote is on: the mean magnitude in each of its blocks, over the voters."""
         if self.aggregation == "mean":
             return []
-        sizes = [-(-parameter.numel() // SCALED) for parameter in inputs.replica.parameters]
-        pairs = zip(inputs.gradients, inputs.replica.parameters, strict=True)
-        own = torch.cat([_magnitudes(displacement, parameter) for displacement, parameter in pairs])
+        parameters = inputs.replica.parameters
+        none = parameters[0].new_empty(0, dtype=torch.float32)  # the vote is on nothing, where sending has failed
+        own = torch.cat([none, *(_magnitudes(inputs.gradients[index], parameters[index]) for index in self._part)])
+        sizes = [0] * len(parameters)
+        for index in self._part:
+            sizes[index] = -(-parameters[index].numel() // SCALED)
         if channel is None:
             return list(own.split(sizes))
         return list(run(sum_dense(channel, own, voters)).div_(len(voters)).split(sizes))

@@ -480,26 +480,26 @@ def test_virtual_workers_are_converted_each() -> None:
     torch.testing.assert_close(parameter.detach().float(), torch.full((300,), -0.7 * 4.0), rtol=1e-2, atol=0)
 
 
-def test_bits_are_an_H_th() -> None:
-    size = 100_000
-    for aggregation, workers, bits in (
-        ("mavo", 4, 1.5 + 0.1875),
-        ("mavo", 2, 1 + 0.125),
-        ("avg", 3, 2 + 1 / 6),
-        ("mean", 4, 48),
-    ):
-        parameter = nn.Parameter(torch.zeros(size))
-        optimizer = VirtualWorkers([parameter], workers, by_adamw, every=16, aggregation=aggregation)
-        for step in range(32):
-            for rank in range(workers):
-                parameter.grad = torch.randn(size, generator=seeded(rank, step))
-                optimizer.next_worker()
-            optimizer.step()
-        sent = 8 * optimizer.ledger.sent_bytes / size / optimizer.ledger.steps
-        assert optimizer.ledger.steps == 32
-        assert bits / 16 < sent < bits / 16 * 1.02, (aggregation, workers, sent)
-        if aggregation == "mavo" and workers == 4:
-            assert sent < 0.2
+@pytest.mark.parametrize("fragments", [1, 4])
+@pytest.mark.parametrize(
+    ("aggregation", "workers", "bits"),
+    [("mavo", 4, 1.5 + 0.1875), ("mavo", 2, 1 + 0.125), ("avg", 3, 2 + 1 / 6), ("mean", 4, 48)],
+)
+def test_bits_are_an_H_th(aggregation: str, workers: int, bits: float, fragments: int) -> None:
+    sizes = [120_000, 80_000, 80_000, 120_000]
+    parameters = [nn.Parameter(torch.zeros(size)) for size in sizes]
+    optimizer = VirtualWorkers(parameters, workers, by_adamw, every=16, aggregation=aggregation, fragments=fragments)
+    for step in range(32):
+        for rank in range(workers):
+            for index, parameter in enumerate(parameters):
+                parameter.grad = torch.randn(sizes[index], generator=seeded(rank, step))
+            optimizer.next_worker()
+        optimizer.step()
+    sent = 8 * optimizer.ledger.sent_bytes / sum(sizes) / optimizer.ledger.steps
+    assert optimizer.ledger.steps == 32
+    assert bits / 16 < sent < bits / 16 * 1.02
+    if aggregation == "mavo" and workers == 4:
+        assert sent < 0.2
 
 
 def test_an_error_with_a_delay_ends_its_vote_and_no_other() -> None:
