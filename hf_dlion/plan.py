@@ -164,8 +164,9 @@ def traffic(method: Method, parameters: float, workers: int) -> Traffic:
 def predict(method: Method, setting: Setting) -> Prediction:
     """A whole step of each worker, or the average of a round of local steps.
 
-    The network is hidden behind backward, but for the last bucket and for local steps, and half of the rest behind the
-    local work, or the other way round, where there are several buckets.
+    Buckets are complete at even intervals of backward, and what the network takes is hidden behind what is left of it;
+    not so for local steps. Half of the rest is hidden behind the local work, or the other way round, where there are
+    several buckets.
     """
     sent = traffic(method, setting.parameters, setting.workers)
     sent_bytes = sent.sent_bytes / method.every
@@ -175,7 +176,8 @@ def predict(method: Method, setting: Setting) -> Prediction:
     network = FRAMES * 8 * sent_bytes / setting.link + sent.buckets * sent.rounds / method.every * setting.latency
     shown = network
     if method.every == 1:
-        shown = max(network / sent.buckets, network - BACKWARD * setting.compute)
+        last = 1 / sent.buckets
+        shown = max(last * network, network - (1 - last) * BACKWARD * setting.compute)
     if sent.buckets > 1:
         shown -= min(local, shown) / 2
     compute = setting.compute * (1 + setting.orthogonal * method.orthogonal)

@@ -22,10 +22,11 @@ CLOSE = 0.25
 
 def measured(name: str) -> list[Any]:
     """The cells of a benchmark: report, result."""
-    reports = [json.loads(path.read_text()) for path in sorted((ROOT / name).glob("*/results.json"))]
+    paths = sorted((ROOT / name).glob("*/results.json"))
+    reports = [(path, json.loads(path.read_text())) for path in paths]
     return [
-        pytest.param(report, result, id=f"{report['settings']['workers']}-{result['rate']}-{result['method']}")
-        for report in reports
+        pytest.param(report, result, id=f"{path.parent.name}-{result['rate']}-{result['method']}")
+        for path, report in reports
         for result in report["results"]
         if result["method"] in BY_NAME
     ]
