@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hf_dlion.plan import METHODS, Setting, local_steps, predict, traffic
 
 ROOT = Path(__file__).parents[1] / "model_cards"
 BY_NAME = {method.name: method for method in METHODS} | {"ddp_fp16": METHODS[-1], "local_16": local_steps(16)}
+BY_NAME["dlion_mavo_alternate"] = replace(BY_NAME["dlion_mavo"], tie="alternate")
 WRITING_GRADIENTS = 20  # bytes a parameter: all that forward and backward do in the benchmark of updates
 CLOSE = 0.25
 
@@ -48,7 +50,7 @@ def test_every_cell_of_the_benchmark_is_predicted(report: dict[str, Any], result
     predicted = predict(BY_NAME[result["method"]], setting)
     assert predicted.step_seconds == pytest.approx(result["median"], rel=CLOSE)
     # Local steps' scales are small messages, whose headers count.
-    headers = 0.05 if result["method"] == "local_16" else 0.01
+    headers = 0.05 if result["method"] == "local_16" else 0.015
     assert predicted.bits_per_parameter == pytest.approx(result["interface_bits_per_parameter"], rel=headers)
     if result["ledger_bits_per_parameter"]:
         assert predicted.bits_per_parameter == pytest.approx(result["ledger_bits_per_parameter"], rel=3e-3)

@@ -1,38 +1,28 @@
 """The Trainer, and the mixin that makes any Trainer vote.
 
 Extension points of transformers 5: ``create_accelerator_and_postprocess``, ``create_optimizer`` with
-``get_optimizer_cls_and_kwargs``, ``_wrap_model``, ``set_initial_training_values``, ``_clip_grad_norm`` and
-``_get_grad_norm``, ``_maybe_log_save_evaluate`` and ``log``, and ``_save_checkpoint`` and ``_save``, with
-``_save_optimizer_and_scheduler``, ``_load_optimizer_and_scheduler``, ``_save_scaler`` and ``_load_scaler``.
+``get_optimizer_cls_and_kwargs``, ``_wrap_model``, ``set_initial_training_values``, ``_maybe_log_save_evaluate`` and
+``log``; and those of the mixins beside this file.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import save_fsdp_model
 from torch import nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from transformers import Trainer
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import PredictionOutput, TrainOutput
 
-from ..checkpoint.complete import check_complete, newest_complete
-from ..checkpoint.manifest import CheckpointError, has_workers, written_by_others
-from ..checkpoint.workers import load_workers, remove_manifest, save_workers
 from ..local_gradients import LocalGradients, keep_gradients_local, voting_group
 from ..optim.hidden import hidden_matrices
 from ..optim.local_steps import LocalSteps
 from ..optim.states import all_parameters
-from ..optim.tensors import local, whole
+from ..optim.tensors import local
 from ..optim.virtual import VirtualWorkers
 from ..optim.workers import members_of
 from ..wire.collectives import drain_gloo
@@ -40,6 +30,8 @@ from ..wire.ledger import Ledger, fp32_all_reduce_bytes
 from ..wire.liveness import report_lost_workers
 from .arguments import DLionArgumentsMixin
 from .card import write_card
+from .checkpoints import CheckpointsMixin
+from .clipping import ClippingMixin
 from .methods import METHODS, Method, in_local_steps, local_steps_options, method_of
 from .theory import LionTheoryCallback
 from .transformers_versions import TrainerVersionsMixin
@@ -49,7 +41,7 @@ from .votes import GradientVotesMixin
 logger = logging.getLogger(__name__)
 
 
-class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin, GradientVotesMixin):
+class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, TrainerVersionsMixin, GradientVotesMixin):
     """Makes a Trainer run the methods of this package by name; put it first among the bases.
 
     With ``args.optim`` one of ours, or with an optimizer of ours from elsewhere (``optimizers``,
@@ -88,8 +80,6 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin, GradientVotes
     is_fsdp_enabled: bool
     control: Any
 
-    _steps_made = 0
-    """In the checkpoint that is resumed from."""
     _observed: dict[str, float] | None = None
     """What the next log of training gets."""
 
@@ -260,134 +250,6 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin, GradientVotes
         with self._voted_parameters():
             return super().predict(*args, **kwargs)  # type: ignore[misc]
 
-    def _voted_parameters(self) -> AbstractContextManager[None]:
-        optimizer = self._own_optimizer()
-        return optimizer.voted_parameters() if members_of(optimizer) else nullcontext()
-
-    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
-        if not self._gradients_stay_local:
-            return super()._clip_grad_norm(model)  # type: ignore[misc]
-        return self._clip(model, self.args.max_grad_norm)
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        if grad_norm is None and self._gradients_stay_local:
-            grad_norm = self._clip(model, math.inf)
-        return super()._get_grad_norm(model, grad_norm=grad_norm)
-
-    def _clip(self, model: nn.Module, limit: float) -> torch.Tensor:
-        """Returns the norm; where it is not finite, gradients stay as they are, and the bad one can be found."""
-        self.accelerator.unscale_gradients()
-        if self._has_virtual_workers():
-            return self._clip_each(model, limit)
-        return self._clip_own(model, limit)
-
-    def _clip_each(self, model: nn.Module, limit: float) -> torch.Tensor:
-        """Of each virtual worker, by its own norm; returns the mean of these."""
-        optimizer, norms = self._own_optimizer(), []
-        for gradients in optimizer.gradients:
-            for parameter, gradient in zip(all_parameters(optimizer), gradients, strict=True):
-                parameter.grad = gradient
-            norms.append(self._clip_own(model, limit))
-        for parameter in all_parameters(optimizer):
-            parameter.grad = None
-        return torch.stack(norms).mean()
-
-    @staticmethod
-    def _clip_own(model: nn.Module, limit: float) -> torch.Tensor:
-        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-        norm = whole(get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
-        # On a CPU, which need not wait for the norm, gradients that are short enough are not multiplied by 1: votes on
-        # them may be on their way.
-        if norm.device.type != "cpu" or limit < norm + 1e-6 < math.inf:
-            clip_grads_with_norm_(parameters, limit, torch.where(norm.isfinite(), norm, 0.0))
-        return norm
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if not self._gradients_stay_local or self.args.save_only_model:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
-            return
-        run = self._get_output_dir(trial=trial)  # type: ignore[attr-defined]
-        folder = os.path.join(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        remove_manifest(folder, self.args.should_save)
-        # An older checkpoint is deleted, and this one pushed, when this one counts.
-        limit, push = self.args.save_total_limit, self.args.push_to_hub
-        self.args.save_total_limit, self.args.push_to_hub = None, False
-        try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        finally:
-            self.args.save_total_limit, self.args.push_to_hub = limit, push
-        if self.args.should_save:
-            torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))  # which were written without the two
-        save_workers(folder, self.optimizer, write_manifest=self.args.should_save)
-        if push:
-            self._push_from_checkpoint(folder)  # type: ignore[attr-defined]
-        if self.args.should_save:
-            self._delete_older_checkpoints(run)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        if not (
-            self._gradients_stay_local and self.args.save_on_each_node and hasattr(model, "should_save_on_this_rank")
-        ):
-            with self._voted_parameters():
-                super()._save(output_dir, state_dict)  # type: ignore[misc]
-            return
-        # Models of transformers 5.23 save themselves on rank 0 only, whatever is_main_process says.
-        model.should_save_on_this_rank = lambda is_main_process: is_main_process
-        try:
-            with self._voted_parameters():
-                super()._save(output_dir, state_dict)  # type: ignore[misc]
-        finally:
-            del model.should_save_on_this_rank
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self._gradients_stay_local:
-            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
-            return
-        if self.is_fsdp_enabled:
-            plugin = self.accelerator.state.fsdp_plugin
-            save_fsdp_model(plugin, self.accelerator, self.model, output_dir, adapter_only=True)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self._gradients_stay_local:
-            if checkpoint is not None and has_workers(checkpoint):
-                raise CheckpointError(written_by_others(checkpoint, type(self._own_optimizer()).__name__))
-            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-            return
-        policy = getattr(self.args, "resume_world_size_policy", "mean")
-        load_workers(checkpoint, self.optimizer, resume_world_size_policy=policy)
-        scheduler = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), map_location="cpu", weights_only=True)
-        self.lr_scheduler.load_state_dict(scheduler)
-
-    def _save_scaler(self, output_dir: str) -> None:
-        if not self._gradients_stay_local:  # each worker's is in its own part
-            super()._save_scaler(output_dir)  # type: ignore[misc]
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        if not self._gradients_stay_local:
-            super()._load_scaler(checkpoint)  # type: ignore[misc]
-
-    @property
-    def _gradients_stay_local(self) -> bool:
-        made: Any = getattr(self, "optimizer", None)  # not there yet, as a Trainer is made
-        return self._named_ours or bool(members_of(made))
-
-    @property
-    def _named_ours(self) -> bool:
-        """Whether the arguments ask for one of our methods, or for local steps."""
-        return self.args.optim in METHODS or self._local_steps > 0
-
-    @property
-    def _local_steps(self) -> int:
-        return getattr(self.args, "local_steps", 0)  # plain TrainingArguments have none
-
-    @property
-    def _exchanges(self) -> bool:
-        """Whether votes or codes travel by this package."""
-        return self._gradients_stay_local or bool(self._gradient_votes)
-
     def _check_processes(self, method: str) -> None:
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -453,29 +315,6 @@ class DLionTrainerMixin(VirtualWorkersMixin, TrainerVersionsMixin, GradientVotes
         optimizer.vote_shares()  # those of an earlier training are not for the log of this one
         self._at_start, self._logged = optimizer.ledger.copy(), optimizer.ledger.copy()
         self._logged_bad_gradients = optimizer.bad_gradients
-
-    def _resumed(self, wanted: str | bool) -> str | bool:
-        """The checkpoint to resume from: a whole one, where it is of ours."""
-        folder = get_last_checkpoint(self.args.output_dir) if wanted is True else str(wanted)
-        if self._gradients_stay_local or (folder is not None and has_workers(folder)):
-            folder = self._whole_checkpoint(wanted)
-        if folder is None:
-            return wanted  # the parent says that there is none
-        state = os.path.join(folder, TRAINER_STATE_NAME)
-        self._steps_made = TrainerState.load_from_json(state).global_step if os.path.isfile(state) else 0
-        return folder
-
-    def _whole_checkpoint(self, wanted: str | bool) -> str:
-        if wanted is not True:
-            check_complete(str(wanted))
-            return str(wanted)
-        newest, others = newest_complete(self.args.output_dir)
-        if newest is None:
-            raise CheckpointError(
-                f"resume_from_checkpoint=True, and there is no complete checkpoint in {self.args.output_dir}. "
-                f"{' '.join(others)}{' ' * bool(others)}Leave it out to start from the beginning."
-            )
-        return newest
 
     def _check_equally_many(self, steps: int, steps_an_epoch: int) -> None:
         if self.args.world_size == 1:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, trainer_utils
 
 from ..local_gradients import LocalGradients, keep_gradients_local
+from .workers import WorkersMixin
 
 logger = logging.getLogger(__name__)
 
@@ -22,18 +23,13 @@ _CALLS_BOTH = any(
 )
 
 
-class TrainerVersionsMixin:
+class TrainerVersionsMixin(WorkersMixin):
     """Gives any Trainer the extension points of transformers 5.3; with that or a newer one, nothing changes."""
-
-    args: Any
-    accelerator: Any
-    model: Any
-    state: Any
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the parent; where that clips by the accelerator, this clips by :meth:`_clip_grad_norm`."""
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
-        if self._gradients_stay_local and not _HAS_CLIP:  # type: ignore[attr-defined]
+        if self._gradients_stay_local and not _HAS_CLIP:
             # Called only where max_grad_norm is not 0: with 0, the log has no grad_norm.
             self.accelerator.clip_grad_norm_ = lambda *_, **__: self._clip_and_get_norm()
 
@@ -61,9 +57,9 @@ class TrainerVersionsMixin:
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         wrapped: nn.Module = super()._wrap_model(model, *args, **kwargs)  # type: ignore[misc]
         # Before 5.3 this sets a handler of its own.
-        if self._gradients_stay_local and not isinstance(self.accelerator.ddp_handler, LocalGradients):  # type: ignore[attr-defined]
+        if self._gradients_stay_local and not isinstance(self.accelerator.ddp_handler, LocalGradients):
             keep_gradients_local(self.accelerator)
-        if self._gradient_votes:  # type: ignore[attr-defined]
+        if self._gradient_votes:
             self._hook_in()  # type: ignore[attr-defined]
         return wrapped
 

@@ -11,20 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..optim.workers import members_of
 from .rounds import Round, in_rounds
+from .workers import WorkersMixin
 
 
-class VirtualWorkersMixin:
+class VirtualWorkersMixin(WorkersMixin):
     """Gives any Trainer virtual workers; with one worker a process, nothing changes."""
-
-    args: Any
-    accelerator: Any
-    optimizer: Any
-
-    @property
-    def _virtual_workers(self) -> int:
-        return getattr(self.args, "virtual_workers", 1)  # plain TrainingArguments have none
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the parent; from then on the train loader gives rounds, also where a subclass makes it."""
@@ -42,7 +34,7 @@ class VirtualWorkersMixin:
         """
         voting, alone = self.voting, self._in_turns  # type: ignore[attr-defined]
         if voting is not None:
-            voting.step = self.state.global_step  # type: ignore[attr-defined]
+            voting.step = self.state.global_step
         if not isinstance(inputs, Round) and alone is None:
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         turns, losses = alone or self._own_optimizer(), []
@@ -73,10 +65,3 @@ class VirtualWorkersMixin:
     def _track_num_input_tokens(self, inputs: Any) -> None:
         for batch in inputs if isinstance(inputs, Round) else [inputs]:
             super()._track_num_input_tokens(batch)  # type: ignore[misc]
-
-    def _own_optimizer(self) -> Any:
-        """As it is, where accelerate has wrapped it."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
-
-    def _has_virtual_workers(self) -> bool:
-        return len(members_of(self.optimizer)) > 1

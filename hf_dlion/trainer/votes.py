@@ -7,23 +7,14 @@ from typing import Any
 from ..gradient_votes import VotedGradients, vote_gradients
 from ..optim.signed_gradients import SignedGradients, VirtualGradients
 from ..optim.workers import members_of
+from .workers import WorkersMixin
 
 
-class GradientVotesMixin:
+class GradientVotesMixin(WorkersMixin):
     """Gives any Trainer votes on gradients; without ``args.gradient_votes``, nothing changes."""
-
-    args: Any
-    accelerator: Any
-    model: Any
-    state: Any
-    optimizer: Any
 
     _in_turns: VirtualGradients | None = None
     """The workers of this process, where it is alone."""
-
-    @property
-    def _gradient_votes(self) -> str | None:
-        return getattr(self.args, "gradient_votes", None)  # plain TrainingArguments have none
 
     @property
     def voting(self) -> SignedGradients | VirtualGradients | None:
