@@ -115,7 +115,7 @@ def main() -> None:
 
 
 def describe(found: dict[str, Any]) -> str:
-    """One size on one rank, for people: the ratio of the medians of pairs to fused AdamW, and the memory."""
+    """One size on one rank, for people: the median ratio to fused AdamW over pairs of steps, and the memory."""
     words = []
     for clock, times in found["processor_seconds"].items():
         pairs = zip(times["adamw_fused"], times["dlion_mavo"], strict=True)

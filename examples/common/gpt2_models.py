@@ -56,8 +56,10 @@ def build_model(
         )
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    except (ValueError, ImportError) as error:
-        if "attn_implementation" in str(error) or isinstance(error, ImportError):
+    except ImportError as error:
+        raise ModelError(f"--model {name} with --attn_implementation {attention}: {error}") from error
+    except ValueError as error:
+        if attention is not None and "attn_implementation" in str(error):
             raise ModelError(f"--attn_implementation {attention}: {error}") from error
         raise ModelError(
             f"--model {name}: its config is a {type(config).__name__}, which is no causal language model. "

@@ -118,7 +118,7 @@ def tally(votes: Sequence[Tensor], rule: str, step: int, sample: range) -> Tally
         votes: N >= 1 int32 tensors ``[W]``.
         rule: one of ``RULES``.
         step: its parity is that of alternating ties.
-        sample: which words the statistics look at.
+        sample: which words the statistics look at, from the first one on.
     """
     return tally_counts(count_planes(votes), len(votes), rule, step, sample)
 
@@ -126,9 +126,9 @@ def tally(votes: Sequence[Tensor], rule: str, step: int, sample: range) -> Tally
 def tally_counts(count: list[Tensor], voters: int, rule: str, step: int, sample: range) -> Tally:
     """As :func:`tally`, from the count of so many votes."""
     ahead, tied = majority(count, voters)
-    looked = [plane[sample.start : sample.stop : sample.step] for plane in count]
+    looked = [plane[: sample.stop : sample.step] for plane in count]
     unanimous = popcount(equals(looked, 0) | equals(looked, voters))
-    ties = popcount(tied[sample.start : sample.stop : sample.step]) if tied is not None else 0
+    ties = popcount(tied[: sample.stop : sample.step]) if tied is not None else 0
     if rule == "avg":
         planes = count
     elif tied is None:

@@ -1,5 +1,5 @@
-/* The passes over parameters of kernels.py, and the counting of votes of counting.py, for CPUs, each reading and writing
-   its memory once.
+/* The passes over parameters of kernels.py, and the counting of votes of counting.py, for CPUs; each reads and writes its
+   memory once.
 
    Every operation is rounded as the formulas there stand: no contraction (-ffp-contract=off), no reordering. `hyper` is
    beta1, 1 - beta1, beta2, 1 - beta2, lr, weight_decay. A block is 32 rows of 32 lanes: bit k of word j is row k, lane j. */

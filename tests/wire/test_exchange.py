@@ -7,6 +7,8 @@ import itertools
 import pytest
 import torch
 
+from hf_dlion.bits.native import NATIVE_FROM
+from hf_dlion.wire import exchange as exchange_module
 from hf_dlion.wire.collectives import ProcessChannel
 from hf_dlion.wire.conversation import run
 from hf_dlion.wire.exchange import Ballot, Decision, Exchange, make_exchange
@@ -55,10 +57,11 @@ def ballot_of(rank: int, words: int, padding: float = 0.0) -> Ballot:
 
 def decide_everything(rank: int, workers: int) -> None:
     header = torch.tensor([rank, 7 * rank, -1], dtype=torch.int32)
-    for kind, aggregation, tie, words, step in itertools.product(
-        ("gather", "sharded"), ("mavo", "avg"), ("zero", "alternate"), (32, 96, 160), (0, 1)
+    for native_from, kind, aggregation, tie, words, step in itertools.product(
+        (0, NATIVE_FROM), ("gather", "sharded"), ("mavo", "avg"), ("zero", "alternate"), (32, 96, 160), (0, 1)
     ):
-        case = f"{kind} {aggregation} {tie} {words} {step}"
+        case = f"{native_from} {kind} {aggregation} {tie} {words} {step}"
+        exchange_module.NATIVE_FROM = native_from
         exchange = make_exchange(kind, ProcessChannel(None, Ledger()), words, aggregation, tie, CPU)
         decision, headers = decided(exchange, Ballot(votes_of(rank, words), header, step, 0.0))
         level = sum(unpack(plane) << p for p, plane in enumerate(decision.planes)).float()
