@@ -15,7 +15,12 @@ from .hashing import digest, scatter
 
 def rounding_seed(step: int, parameter: int, start: int, device: torch.device) -> Tensor:
     """Int32 ``[1]``, for elements of a parameter from ``start`` on at that step."""
-    return torch.tensor([digest((step, parameter, start)) & 0x7FFFFFFF], dtype=torch.int32, device=device)
+    return torch.tensor([seed_of(step, parameter, start)], dtype=torch.int32, device=device)
+
+
+def seed_of(step: int, parameter: int, start: int) -> int:
+    """As :func:`rounding_seed`, as a number."""
+    return digest((step, parameter, start)) & 0x7FFFFFFF
 
 
 def round_at_random(values: Tensor, elements: Tensor, seed: Tensor) -> Tensor:

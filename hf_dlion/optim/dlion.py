@@ -30,11 +30,12 @@ from ..wire.exchange import (
 from ..wire.shards import Shards
 from ..wire.shares import VoteShares, shares_of
 from .agreement import StepInputs
+from .launches import LaunchedViews, can_launch
 from .layout import Bucket, buckets_of
 from .overlap import BUCKETS, EarlyVotes
 from .sharding import find_shards, lay_out
 from .states import all_parameters
-from .tensors import local
+from .tensors import local, send_to
 from .views import SegmentViews
 from .workers import (
     Plan,
@@ -106,7 +107,7 @@ class Ballots:
     """
 
     inputs: StepInputs
-    hypers: Sequence[Tensor]
+    hypers: Tensor
     zero_votes: Tensor
     voters: Voters
     early: bool = False
@@ -328,10 +329,15 @@ class DistributedLion(WorkersOptimizer):
         if decision is not None:
             self._apply(plan, bucket, decision, ballots)
 
-    def _hypers(self, plan: VotePlan) -> list[Tensor]:
-        return [_hyper(group, plan.views.device) for group in self.param_groups]
+    def _hypers(self, plan: VotePlan) -> Tensor:
+        """Float32 ``[groups, 6]``, as the kernels take them."""
+        rows = []
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            rows.append([beta1, 1 - beta1, beta2, 1 - beta2, float(group["lr"]), group["weight_decay"]])
+        return send_to(plan.views.device, rows, torch.float32)
 
-    def _begin(self, plan: VotePlan, inputs: StepInputs, hypers: Sequence[Tensor], early: bool = False) -> Ballots:
+    def _begin(self, plan: VotePlan, inputs: StepInputs, hypers: Tensor, early: bool = False) -> Ballots:
         lanes = torch.arange(LANES, device=plan.views.device)
         zero_votes = ((lanes + self.rank + inputs.step) & 1).bool()
         channel = plan.channel
@@ -353,11 +359,10 @@ class DistributedLion(WorkersOptimizer):
         absent = self.agreement.absent
         plan.views.apply(bucket, kernels, decision, ballots.hypers, ballots.inputs.step, absent)
 
-    def _step_alone(self, plan: VotePlan, inputs: StepInputs, hypers: Sequence[Tensor]) -> None:
+    def _step_alone(self, plan: VotePlan, inputs: StepInputs, hypers: Tensor) -> None:
         """The update of one worker alone; a parameter without a gradient is left alone."""
-        for index, gradient in enumerate(inputs.gradients):
-            if gradient is not None:
-                plan.views.step_alone(index, plan.kernels, gradient, hypers[plan.group_of[index]], inputs.step)
+        present = [index for index, gradient in enumerate(inputs.gradients) if gradient is not None]
+        plan.views.step_alone(present, plan.kernels, inputs.gradients, hypers, inputs.step)
 
     @override
     def _make_plan(self, channel: Channel | None) -> VotePlan:
@@ -374,20 +379,27 @@ class DistributedLion(WorkersOptimizer):
         highest = highest_level(self.aggregation, self.tie, workers)
         dtypes = {parameter.dtype for parameter in parameters}
         kernels = make_kernels(elements, device, dtypes, workers, highest, self.directed)
+        group_of = [index for index, group in enumerate(self.param_groups) for _ in group["params"]]
         return VotePlan(
             workers=workers,
             channel=channel,
-            views=SegmentViews(buckets, [self._vote_states(group) for group in self.param_groups], device),
+            views=self._make_views(buckets, device, group_of),
             compiled=kernels is not None,
             shards=shards,
             buckets=buckets,
             kernels=kernels or EAGER,
             exchange=exchange,
             highest=highest,
-            group_of=[index for index, group in enumerate(self.param_groups) for _ in group["params"]],
+            group_of=group_of,
             buckets_of=buckets_of(buckets, len(parameters)),
             overlaps=overlaps and len(buckets) > 1,
         )
+
+    def _make_views(self, buckets: Sequence[Bucket], device: torch.device, group_of: Sequence[int]) -> SegmentViews:
+        state_names = [self._vote_states(group) for group in self.param_groups]
+        if can_launch(device):
+            return LaunchedViews(buckets, state_names, device, group_of, MOMENTUM)
+        return SegmentViews(buckets, state_names, device, group_of)
 
     def _vote_states(self, group: dict[str, Any]) -> tuple[str, ...]:
         """What the vote of a group's parameters reads and changes; none, where its direction is given."""
@@ -414,10 +426,3 @@ def _norm(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], shar
         if gradient is not None:  # else there may be other parameters by now
             rms = norm / max(parameters[index].numel(), 1) ** 0.5
             gradient.div_(torch.where(rms > 0, rms, 1.0))
-
-
-def _hyper(group: dict[str, Any], device: torch.device) -> Tensor:
-    """The float32 tensor that the kernels take."""
-    beta1, beta2 = group["betas"]
-    values = [beta1, 1 - beta1, beta2, 1 - beta2, float(group["lr"]), group["weight_decay"]]
-    return torch.tensor(values, dtype=torch.float32, device=device)

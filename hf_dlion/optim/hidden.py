@@ -107,16 +107,10 @@ def begin_direction(
 
 def move_momentum(gradient: Tensor, momentum: Tensor, group: dict[str, Any]) -> Tensor:
     """The direction of a hidden parameter, or of a part of it; moves its momentum on."""
-    direction = direction_of(gradient, momentum, group)
-    beta2 = group["betas"][1]
+    beta1, beta2 = group["betas"]
+    direction = beta1 * momentum + (1 - beta1) * gradient
     momentum.copy_(beta2 * momentum + (1 - beta2) * gradient)
     return direction
-
-
-def direction_of(gradient: Tensor, momentum: Tensor, group: dict[str, Any]) -> Tensor:
-    """The direction of a hidden parameter, or of a part of it, before it is orthogonalised."""
-    beta1 = group["betas"][0]
-    return beta1 * momentum + (1 - beta1) * gradient
 
 
 def _check_split(weight: Tensor, split: Split) -> None:

@@ -17,7 +17,7 @@ from ..wire.exchange import Decision
 from ..wire.shards import Shards
 from .agreement import StepInputs
 from .dlion import MOMENTUM, Ballots, DistributedLion, VoteOptions, VotePlan
-from .hidden import ORTHOGONAL, SPLIT, UPDATE_RMS, HiddenMatricesMixin, begin_direction, direction_of, move_momentum
+from .hidden import ORTHOGONAL, SPLIT, UPDATE_RMS, HiddenMatricesMixin, begin_direction
 from .layout import Bucket, Segment
 from .sharding import orthogonalize_shards
 from .states import all_parameters
@@ -129,7 +129,7 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
     def _pack(self, plan: VotePlan, bucket: Bucket, ballots: DirectedBallots) -> Tensor:  # type: ignore[override]
         hidden = [index for index in bucket.parameters if self._is_hidden(plan, index)]
         for indices in self._next(plan, bucket, hidden, ballots):
-            ballots.directions.update(self._directions(plan, ballots.inputs, indices, ballots.early))
+            ballots.directions.update(self._directions(plan, ballots.inputs, indices, ballots.hypers, ballots.early))
         gradients = list(ballots.inputs.gradients)
         for index in hidden:
             gradients[index] = ballots.directions.get(index)
@@ -163,14 +163,12 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
             self._update(plan, *ballots.waiting.pop(0), ballots)
 
     @override
-    def _step_alone(self, plan: VotePlan, inputs: StepInputs, hypers: Sequence[Tensor]) -> None:
-        plain = torch.full((1,), UPDATE_RMS, device=plan.views.device)
-        for index, gradient in enumerate(inputs.gradients):
-            if gradient is not None and not self._is_hidden(plan, index):
-                hyper = hypers[plan.group_of[index]]
-                plan.views.step_alone(index, plan.kernels, gradient, hyper, inputs.step, plain)
-        for indices in self._rounds(plan, self._with_gradients(plan, inputs)):
-            directions = self._directions(plan, inputs, indices)
+    def _step_alone(self, plan: VotePlan, inputs: StepInputs, hypers: Tensor) -> None:
+        hidden = self._with_gradients(plan, inputs)
+        rest = [i for i, g in enumerate(inputs.gradients) if g is not None and not self._is_hidden(plan, i)]
+        plan.views.step_alone(rest, plan.kernels, inputs.gradients, hypers, inputs.step, UPDATE_RMS)
+        for indices in self._rounds(plan, hidden):
+            directions = self._directions(plan, inputs, indices, hypers)
             decisions = {index: direction.sign() for index, direction in directions.items()}
             squares = {index: decision.count_nonzero() for index, decision in decisions.items()}
             if plan.shards is not None:
@@ -196,7 +194,8 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         in rounds of as many as there are shards, and by their last bucket all have taken part in all rounds.
         """
         if plan.shards is None:
-            yield [index for index in hidden if index not in ballots.directions]
+            gradients = ballots.inputs.gradients
+            yield [index for index in hidden if index not in ballots.directions and gradients[index] is not None]
             return
         last = len(plan.group_of) if bucket is plan.buckets[-1] else max(hidden, default=-1)
         while ballots.undirected and ballots.undirected[0] <= last:
@@ -208,38 +207,26 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         return bool(self.param_groups[plan.group_of[index]][ORTHOGONAL])
 
     def _directions(
-        self, plan: VotePlan, inputs: StepInputs, indices: Sequence[int], early: bool = False
+        self, plan: VotePlan, inputs: StepInputs, indices: Sequence[int], hypers: Tensor, early: bool = False
     ) -> dict[int, Tensor]:
-        """The orthogonalised directions of hidden matrices with a gradient, flat; if not early, moves their momenta."""
-        if plan.shards is not None:
-            return self._directions_of_shards(plan, plan.shards, inputs, indices)
+        """The orthogonalised directions of hidden matrices with a gradient, flat; if not early, moves their momenta.
+
+        Of shards, at most as many matrices as there are shards: a collective.
+        """
         parameters = all_parameters(self)
+        held = plan.views.directions(indices, inputs.gradients, hypers, MOMENTUM, keep=early)
+        groups = [self.param_groups[plan.group_of[index]] for index in indices]
+        if plan.shards is not None:
+            shapes, splits = [parameters[index].shape for index in indices], [group[SPLIT] for group in groups]
+            return dict(zip(indices, orthogonalize_shards(plan.shards, held, shapes, splits), strict=True))
         wholes: dict[int, Tensor] = {}
         matrices, outputs = [], []
-        for index in indices:
-            gradient = inputs.gradients[index]
-            if gradient is None:
-                continue
-            momentum, group = plan.views.states[index][MOMENTUM], self.param_groups[plan.group_of[index]]
-            direction = (direction_of if early else move_momentum)(gradient.float(), momentum, group)
+        for index, direction, group in zip(indices, held, groups, strict=True):
             wholes[index], own, results = begin_direction(local(parameters[index]), direction, group)
             matrices += own
             outputs += results
         orthogonalize_into(matrices, outputs)
         return {i: flatten(whole, memory_order(local(parameters[i]))) for i, whole in wholes.items()}
-
-    def _directions_of_shards(
-        self, plan: VotePlan, shards: Shards, inputs: StepInputs, indices: Sequence[int]
-    ) -> dict[int, Tensor]:
-        """As that, of at most as many matrices as there are shards, all with a gradient: a collective."""
-        held, shapes, splits = [], [], []
-        for index in indices:
-            gradient, group = inputs.gradients[index], self.param_groups[plan.group_of[index]]
-            assert gradient is not None
-            held.append(move_momentum(gradient.float(), plan.views.states[index][MOMENTUM], group))
-            shapes.append(all_parameters(self)[index].shape)
-            splits.append(group[SPLIT])
-        return dict(zip(indices, orthogonalize_shards(shards, held, shapes, splits), strict=True))
 
     def _sum_squares(self, plan: VotePlan, shards: Shards, squares: dict[int, Tensor]) -> None:
         """To those of whole matrices; the shards may know of others, since a shard can be empty."""

@@ -63,12 +63,20 @@ class SegmentViews(Views):
         state_names: for each param group the states that a vote reads and changes, in the order in which its kernel
             takes them. None: its direction is given in place of a gradient.
         device: of the parameters.
+        group_of: the number of each parameter's group.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], state_names: Sequence[Sequence[str]], device: torch.device) -> None:
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        state_names: Sequence[Sequence[str]],
+        device: torch.device,
+        group_of: Sequence[int],
+    ) -> None:
         super().__init__()
         self.buckets = buckets
         self.device = device
+        self._group_of = group_of
         self._state_names = state_names
         self._no_seed = torch.zeros(1, dtype=torch.int32, device=device)
         self._parameter_cuts: dict[int, list[Tensor]] = {}
@@ -91,7 +99,7 @@ class SegmentViews(Views):
         bucket: Bucket,
         kernels: Kernels,
         gradients: Sequence[Tensor | None],
-        hypers: Sequence[Tensor],
+        hypers: Tensor,
         zero_votes: Tensor,
         *,
         keep_states: bool = False,
@@ -115,9 +123,7 @@ class SegmentViews(Views):
             vote(segment, kernel, gradients, hypers[segment.group], zero_votes, words[segment.rows])
         return words.view(-1)
 
-    def move(
-        self, kernels: Kernels, gradients: Sequence[Tensor | None], hypers: Sequence[Tensor], state_name: str
-    ) -> None:
+    def move(self, kernels: Kernels, gradients: Sequence[Tensor | None], hypers: Sequence[Tensor], state_name: str) -> None:
         """Update a state of all parameters with a gradient, as the vote would; hypers by parameter."""
         for state, gradient, hyper in zip(self.states, gradients, hypers, strict=True):
             if gradient is not None:
@@ -128,7 +134,7 @@ class SegmentViews(Views):
         bucket: Bucket,
         kernels: Kernels,
         decision: Decision,
-        hypers: Sequence[Tensor],
+        hypers: Tensor,
         step: int,
         absent: Container[int],
         scales: Sequence[Tensor] | None = None,
@@ -166,30 +172,61 @@ class SegmentViews(Views):
 
     def step_alone(
         self,
-        index: int,
+        indices: Sequence[int],
         kernels: Kernels,
-        gradient: Tensor,
-        hyper: Tensor,
+        gradients: Sequence[Tensor | None],
+        hypers: Tensor,
         step: int,
-        scale: Tensor | None = None,
+        scale: float = 1.0,
     ) -> None:
-        """Lion's whole update of one parameter, without a vote.
+        """Lion's whole update of some parameters, without a vote.
 
         Args:
-            index: of the parameter.
+            indices: of the parameters; each has a gradient.
             kernels: which implementation.
-            gradient: its own, flat.
-            hyper: as the kernels take it.
+            gradients: of all parameters, flat.
+            hypers: for each param group, as the kernels take it.
             step: rounding depends on it.
-            scale: as of :meth:`apply`.
+            scale: what signs are multiplied by.
         """
-        parameter, states = self.parameters[index], self.states[index].values()
-        (kernels if len(gradient) >= BLOCK else EAGER).step(
-            parameter, gradient, *states, hyper, self._seed_of(index, step), scale
-        )
+        factor = None if scale == 1.0 else torch.full((1,), scale, device=self.device)
+        for index in indices:
+            gradient, parameter = gradients[index], self.parameters[index]
+            assert gradient is not None
+            chosen = kernels if len(gradient) >= BLOCK else EAGER
+            hyper, seed = hypers[self._group_of[index]], self._seed_of(index, step)
+            chosen.step(parameter, gradient, *self.states[index].values(), hyper, seed, factor)
+
+    def directions(
+        self,
+        indices: Sequence[int],
+        gradients: Sequence[Tensor | None],
+        hypers: Tensor,
+        state_name: str,
+        *,
+        keep: bool,
+    ) -> list[Tensor]:
+        """The directions of some parameters, each with a gradient, float32 and flat.
+
+        Args:
+            indices: of the parameters.
+            gradients: of all parameters, flat.
+            hypers: for each param group, as the kernels take it.
+            state_name: of the momentum.
+            keep: leave the momenta as they are; else they move on.
+        """
+        found = []
+        for index in indices:
+            gradient, momentum, hyper = gradients[index], self.states[index][state_name], hypers[self._group_of[index]]
+            assert gradient is not None
+            wide = gradient.float()
+            found.append(hyper[0] * momentum + hyper[1] * wide)
+            if not keep:
+                momentum.copy_(hyper[2] * momentum + hyper[3] * wide)
+        return found
 
     def apply_alone(self, index: int, decision: Tensor, hyper: Tensor, step: int, scale: Tensor) -> None:
-        """The update of one parameter by a flat decision; arguments as of :meth:`step_alone`."""
+        """The update of one parameter by a flat decision; arguments as of :meth:`apply`."""
         apply_signs(self.parameters[index], decision, hyper, self._seed_of(index, step), scale)
 
     def _seed_of(self, index: int, step: int) -> Tensor:

@@ -1,0 +1,239 @@
+"""The passes over parameters in Triton, for GPUs: bit for bit those of :mod:`kernels`, one launch for many tensors.
+
+Tensors are given by their addresses, by parameter, 0 for none: ``given``, int64 ``[parameters]``, the gradients or
+directions of a step; ``held``, int64 ``[parameters, 4]``, the parameter, its momentum, its length and the number of its
+param group. ``hypers`` is float32 ``[groups, 6]``, by group as :mod:`kernels` has them. All are flat.
+
+A launch that packs or unpacks words has a program for each of a bucket's blocks of 1024 signs. ``blocks``, int32
+``[n, 3]``, tells it the block's number, and which pieces are in it, from the first to the one after the last.
+``pieces``, int64 ``[k, 5]``, says of a piece where it begins in the bucket, its length, its parameter, where it begins
+there, and where its segment begins in the bucket.
+
+A launch without words has a program for each 1024 elements of a parameter; ``chunks``, int32 ``[n, 2]``, tells it the
+parameter, and the number of the chunk.
+
+Importing this module needs Triton. An address says nothing of alignment, so a thread reads single elements, and a warp
+whole rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .packing import BLOCK, LANES
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+_OPTIONS = {"enable_fp_fusion": False}  # or some results would be rounded once where all others are rounded twice
+
+_ROWS: tl.constexpr = tl.constexpr(LANES)
+_BLOCK: tl.constexpr = tl.constexpr(BLOCK)
+
+
+def vote(
+    blocks: Tensor,
+    pieces: Tensor,
+    held: Tensor,
+    given: Tensor,
+    hypers: Tensor,
+    zero_votes: Tensor,
+    words: Tensor,
+    dtype: torch.dtype,
+    directed: bool,
+) -> None:
+    """Write the packed signs of directions into ``words``; unless these are given, as float32, move momenta on."""
+    kind = tl.float32 if directed else TYPES[dtype]
+    _vote[(len(blocks),)](
+        blocks, pieces, held, given, hypers, zero_votes, words, kind, directed, num_warps=_WARPS, **_OPTIONS
+    )
+
+
+def apply(
+    blocks: Tensor,
+    pieces: Tensor,
+    held: Tensor,
+    absent: Tensor,
+    hypers: Tensor,
+    seeds: Tensor,
+    scales: Tensor,
+    planes: Tensor,
+    highest: int,
+    dtype: torch.dtype,
+) -> None:
+    """The update by a decision, whose planes are int32 ``[P, W]``.
+
+    ``absent``, int32, and ``scales``, float32, are by parameter; ``seeds``, int32, by piece.
+    """
+    _apply[(len(blocks),)](
+        blocks,
+        pieces,
+        held,
+        absent,
+        hypers,
+        seeds,
+        scales,
+        planes,
+        planes.shape[1],
+        highest,
+        len(planes),
+        TYPES[dtype],
+        num_warps=_WARPS,
+        **_OPTIONS,
+    )
+
+
+def direct(
+    chunks: Tensor, held: Tensor, given: Tensor, outputs: Tensor, hypers: Tensor, dtype: torch.dtype, keep: bool
+) -> None:
+    """Write directions, float32, to ``outputs``, addresses by parameter; unless ``keep``, move momenta on."""
+    _direct[(len(chunks),)](chunks, held, given, outputs, hypers, TYPES[dtype], keep, num_warps=_FLAT_WARPS, **_OPTIONS)
+
+
+def step(
+    chunks: Tensor, held: Tensor, given: Tensor, hypers: Tensor, seeds: Tensor, scale: float, dtype: torch.dtype
+) -> None:
+    """A whole step of Lion, for one worker, its signs times ``scale``; ``seeds``, int32, by parameter."""
+    _step[(len(chunks),)](chunks, held, given, hypers, seeds, scale, TYPES[dtype], num_warps=_FLAT_WARPS, **_OPTIONS)
+
+
+_WARPS = 1
+"""A lane a thread: its bits become a word in a register."""
+
+_FLAT_WARPS = 4
+
+
+@triton.jit
+def _rows_and_lanes():
+    return tl.arange(0, _ROWS)[:, None], tl.arange(0, _ROWS)[None, :]
+
+
+@triton.jit
+def _from(address, start, TYPE: tl.constexpr):
+    return address.to(tl.pointer_type(TYPE)) + start
+
+
+@triton.jit
+def _mixed(beta, rest, m, g):
+    return tl.load(beta) * m + tl.load(rest) * g
+
+
+@triton.jit
+def _scatter(elements, seed):
+    h = elements ^ seed
+    h = (h ^ ((h >> 16) & 0xFFFF)) * 0x7FEB352D
+    h = (h ^ ((h >> 15) & 0x1FFFF)) * -0x7B935975
+    return h ^ ((h >> 16) & 0xFFFF)
+
+
+@triton.jit
+def _store(pointer, updated, elements, seed, inside, TYPE: tl.constexpr):
+    if tl.bfloat16 == TYPE:
+        noise = _scatter(elements, seed) & 0xFFFF
+        updated = ((updated.to(tl.int32, bitcast=True) + noise) & -0x10000).to(tl.float32, bitcast=True)
+    tl.store(pointer, updated.to(TYPE), inside)
+
+
+@triton.jit
+def _vote(blocks, pieces, held, given, hypers, zero_votes, words, TYPE: tl.constexpr, DIRECTED: tl.constexpr):
+    entry = blocks + 3 * tl.program_id(0)
+    block = tl.load(entry)
+    rows, lanes = _rows_and_lanes()
+    place = block * _BLOCK + rows * _ROWS + lanes
+    direction = tl.zeros((_ROWS, _ROWS), tl.float32)
+    p = tl.load(entry + 1)
+    while p < tl.load(entry + 2):  # the interpreter of Triton 3.6 has no range over tensors with NumPy 2.4
+        piece = pieces + 5 * p
+        parameter = tl.load(piece + 2)
+        address = tl.load(given + parameter)
+        start = tl.load(piece + 3)
+        at = place - tl.load(piece).to(tl.int32)
+        inside = (at >= 0) & (at < tl.load(piece + 1).to(tl.int32)) & (address != 0)
+        g = tl.load(_from(address, start, TYPE) + at, inside, 0.0).to(tl.float32)
+        if DIRECTED:
+            direction = tl.where(inside, g, direction)
+        else:
+            momentum = _from(tl.load(held + 4 * parameter + 1), start, tl.float32) + at
+            m = tl.load(momentum, inside, 0.0)
+            hyper = hypers + 6 * tl.load(held + 4 * parameter + 3)
+            direction = tl.where(inside, _mixed(hyper, hyper + 1, m, g), direction)
+            tl.store(momentum, _mixed(hyper + 2, hyper + 3, m, g), inside)
+        p += 1
+    votes = (direction > 0) | ((direction == 0) & (tl.load(zero_votes + lanes) != 0))
+    tl.store(words + block * _ROWS + tl.arange(0, _ROWS), tl.sum(votes.to(tl.int32) << rows, 0))
+
+
+@triton.jit
+def _apply(
+    blocks,
+    pieces,
+    held,
+    absent,
+    hypers,
+    seeds,
+    scales,
+    planes,
+    width,
+    highest,
+    PLANES: tl.constexpr,
+    TYPE: tl.constexpr,
+):
+    entry = blocks + 3 * tl.program_id(0)
+    block = tl.load(entry)
+    rows, lanes = _rows_and_lanes()
+    place = block * _BLOCK + rows * _ROWS + lanes
+    level = tl.zeros((_ROWS, _ROWS), tl.int32)
+    for plane in tl.static_range(PLANES):
+        level += ((tl.load(planes + plane * width + block * _ROWS + lanes) >> rows) & 1) << plane
+    whole = (tl.zeros((_ROWS, _ROWS), tl.int32) + highest).to(tl.float32)
+    decision = tl.div_rn((2 * level - highest).to(tl.float32), whole)
+    p = tl.load(entry + 1)
+    while p < tl.load(entry + 2):  # the interpreter of Triton 3.6 has no range over tensors with NumPy 2.4
+        piece = pieces + 5 * p
+        parameter = tl.load(piece + 2)
+        at = place - tl.load(piece).to(tl.int32)
+        inside = (at >= 0) & (at < tl.load(piece + 1).to(tl.int32)) & (tl.load(absent + parameter) == 0)
+        pointer = _from(tl.load(held + 4 * parameter), tl.load(piece + 3), TYPE) + at
+        hyper = hypers + 6 * tl.load(held + 4 * parameter + 3)
+        x = tl.load(pointer, inside, 0.0).to(tl.float32)
+        updated = x - tl.load(hyper + 4) * (decision * tl.load(scales + parameter) + tl.load(hyper + 5) * x)
+        elements = place - tl.load(piece + 4).to(tl.int32)
+        _store(pointer, updated, elements, tl.load(seeds + p), inside, TYPE)
+        p += 1
+
+
+@triton.jit
+def _direct(chunks, held, given, outputs, hypers, TYPE: tl.constexpr, KEEP: tl.constexpr):
+    parameter = tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
+    start = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * _BLOCK
+    at = tl.arange(0, _BLOCK)
+    inside = start + at < tl.load(held + 4 * parameter + 2)
+    momentum = _from(tl.load(held + 4 * parameter + 1), start, tl.float32) + at
+    hyper = hypers + 6 * tl.load(held + 4 * parameter + 3)
+    g = tl.load(_from(tl.load(given + parameter), start, TYPE) + at, inside, 0.0).to(tl.float32)
+    m = tl.load(momentum, inside, 0.0)
+    output = _from(tl.load(outputs + parameter), start, tl.float32) + at
+    tl.store(output, _mixed(hyper, hyper + 1, m, g), inside)
+    if not KEEP:
+        tl.store(momentum, _mixed(hyper + 2, hyper + 3, m, g), inside)
+
+
+@triton.jit
+def _step(chunks, held, given, hypers, seeds, scale, TYPE: tl.constexpr):
+    parameter = tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
+    start = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * _BLOCK
+    at = tl.arange(0, _BLOCK)
+    inside = start + at < tl.load(held + 4 * parameter + 2)
+    pointer = _from(tl.load(held + 4 * parameter), start, TYPE) + at
+    momentum = _from(tl.load(held + 4 * parameter + 1), start, tl.float32) + at
+    hyper = hypers + 6 * tl.load(held + 4 * parameter + 3)
+    g = tl.load(_from(tl.load(given + parameter), start, TYPE) + at, inside, 0.0).to(tl.float32)
+    m = tl.load(momentum, inside, 0.0)
+    x = tl.load(pointer, inside, 0.0).to(tl.float32)
+    direction = _mixed(hyper, hyper + 1, m, g)
+    decision = (direction > 0).to(tl.float32) - (direction < 0).to(tl.float32)
+    tl.store(momentum, _mixed(hyper + 2, hyper + 3, m, g), inside)
+    updated = x - tl.load(hyper + 4) * (decision * scale + tl.load(hyper + 5) * x)
+    _store(pointer, updated, (start + at).to(tl.int32), tl.load(seeds + parameter), inside, TYPE)

@@ -1,0 +1,237 @@
+"""Views on a GPU: what is done to a bucket, or to many parameters, is one launch."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from ..bits.kernels import Kernels
+from ..bits.packing import BLOCK, LANES
+from ..bits.rounding import seed_of
+from ..wire.exchange import Decision
+from .layout import Bucket, Segment
+from .tensors import send_to
+from .views import SegmentViews, State, Views
+
+
+def can_launch(device: torch.device) -> bool:
+    """Whether Triton compiles for it."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """Of a bucket, as :mod:`hf_dlion.bits.gpu` takes them.
+
+    Attributes:
+        pieces: all of its pieces.
+        packing: the dtype, whether directions are given, and the blocks, of each launch that packs.
+        applying: the dtype and the blocks of each launch that applies.
+        begins: by piece, the parameter and its element that its segment begins with.
+    """
+
+    pieces: Tensor
+    packing: list[tuple[torch.dtype, bool, Tensor]]
+    applying: list[tuple[torch.dtype, Tensor]]
+    begins: list[tuple[int, int]]
+
+
+class LaunchedViews(SegmentViews):
+    """Segments whose kernels are launched together; ``kernels`` is not asked for anything.
+
+    Args:
+        buckets, state_names, device, group_of: as of the parent.
+        state_name: of the momentum.
+    """
+
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        state_names: Sequence[Sequence[str]],
+        device: torch.device,
+        group_of: Sequence[int],
+        state_name: str,
+    ) -> None:
+        super().__init__(buckets, state_names, device, group_of)
+        self._state_name = state_name
+        self._tables: dict[int, _Tables] = {}
+        self._chunks: dict[tuple[int, ...], Tensor] = {}
+        self._none_absent = torch.zeros(len(group_of), dtype=torch.int32, device=device)
+        self._ones = torch.ones(len(group_of), device=device)
+
+    @override
+    def follow(self, parameters: Sequence[Tensor], states: Sequence[State]) -> None:
+        before = self.parameters
+        Views.follow(self, parameters, states)
+        if self.parameters is not before:
+            rows = [
+                (parameter.data_ptr(), state[self._state_name].data_ptr(), len(parameter), group)
+                for parameter, state, group in zip(self.parameters, self.states, self._group_of, strict=True)
+            ]
+            self._held = send_to(self.device, rows, torch.int64)
+
+    @override
+    def pack(
+        self,
+        bucket: Bucket,
+        kernels: Kernels,
+        gradients: Sequence[Tensor | None],
+        hypers: Tensor,
+        zero_votes: Tensor,
+        *,
+        keep_states: bool = False,
+    ) -> Tensor:
+        from ..bits import gpu
+
+        assert not keep_states  # no vote leaves before the step
+        words = torch.empty(bucket.blocks * LANES, dtype=torch.int32, device=self.device)
+        tables = self._tables_of(bucket)
+        for dtype, directed, blocks in tables.packing:
+            given, kept = self._addresses(gradients, torch.float32 if directed else dtype, bucket.parameters)
+            gpu.vote(blocks, tables.pieces, self._held, given, hypers, zero_votes, words, dtype, directed)
+            del kept
+        return words
+
+    @override
+    def apply(
+        self,
+        bucket: Bucket,
+        kernels: Kernels,
+        decision: Decision,
+        hypers: Tensor,
+        step: int,
+        absent: Container[int],
+        scales: Sequence[Tensor] | None = None,
+    ) -> None:
+        from ..bits import gpu
+
+        tables = self._tables_of(bucket)
+        planes = decision.planes[0].unsqueeze(0) if len(decision.planes) == 1 else torch.stack(decision.planes)
+        left_alone = self._none_absent
+        if absent:
+            left_alone = send_to(self.device, [int(i in absent) for i in range(len(self._group_of))], torch.int32)
+        factors = self._ones if scales is None else torch.cat(list(scales))
+        for dtype, blocks in tables.applying:
+            seeds = self._none_absent
+            if dtype == torch.bfloat16:
+                found = {begin: seed_of(step, *begin) for begin in set(tables.begins)}
+                seeds = send_to(self.device, [found[begin] for begin in tables.begins], torch.int32)
+            gpu.apply(
+                blocks,
+                tables.pieces,
+                self._held,
+                left_alone,
+                hypers,
+                seeds,
+                factors,
+                planes,
+                decision.highest,
+                dtype,
+            )
+
+    @override
+    def step_alone(
+        self,
+        indices: Sequence[int],
+        kernels: Kernels,
+        gradients: Sequence[Tensor | None],
+        hypers: Tensor,
+        step: int,
+        scale: float = 1.0,
+    ) -> None:
+        from ..bits import gpu
+
+        for dtype, of_dtype in self._by_dtype(indices).items():
+            given, kept = self._addresses(gradients, dtype, of_dtype)
+            seeds = self._none_absent
+            if dtype == torch.bfloat16:
+                seeds = send_to(
+                    self.device, [seed_of(step, index, 0) for index in range(len(self._group_of))], torch.int32
+                )
+            gpu.step(self._chunks_of(of_dtype), self._held, given, hypers, seeds, scale, dtype)
+            del kept
+
+    @override
+    def directions(
+        self, indices: Sequence[int], gradients: Sequence[Tensor | None], hypers: Tensor, state_name: str, *, keep: bool
+    ) -> list[Tensor]:
+        from ..bits import gpu
+
+        outputs = [torch.empty(len(self.parameters[index]), device=self.device) for index in indices]
+        written, _ = self._addresses(dict(zip(indices, outputs, strict=True)), torch.float32, indices)
+        for dtype, of_dtype in self._by_dtype(indices).items():
+            given, kept = self._addresses(gradients, dtype, of_dtype)
+            gpu.direct(self._chunks_of(of_dtype), self._held, given, written, hypers, dtype, keep)
+            del kept
+        return outputs
+
+    def _by_dtype(self, indices: Sequence[int]) -> dict[torch.dtype, tuple[int, ...]]:
+        found: dict[torch.dtype, tuple[int, ...]] = {}
+        for index in indices:
+            if len(self.parameters[index]):
+                dtype = self.parameters[index].dtype
+                found[dtype] = (*found.get(dtype, ()), index)
+        return found
+
+    def _addresses(
+        self, tensors: Sequence[Tensor | None] | dict[int, Tensor], dtype: torch.dtype, indices: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """By parameter, of those that are wanted; and the tensors, which have to live until the launch."""
+        kept, addresses = [], [0] * len(self._group_of)
+        for index in indices:
+            tensor = tensors[index]
+            if tensor is not None:
+                kept.append(tensor.to(dtype))
+                addresses[index] = kept[-1].data_ptr()
+        return send_to(self.device, addresses, torch.int64), kept
+
+    def _chunks_of(self, indices: tuple[int, ...]) -> Tensor:
+        if indices not in self._chunks:
+            counts = torch.tensor([-(-len(self.parameters[index]) // BLOCK) for index in indices])
+            numbers = torch.tensor(indices).repeat_interleave(counts)
+            first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+            chunks = torch.stack([numbers, torch.arange(len(numbers)) - first], 1)
+            self._chunks[indices] = chunks.to(torch.int32).to(self.device)
+        return self._chunks[indices]
+
+    def _tables_of(self, bucket: Bucket) -> _Tables:
+        if bucket.number not in self._tables:
+            self._tables[bucket.number] = self._lay_out(bucket)
+        return self._tables[bucket.number]
+
+    def _lay_out(self, bucket: Bucket) -> _Tables:
+        pieces: list[tuple[int, ...]] = []
+        begins: list[tuple[int, int]] = []
+        packing: dict[tuple[torch.dtype, bool], list[Tensor]] = {}
+        applying: dict[torch.dtype, list[Tensor]] = {}
+        for segment in bucket.segments:
+            directed = not self._state_names[segment.group]
+            blocks = _blocks_of(segment, len(pieces))
+            packing.setdefault((segment.dtype, directed), []).append(blocks)
+            applying.setdefault(segment.dtype, []).append(blocks)
+            origin = segment.first_block * BLOCK
+            for span, start in zip(segment.spans, segment.starts, strict=True):
+                pieces.append((origin + start, span.length, span.parameter, span.start, origin))
+                begins.append((segment.spans[0].parameter, segment.spans[0].start))
+        return _Tables(
+            torch.tensor(pieces, dtype=torch.int64).view(-1, 5).to(self.device),
+            [(*key, torch.cat(found).to(self.device)) for key, found in packing.items()],
+            [(key, torch.cat(found).to(self.device)) for key, found in applying.items()],
+            begins,
+        )
+
+
+def _blocks_of(segment: Segment, first_piece: int) -> Tensor:
+    """Int32 ``[blocks, 3]``: a block's number, and its pieces, counted from the segment's first one."""
+    numbers = torch.arange(segment.blocks)
+    starts = torch.tensor(segment.starts)
+    ends = starts + torch.tensor([span.length for span in segment.spans])
+    first = torch.searchsorted(ends, numbers * BLOCK, right=True)
+    end = torch.searchsorted(starts, (numbers + 1) * BLOCK)
+    found = torch.stack([numbers + segment.first_block, first + first_piece, end + first_piece], 1)
+    return found.to(torch.int32)
