@@ -15,7 +15,8 @@ from .hashing import digest, scatter
 
 def rounding_seed(step: int, parameter: int, start: int, device: torch.device) -> Tensor:
     """Int32 ``[1]``, for elements of a parameter from ``start`` on at that step."""
-    return torch.tensor([digest((step, parameter, start)) & 0x7FFFFFFF], dtype=torch.int32, device=device)
+    # Filled, not copied: a copy would wait for a GPU.
+    return torch.full((1,), digest((step, parameter, start)) & 0x7FFFFFFF, dtype=torch.int32, device=device)
 
 
 def round_at_random(values: Tensor, elements: Tensor, seed: Tensor) -> Tensor:
