@@ -17,6 +17,8 @@ DEVICE = "cuda"
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 # For deterministic products of matrices; read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Of several processes beside each other, each would start as many compilers as there are cores.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 TIMEOUT = 90.0
 

@@ -122,7 +122,7 @@ def test_directions_have_the_signs_of_float32(shape: tuple[int, int], record_pro
     theirs = newton_schulz(matrix)
     alike = float((ours.sign() == theirs.sign()).float().mean())
     record_property("signs_alike", alike)
-    assert alike > 0.98
+    assert alike > 0.985  # bfloat16 on a GPU: those next to zero
     assert (ours - theirs).abs().max() < 0.05
 
 
@@ -223,17 +223,20 @@ def test_a_checkpoint_resumes_exactly_and_moves_between_devices(tmp_path: Path) 
     run(interrupted, 2, str(tmp_path))
 
 
-def test_a_scaler_leaves_out_who_overflowed() -> None:
+def test_a_scaler_sees_an_overflow_and_the_step_changes_nothing() -> None:
     params = parameters_there(dense.parameters(torch.float32))
-    optimizer = VirtualWorkers(params, 3, DistributedLion, **dense.SETTINGS)
-    for step in range(4):
-        for rank in range(3):
-            own = dense.gradients(rank, step, torch.float32)
-            set_gradients(params, spoil(own, torch.inf) if (step, rank) == (2, 1) else own)
-            optimizer.next_worker()
-        optimizer.step()
-    assert optimizer.bad_gradients == 1
-    assert all(bool(parameter.isfinite().all()) for parameter in params)
+    optimizer = DistributedLion(params, **dense.SETTINGS)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=1024.0)
+    scaler.scale(torch.zeros((), device=DEVICE))  # of a loss: it starts the scaler
+    history = [dense.flatten(params).clone()]
+    for step in range(3):
+        own = [gradient * scaler.get_scale() for gradient in dense.gradients(0, step, torch.float32)]
+        set_gradients(params, spoil(own, torch.inf) if step == 1 else own)
+        scaler.step(optimizer)
+        scaler.update()
+        history.append(dense.flatten(params).clone())
+    assert scaler.get_scale() == 512
+    assert [torch.equal(before, after) for before, after in itertools.pairwise(history)] == [False, True, False]
 
 
 def test_workers_go_on_with_the_stream_of_their_caller() -> None:
