@@ -214,21 +214,32 @@ def test_what_a_step_waits_for(workers: int, name: str, kernels: str, record_pro
     record_property("where", json.dumps(found.most_common(12)))
 
 
+def launch(script: str, *options: str) -> str:
+    """What an example prints that ``accelerate launch`` starts as one process, with two virtual workers."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", f"examples/{script}", "--virtual_workers", "2"]
+    command += ["--optim", "dlion_mavo", "--bf16", "--report_to", "none", *["--use_cpu"] * (DEVICE == "cpu")]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path}
+    done = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_the_minimal_example(tmp_path: Path) -> None:
+    said = launch("minimal_trainer.py", "--learning_rate", "3e-3", "--max_steps", "60", "--output_dir", str(tmp_path))
+    assert float(said.rpartition("validation loss ")[2]) < 3
+
+
 def test_the_pretraining_example(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
     corpus = tmp_path / "corpus.jsonl"
     rows = [{"text": f"Document {i} says that {i} times two is {2 * i}. " * 3} for i in range(200)]
     corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    steps = "30" if DEVICE == "cuda" else "4"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "examples/pretrain_gpt2.py"]
-    command += ["--dataset", str(corpus), "--vocab_size", "300", "--block_size", "32", "--max_eval_blocks", "8"]
-    command += ["--per_device_train_batch_size", "2", "--optim", "dlion_mavo", "--virtual_workers", "2", "--bf16"]
-    command += ["--max_steps", steps, "--learning_rate", "1e-3", "--model_card", "--report_to", "none"]
-    command += ["--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "out")]
-    command += ["--use_cpu"] * (DEVICE == "cpu")
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
-    assert done.returncode == 0, done.stderr[-4000:]
+    options = ["--dataset", str(corpus), "--vocab_size", "300", "--block_size", "32", "--max_eval_blocks", "8"]
+    options += ["--per_device_train_batch_size", "2", "--learning_rate", "1e-3", "--model_card"]
+    options += ["--max_steps", "30" if DEVICE == "cuda" else "4"]
+    launch("pretrain_gpt2.py", *options, "--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "out"))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["validation_loss_last"] < results["validation_loss_first"]
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
