@@ -33,7 +33,9 @@ class Outcome:
     exit_code: int | None = None
 
 
-def run_workers(function: Callable[..., Any], workers: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run_workers(
+    function: Callable[..., Any], workers: int, *args: Any, timeout: float = 120, start: str = "forkserver"
+) -> list[Any]:
     """``function(rank, *args)`` in each of ``workers`` processes with an initialised process group.
 
     Args:
@@ -41,6 +43,7 @@ def run_workers(function: Callable[..., Any], workers: int, *args: Any, timeout:
         workers: how many.
         args: picklable.
         timeout: seconds for all of it; a hang is a failure.
+        start: how processes are started, as multiprocessing names it.
 
     Returns:
         What each rank returned.
@@ -48,7 +51,7 @@ def run_workers(function: Callable[..., Any], workers: int, *args: Any, timeout:
     Raises:
         WorkerError: a rank raised, died or did not end in time.
     """
-    outcomes = run_to_their_ends(function, workers, *args, timeout=timeout)
+    outcomes = run_to_their_ends(function, workers, *args, timeout=timeout, start=start)
     failures = [f"rank {rank}:\n{outcome.error}" for rank, outcome in enumerate(outcomes) if outcome.error]
     if failures:
         raise WorkerError("\n".join(failures))
@@ -61,16 +64,18 @@ def run_to_their_ends(
     *args: Any,
     timeout: float = 120,
     collective_timeout: float | None = None,
+    start: str = "forkserver",
 ) -> list[Outcome]:
     """As :func:`run_workers`, where workers may fail, die, or be killed: how each of them ended.
 
     Args:
-        function, workers, args, timeout: as there.
+        function, workers, args, timeout, start: as there.
         collective_timeout: seconds that the process group gives a collective; None is ``timeout``.
     """
     # A fork server imports torch once, and forks before any thread has started.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.harness", "hf_dlion", "transformers"])
+    context: Any = multiprocessing.get_context(start)
+    if start == "forkserver":
+        context.set_forkserver_preload(["tests.harness", "hf_dlion", "transformers"])
     with tempfile.TemporaryDirectory() as folder:
         processes, pipes = [], []
         for rank in range(workers):

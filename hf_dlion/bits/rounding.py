@@ -15,7 +15,8 @@ from .hashing import digest, scatter
 
 def rounding_seed(step: int, parameter: int, start: int, device: torch.device) -> Tensor:
     """Int32 ``[1]``, for elements of a parameter from ``start`` on at that step."""
-    return torch.tensor([seed_of(step, parameter, start)], dtype=torch.int32, device=device)
+    # Filled, not copied: a copy would wait for a GPU.
+    return torch.full((1,), seed_of(step, parameter, start), dtype=torch.int32, device=device)
 
 
 def seed_of(step: int, parameter: int, start: int) -> int:

@@ -27,7 +27,6 @@ from .workers import check_known
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = 128 * BLOCK  # elements that stay in a CPU's cache
 _BUCKET = 25 << 20  # bytes, as DDP's
 
 
@@ -161,10 +160,11 @@ class SignedGradients:
         """The votes, int32 ``[W]``; on padding, as on zeros."""
         padded = -(-len(flat) // BLOCK) * BLOCK
         bits = torch.empty(padded, dtype=torch.bool, device=flat.device)
-        counting = torch.arange(_CHUNK, dtype=torch.int32, device=flat.device)
+        chunk = _chunk(flat)
+        counting = torch.arange(chunk, dtype=torch.int32, device=flat.device)
         alternating = (counting & 1) > 0
         turn = self.rank + self.step
-        for place, first, where in _pieces(parts, _CHUNK):
+        for place, first, where in _pieces(parts, chunk):
             values = flat[where].float()
             shift, width = (first + turn) & 1, WIDTH * rms[place] if self.dither else None
             zero_votes = alternating[: len(values)] ^ bool(shift)
@@ -172,7 +172,7 @@ class SignedGradients:
             bits[where] = vote_bits(values, zero_votes, counting[: len(values)] + first, width, seed)
         bits[len(flat) :] = alternating[: padded - len(flat)] ^ bool(turn & 1)
         words = torch.empty(padded // 32, dtype=torch.int32, device=flat.device)
-        for some, out in zip(bits.split(_CHUNK), words.split(_CHUNK // 32), strict=True):
+        for some, out in zip(bits.split(chunk), words.split(chunk // 32), strict=True):
             pack_bits(some.view(-1, LANES, LANES), out.view(-1, LANES))
         return words
 
@@ -299,6 +299,11 @@ def check_options(aggregation: str, exchange: str, on_bad_gradient: str) -> None
     check_known("on_bad_gradient", on_bad_gradient, ON_BAD_GRADIENT)
 
 
+def _chunk(tensor: Tensor) -> int:
+    """Elements that are worked on at once: what stays in a CPU's cache, or what keeps a GPU busy."""
+    return BLOCK * (128 if tensor.device.type == "cpu" else 4096)
+
+
 def _rms(flat: Tensor, sizes: Sequence[int]) -> Tensor:
     """Of each part, float32; NaN or Inf if it has one."""
     norms = [
@@ -307,7 +312,8 @@ def _rms(flat: Tensor, sizes: Sequence[int]) -> Tensor:
         else torch.linalg.vector_norm(part, dtype=torch.float32)
         for part in flat.split(list(sizes))
     ]
-    return torch.stack(norms) / torch.tensor([max(size, 1) ** 0.5 for size in sizes], device=flat.device)
+    roots = torch.tensor([max(size, 1) ** 0.5 for size in sizes])
+    return torch.stack(norms) / roots.to(flat.device, non_blocking=True)
 
 
 def _pieces(parts: Sequence[tuple[int, int]], chunk: int) -> Iterator[tuple[int, int, slice]]:
@@ -325,13 +331,14 @@ def _pieces(parts: Sequence[tuple[int, int]], chunk: int) -> Iterator[tuple[int,
 
 def _write(flat: Tensor, parts: Sequence[tuple[int, int]], decision: Decision, scales: Tensor) -> None:
     """Put a decision, times the scale of each part, into a bucket."""
-    chunks = [plane.split(_CHUNK // 32) for plane in decision.planes]
+    chunk = _chunk(flat)
+    chunks = [plane.split(chunk // 32) for plane in decision.planes]
     levels, current = flat, -1
-    for place, _, where in _pieces(parts, _CHUNK):
-        if where.start // _CHUNK != current:
-            current = where.start // _CHUNK
+    for place, _, where in _pieces(parts, chunk):
+        if where.start // chunk != current:
+            current = where.start // chunk
             levels = _levels([plane[current] for plane in chunks], decision.highest)
-        offset = current * _CHUNK
+        offset = current * chunk
         flat[where] = levels[where.start - offset : where.stop - offset] * scales[place]
 
 

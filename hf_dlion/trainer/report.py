@@ -10,6 +10,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 from transformers import Trainer
 
 from ..optim.workers import members_of
@@ -76,7 +77,7 @@ def run_report(trainer: Trainer, loss_key: str = "eval_loss") -> dict[str, Any]:
         "seed": args.seed,
         "command": shlex.join(sys.argv),
         "versions": {"python": platform.python_version(), **_versions()},
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {args.device.type}",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {_device(args.device)}",
     }
 
 
@@ -163,6 +164,10 @@ def _virtual_workers(args: Any) -> int:
 
 def _workers(args: Any) -> int:
     return int(args.world_size) * _virtual_workers(args)
+
+
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _versions() -> dict[str, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import functools
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -16,6 +18,8 @@ from typing_extensions import override
 from .ledger import Ledger
 from .liveness import report_lost_workers
 from .torch_versions import all_gather_single, time_limit
+
+logger = logging.getLogger(__name__)
 
 ALL_GATHER, ALL_TO_ALL = "an all-gather", "an all-to-all"
 
@@ -96,11 +100,15 @@ class ProcessChannel(Channel):
         ledger: where the bytes are counted.
 
     Its collectives, and waiting for them, raise a :class:`WorkerLostError` with the ranks that did not answer.
+
+    A GPU's tensors go to NCCL as they are. Where gloo is all that the group has for them, they travel by way of the
+    host's memory: gloo would copy them as well, but not for every collective, nor in every version of torch.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, ledger: Ledger) -> None:
         super().__init__(dist.get_rank(group), dist.get_world_size(group), ledger)
         self.group = group
+        self._backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
         atexit.unregister(drain_gloo)
         atexit.register(drain_gloo)
 
@@ -130,8 +138,10 @@ class ProcessChannel(Channel):
         sizes = [part.numel() for part in parts]
         width = sent.element_size()
         self.ledger.record((len(sent) - sizes[self.rank]) * width, (len(received) - lengths[self.rank]) * width)
+        landing = self._landing(received)
         with report_lost_workers(ALL_TO_ALL, self.group):
-            dist.all_to_all_single(received, sent, list(lengths), sizes, group=self.group)
+            dist.all_to_all_single(landing, self._departing(sent), list(lengths), sizes, group=self.group)
+        _land(landing, received)
         return list(received.split(list(lengths)))
 
     @override
@@ -143,25 +153,74 @@ class ProcessChannel(Channel):
 
     @override
     def _all_gather(self, parts: Tensor, part: Tensor) -> Pending:
+        sent, landing = self._departing(part), self._landing(parts)
         with report_lost_workers(ALL_GATHER, self.group):
-            work = all_gather_single(parts.view(-1), part.view(-1), group=self.group, async_op=True)
-        return _Work(work, ALL_GATHER, self.group)
+            work = all_gather_single(landing.view(-1), sent.view(-1), group=self.group, async_op=True)
+        return _Work(work, ALL_GATHER, self.group, landing, parts)
 
     @override
     def _all_to_all(self, received: Tensor, parts: Tensor) -> Pending:
+        sent, landing = self._departing(parts), self._landing(received)
         with report_lost_workers(ALL_TO_ALL, self.group):
-            work = dist.all_to_all_single(received, parts, group=self.group, async_op=True)
-        return _Work(work, ALL_TO_ALL, self.group)
+            work = dist.all_to_all_single(landing, sent, group=self.group, async_op=True)
+        return _Work(work, ALL_TO_ALL, self.group, landing, received)
+
+    def _departing(self, tensor: Tensor) -> Tensor:
+        """What the backend is given to send: the tensor itself, or a copy in the host's memory."""
+        return _on_host(tensor).copy_(tensor) if self._by_way_of_host(tensor.device) else tensor
+
+    def _landing(self, tensor: Tensor) -> Tensor:
+        """What the backend is given to fill."""
+        return _on_host(tensor) if self._by_way_of_host(tensor.device) else tensor
+
+    def _by_way_of_host(self, device: torch.device) -> bool:
+        backend = self._backends.get(device.type)
+        if backend is None and (device.type == "cpu" or "cpu" not in self._backends):
+            known = ", ".join(f"{name} for {kind}" for kind, name in self._backends.items())
+            raise RuntimeError(
+                f"a tensor on {device} is to be sent to the other workers, and their process group has {known} only. "
+                "Move the model to such a device before the optimizer is made, or give init_process_group a backend "
+                'for both: "cpu:gloo,cuda:nccl".'
+            )
+        through = device.type != "cpu" and backend in (None, "gloo")
+        if through and self.rank == 0:
+            _warn_of_way(device.type)
+        return through
 
 
 class _Work:
-    def __init__(self, work: dist.Work | None, what: str, group: dist.ProcessGroup | None) -> None:
+    """A collective under way; what it fills is copied to where it belongs once it has been waited for."""
+
+    def __init__(
+        self, work: dist.Work | None, what: str, group: dist.ProcessGroup | None, landing: Tensor, target: Tensor
+    ) -> None:
         assert work is not None
         self._work, self._what, self._group = work, what, group
+        self._landing, self._target = landing, target
 
     def wait(self) -> None:
         with report_lost_workers(self._what, self._group):
             self._work.wait()
+        _land(self._landing, self._target)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """Memory for it that its device can reach, where that is a GPU."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
+
+
+def _land(landing: Tensor, target: Tensor) -> None:
+    if landing is not target:
+        target.copy_(landing, non_blocking=True)  # torch keeps pinned memory until it is read
+
+
+@functools.cache
+def _warn_of_way(kind: str) -> None:
+    logger.warning(
+        "the process group has no backend of its own for %s, so what the workers send goes by way of the host's "
+        'memory. With one GPU a process, init_process_group("nccl"), or ddp_backend="nccl" of a Trainer, is faster.',
+        kind,
+    )
 
 
 def drain_gloo() -> None:

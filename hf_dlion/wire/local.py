@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from threading import Semaphore
 from typing import Any, TypeVar
@@ -52,11 +53,15 @@ class LocalGroup:
         self._ended = [False] * self.size
         self._met = [0] * self.size
         self._values = {}
+        # A thread has a GPU and a stream of its own choice; work goes on where it was called.
+        stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+        on_stream: Any = nullcontext if stream is None else lambda: torch.cuda.stream(stream)
 
         def take_part(rank: int) -> T:
             self._turns[rank].acquire()
             try:
-                return work(rank)
+                with on_stream():
+                    return work(rank)
             finally:
                 self._ended[rank] = True
                 self._pass_on(rank)

@@ -1,4 +1,4 @@
-"""What only whole processes show: their exit. Without ``drain_gloo``, one run in three fails."""
+"""The collectives of processes: by way of the host's memory, and right before an exit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from hf_dlion.wire.collectives import ProcessChannel
+from hf_dlion.wire.ledger import Ledger
+from tests.harness import run_workers
+
+# Without drain_gloo, one run in three fails.
 VOTE_AND_EXIT = """
 import sys
 import torch
@@ -21,6 +29,50 @@ for step in range(3):
     work.wait()
     del votes, work
 """
+
+
+class Detour(ProcessChannel):
+    """As if there were a GPU, whose tensors gloo is all there is for."""
+
+    def _by_way_of_host(self, device: torch.device) -> bool:
+        return True
+
+
+def everything(rank: int) -> None:
+    plain, detour = ProcessChannel(None, Ledger()), Detour(None, Ledger())
+    mine = torch.arange(12).view(2, 6) + 100 * rank
+    lengths = [[1, 3], [2, 0]]
+    for name in ("all_gather", "all_to_all"):
+        (direct, works), (around, other) = getattr(plain, name)(mine), getattr(detour, name)(mine)
+        works.wait()
+        other.wait()
+        assert torch.equal(direct, around), name
+    uneven = [torch.arange(length) + 10 * rank for length in lengths[rank]]
+    received = [channel.all_to_all_uneven(uneven, [row[rank] for row in lengths]) for channel in (plain, detour)]
+    assert all(map(torch.equal, *received))
+    assert detour.gather_integers([rank, 7], torch.device("cpu")) == [[0, 7], [1, 7]]
+    assert plain.ledger.sent_bytes < detour.ledger.sent_bytes == plain.ledger.sent_bytes + 16
+
+
+def test_a_detour_changes_nothing_but_the_way() -> None:
+    run_workers(everything, 2)
+
+
+def choices(rank: int) -> None:
+    channel = ProcessChannel(None, Ledger())
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert [channel._by_way_of_host(device) for device in (cpu, gpu)] == [False, True]
+    channel._backends = {"cpu": "gloo"}
+    assert [channel._by_way_of_host(device) for device in (cpu, gpu)] == [False, True]
+    channel._backends = {"cpu": "gloo", "cuda": "nccl"}
+    assert [channel._by_way_of_host(device) for device in (cpu, gpu)] == [False, False]
+    channel._backends = {"cuda": "nccl"}
+    with pytest.raises(RuntimeError, match="a tensor on cpu is to be sent.*nccl for cuda only. Move the model"):
+        channel.gather_integers([1], cpu)
+
+
+def test_only_gloo_takes_a_gpus_tensors_by_way_of_the_host() -> None:
+    run_workers(choices, 1)
 
 
 def test_a_process_may_exit_right_after_a_collective(tmp_path: Path) -> None:
