@@ -10,6 +10,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 from transformers import Trainer
 
 from ..optim.workers import members_of
@@ -76,8 +77,12 @@ def run_report(trainer: Trainer, loss_key: str = "eval_loss") -> dict[str, Any]:
         "seed": args.seed,
         "command": shlex.join(sys.argv),
         "versions": {"python": platform.python_version(), **_versions()},
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {args.device.type}",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {_device_name(args.device)}",
     }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def method_name(args: Any) -> str:
