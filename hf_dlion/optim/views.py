@@ -123,7 +123,9 @@ class SegmentViews(Views):
             vote(segment, kernel, gradients, hypers[segment.group], zero_votes, words[segment.rows])
         return words.view(-1)
 
-    def move(self, kernels: Kernels, gradients: Sequence[Tensor | None], hypers: Sequence[Tensor], state_name: str) -> None:
+    def move(
+        self, kernels: Kernels, gradients: Sequence[Tensor | None], hypers: Sequence[Tensor], state_name: str
+    ) -> None:
         """Update a state of all parameters with a gradient, as the vote would; hypers by parameter."""
         for state, gradient, hyper in zip(self.states, gradients, hypers, strict=True):
             if gradient is not None:
