@@ -18,16 +18,20 @@ whole rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .counting import Tally
+from .devices import send_to
 from .packing import BLOCK, LANES
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-_OPTIONS = {"enable_fp_fusion": False}  # or some results would be rounded once where all others are rounded twice
 
 _ROWS: tl.constexpr = tl.constexpr(LANES)
 _BLOCK: tl.constexpr = tl.constexpr(BLOCK)
@@ -46,9 +50,7 @@ def vote(
 ) -> None:
     """Write the packed signs of directions into ``words``; unless these are given, as float32, move momenta on."""
     kind = tl.float32 if directed else TYPES[dtype]
-    _vote[(len(blocks),)](
-        blocks, pieces, held, given, hypers, zero_votes, words, kind, directed, num_warps=_WARPS, **_OPTIONS
-    )
+    _launch(_vote, len(blocks), blocks, pieces, held, given, hypers, zero_votes, words, kind, directed)
 
 
 def apply(
@@ -67,42 +69,46 @@ def apply(
 
     ``absent``, int32, and ``scales``, float32, are by parameter; ``seeds``, int32, by piece.
     """
-    _apply[(len(blocks),)](
-        blocks,
-        pieces,
-        held,
-        absent,
-        hypers,
-        seeds,
-        scales,
-        planes,
-        planes.shape[1],
-        highest,
-        len(planes),
-        TYPES[dtype],
-        num_warps=_WARPS,
-        **_OPTIONS,
-    )
+    tensors = blocks, pieces, held, absent, hypers, seeds, scales, planes
+    _launch(_apply, len(blocks), *tensors, planes.shape[1], highest, len(planes), TYPES[dtype])
 
 
 def direct(
     chunks: Tensor, held: Tensor, given: Tensor, outputs: Tensor, hypers: Tensor, dtype: torch.dtype, keep: bool
 ) -> None:
     """Write directions, float32, to ``outputs``, addresses by parameter; unless ``keep``, move momenta on."""
-    _direct[(len(chunks),)](chunks, held, given, outputs, hypers, TYPES[dtype], keep, num_warps=_FLAT_WARPS, **_OPTIONS)
+    _launch(_direct, len(chunks), chunks, held, given, outputs, hypers, TYPES[dtype], keep)
 
 
 def step(
     chunks: Tensor, held: Tensor, given: Tensor, hypers: Tensor, seeds: Tensor, scale: float, dtype: torch.dtype
 ) -> None:
     """A whole step of Lion, for one worker, its signs times ``scale``; ``seeds``, int32, by parameter."""
-    _step[(len(chunks),)](chunks, held, given, hypers, seeds, scale, TYPES[dtype], num_warps=_FLAT_WARPS, **_OPTIONS)
+    _launch(_step, len(chunks), chunks, held, given, hypers, seeds, scale, TYPES[dtype])
 
 
-_WARPS = 1
-"""A lane a thread: its bits become a word in a register."""
+def tally(votes: Sequence[Tensor], rule: str, step: int, sample: range) -> Tally:
+    """As :func:`hf_dlion.bits.counting.tally`."""
+    voters, (words,), device = len(votes), votes[0].shape, votes[0].device
+    planes = voters.bit_length() if rule == "avg" else 2 if rule == "zero" and voters % 2 == 0 else 1
+    decided = torch.empty((planes, words), dtype=torch.int32, device=device)
+    sums = torch.zeros(2, dtype=torch.int64, device=device)
+    cast = [vote.contiguous() for vote in votes]
+    addresses = send_to(device, [vote.data_ptr() for vote in cast], torch.int64)
+    sizes = words, step & 1, sample.stop, sample.step
+    _launch(_tally, -(-words // _WORDS.value), addresses, decided, sums, *sizes, voters, rule, planes)
+    return Tally(list(decided), sums[0], sums[1])
 
-_FLAT_WARPS = 4
+
+def _launch(kernel: Any, programs: int, first: Tensor, *others: Any) -> None:
+    # Triton launches on the current GPU, whichever has the tensors. A multiplication and an addition that become one
+    # instruction would be rounded once, where all other implementations round twice.
+    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+        kernel[(programs,)](first, *others, num_warps=_WARPS, enable_fp_fusion=False)
+
+
+_WARPS = 4
+_WORDS: tl.constexpr = tl.constexpr(64)
 
 
 @triton.jit
@@ -237,3 +243,35 @@ def _step(chunks, held, given, hypers, seeds, scale, TYPE: tl.constexpr):
     tl.store(momentum, _mixed(hyper + 2, hyper + 3, m, g), inside)
     updated = x - tl.load(hyper + 4) * (decision * scale + tl.load(hyper + 5) * x)
     _store(pointer, updated, (start + at).to(tl.int32), tl.load(seeds + parameter), inside, TYPE)
+
+
+@triton.jit
+def _tally(
+    votes, decided, sums, words, step, stop, every, VOTERS: tl.constexpr, RULE: tl.constexpr, PLANES: tl.constexpr
+):
+    place = tl.program_id(0) * _WORDS + tl.arange(0, _WORDS)
+    inside = place < words
+    bits = tl.arange(0, 32)[None, :]
+    count = tl.zeros((_WORDS, 32), tl.int32)
+    for voter in range(VOTERS):
+        word = tl.load(tl.load(votes + voter).to(tl.pointer_type(tl.int32)) + place, inside, 0)
+        count += (word[:, None] >> bits) & 1
+    tied = 2 * count == VOTERS
+    looked = (inside & (place < stop) & (place % every == 0))[:, None]
+    _add(sums, looked & ((count == 0) | (count == VOTERS)))
+    _add(sums + 1, looked & tied)
+    for plane in tl.static_range(PLANES):
+        if RULE == "avg":
+            chosen = (count >> plane) & 1
+        elif RULE == "alternate":
+            chosen = ((2 * count > VOTERS) | (tied & (((place + step) & 1) == 1)[:, None])).to(tl.int32)
+        elif PLANES == 2 and plane == 0:
+            chosen = tied.to(tl.int32)
+        else:
+            chosen = (2 * count > VOTERS).to(tl.int32)
+        tl.store(decided + plane * words + place, tl.sum(chosen << bits, 1), inside)
+
+
+@triton.jit
+def _add(total, these):
+    tl.atomic_add(total, tl.sum(tl.sum(these.to(tl.int32), 1), 0).to(tl.int64))

@@ -10,7 +10,7 @@ from torch import Tensor
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 _EPS = 1e-7
-_MAX_BATCH = 1 << 22
+_MAX_BATCH, _MAX_BATCH_ON_GPU = 1 << 22, 1 << 24
 """Elements that go through one batched product, at most, if they are of several matrices."""
 
 
@@ -45,7 +45,8 @@ def orthogonalize_into(matrices: Sequence[Tensor], outputs: Sequence[Tensor]) ->
     for index, matrix in enumerate(matrices):
         shapes.setdefault(matrix.shape, []).append(index)
     for shape, indices in shapes.items():
-        count = max(1, _MAX_BATCH // max(shape.numel(), 1))
+        most = _MAX_BATCH if matrices[indices[0]].device.type == "cpu" else _MAX_BATCH_ON_GPU
+        count = max(1, most // max(shape.numel(), 1))
         for start in range(0, len(indices), count):
             chosen = indices[start : start + count]
             found = orthogonalize(torch.stack([matrices[index] for index in chosen]).float())

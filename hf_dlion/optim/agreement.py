@@ -395,10 +395,13 @@ def first_bad_gradient(gradients: Sequence[Tensor | None]) -> int:
     present = [(i, g) for i, g in enumerate(gradients) if g is not None]
     if not present:
         return -1
-    # A sum is finite if all its terms are, unless it overflows: then look closer. Backwards, so that what the vote
-    # reads first is read last here, and still in the cache.
-    sums = torch.stack([g.sum(dtype=torch.float32) for _, g in reversed(present)])
-    if bool(sums.isfinite().all()):
+    if present[0][1].device.type == "cpu":
+        # A sum is finite if all its terms are, unless it overflows: then look closer. Backwards, so that what the vote
+        # reads first is read last here, and still in the cache.
+        found = [g.sum(dtype=torch.float32) for _, g in reversed(present)]
+    else:
+        found = list(torch._foreach_norm([g for _, g in present if g.numel()], float("inf")))
+    if not found or bool(torch.stack(found).isfinite().all()):
         return -1
     return next((i for i, g in present if not bool(g.isfinite().all())), -1)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack, override
 
+from ..bits.devices import can_launch, send_to
 from ..bits.kernels import EAGER, Kernels, compile_kernels
 from ..bits.native import NATIVE_FROM, load_passes
 from ..bits.packing import LANES
@@ -30,12 +31,12 @@ from ..wire.exchange import (
 from ..wire.shards import Shards
 from ..wire.shares import VoteShares, shares_of
 from .agreement import StepInputs
-from .launches import LaunchedViews, can_launch
+from .launches import LaunchedViews
 from .layout import Bucket, buckets_of
 from .overlap import BUCKETS, EarlyVotes
 from .sharding import find_shards, lay_out
 from .states import all_parameters
-from .tensors import local, send_to
+from .tensors import local
 from .views import SegmentViews
 from .workers import (
     Plan,
@@ -100,6 +101,7 @@ class Ballots:
 
     Attributes:
         inputs: of the step.
+        given: the gradients of the step, as the views take them.
         hypers: for each param group, as the kernels take it.
         zero_votes: bool ``[32]``, what an exact zero votes, by lane.
         voters: whose votes count.
@@ -107,6 +109,7 @@ class Ballots:
     """
 
     inputs: StepInputs
+    given: Any
     hypers: Tensor
     zero_votes: Tensor
     voters: Voters
@@ -343,16 +346,16 @@ class DistributedLion(WorkersOptimizer):
         channel = plan.channel
         assert channel is not None
         voters = partial(self.agreement.voters, channel, inputs.replica)
-        return self._ballots(plan, Ballots(inputs, hypers, zero_votes, voters, early))
+        given = inputs.gradients if early else plan.views.given(inputs.gradients)
+        return self._ballots(plan, Ballots(inputs, given, hypers, zero_votes, voters, early))
 
     def _ballots(self, plan: VotePlan, ballots: Ballots) -> Ballots:
         """With what else this method's ballots have in common."""
         return ballots
 
     def _pack(self, plan: VotePlan, bucket: Bucket, ballots: Ballots) -> Tensor:
-        gradients = ballots.inputs.gradients
         kernels, keep = plan.usable_kernels, ballots.early
-        return plan.views.pack(bucket, kernels, gradients, ballots.hypers, ballots.zero_votes, keep_states=keep)
+        return plan.views.pack(bucket, kernels, ballots.given, ballots.hypers, ballots.zero_votes, keep_states=keep)
 
     def _apply(self, plan: VotePlan, bucket: Bucket, decision: Decision, ballots: Ballots) -> None:
         kernels = plan.kernels_for(decision)

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from ..bits.devices import send_to
 from ..bits.kernels import Kernels
 from ..bits.packing import BLOCK, LANES
 from ..bits.rounding import seed_of
 from ..wire.exchange import Decision
 from .layout import Bucket, Segment
-from .tensors import send_to
 from .views import SegmentViews, State, Views
-
-
-def can_launch(device: torch.device) -> bool:
-    """Whether Triton compiles for it."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -39,6 +34,14 @@ class _Tables:
     packing: list[tuple[torch.dtype, bool, Tensor]]
     applying: list[tuple[torch.dtype, Tensor]]
     begins: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class _Addressed:
+    """Tensors by parameter, with the addresses that kernels find them by; the tensors have to live until the launch."""
+
+    tensors: list[Tensor | None]
+    addresses: Tensor
 
 
 class LaunchedViews(SegmentViews):
@@ -76,11 +79,19 @@ class LaunchedViews(SegmentViews):
             self._held = send_to(self.device, rows, torch.int64)
 
     @override
+    def given(self, gradients: Sequence[Tensor | None]) -> Any:
+        dtypes = [
+            parameter.dtype if self._state_names[group] else torch.float32
+            for parameter, group in zip(self.parameters, self._group_of, strict=True)
+        ]
+        return self._addresses(gradients, dtypes)
+
+    @override
     def pack(
         self,
         bucket: Bucket,
         kernels: Kernels,
-        gradients: Sequence[Tensor | None],
+        given: Any,
         hypers: Tensor,
         zero_votes: Tensor,
         *,
@@ -92,9 +103,7 @@ class LaunchedViews(SegmentViews):
         words = torch.empty(bucket.blocks * LANES, dtype=torch.int32, device=self.device)
         tables = self._tables_of(bucket)
         for dtype, directed, blocks in tables.packing:
-            given, kept = self._addresses(gradients, torch.float32 if directed else dtype, bucket.parameters)
-            gpu.vote(blocks, tables.pieces, self._held, given, hypers, zero_votes, words, dtype, directed)
-            del kept
+            gpu.vote(blocks, tables.pieces, self._held, given.addresses, hypers, zero_votes, words, dtype, directed)
         return words
 
     @override
@@ -146,15 +155,13 @@ class LaunchedViews(SegmentViews):
     ) -> None:
         from ..bits import gpu
 
+        given = self._addresses(gradients, [parameter.dtype for parameter in self.parameters])
         for dtype, of_dtype in self._by_dtype(indices).items():
-            given, kept = self._addresses(gradients, dtype, of_dtype)
             seeds = self._none_absent
             if dtype == torch.bfloat16:
-                seeds = send_to(
-                    self.device, [seed_of(step, index, 0) for index in range(len(self._group_of))], torch.int32
-                )
-            gpu.step(self._chunks_of(of_dtype), self._held, given, hypers, seeds, scale, dtype)
-            del kept
+                numbers = [seed_of(step, index, 0) for index in range(len(self.parameters))]
+                seeds = send_to(self.device, numbers, torch.int32)
+            gpu.step(self._chunks_of(of_dtype), self._held, given.addresses, hypers, seeds, scale, dtype)
 
     @override
     def directions(
@@ -162,13 +169,15 @@ class LaunchedViews(SegmentViews):
     ) -> list[Tensor]:
         from ..bits import gpu
 
-        outputs = [torch.empty(len(self.parameters[index]), device=self.device) for index in indices]
-        written, _ = self._addresses(dict(zip(indices, outputs, strict=True)), torch.float32, indices)
+        outputs: list[Tensor | None] = [None] * len(self.parameters)
+        for index in indices:
+            outputs[index] = torch.empty(len(self.parameters[index]), device=self.device)
+        written = self._addresses(outputs, [torch.float32] * len(outputs))
+        given = self._addresses(gradients, [parameter.dtype for parameter in self.parameters])
         for dtype, of_dtype in self._by_dtype(indices).items():
-            given, kept = self._addresses(gradients, dtype, of_dtype)
-            gpu.direct(self._chunks_of(of_dtype), self._held, given, written, hypers, dtype, keep)
-            del kept
-        return outputs
+            chunks = self._chunks_of(of_dtype)
+            gpu.direct(chunks, self._held, given.addresses, written.addresses, hypers, dtype, keep)
+        return [written.tensors[index] for index in indices]  # type: ignore[misc]
 
     def _by_dtype(self, indices: Sequence[int]) -> dict[torch.dtype, tuple[int, ...]]:
         found: dict[torch.dtype, tuple[int, ...]] = {}
@@ -178,17 +187,10 @@ class LaunchedViews(SegmentViews):
                 found[dtype] = (*found.get(dtype, ()), index)
         return found
 
-    def _addresses(
-        self, tensors: Sequence[Tensor | None] | dict[int, Tensor], dtype: torch.dtype, indices: Sequence[int]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """By parameter, of those that are wanted; and the tensors, which have to live until the launch."""
-        kept, addresses = [], [0] * len(self._group_of)
-        for index in indices:
-            tensor = tensors[index]
-            if tensor is not None:
-                kept.append(tensor.to(dtype))
-                addresses[index] = kept[-1].data_ptr()
-        return send_to(self.device, addresses, torch.int64), kept
+    def _addresses(self, tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> _Addressed:
+        kept = [None if t is None else t.to(dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
+        found = [0 if t is None else t.data_ptr() for t in kept]
+        return _Addressed(kept, send_to(self.device, found, torch.int64))
 
     def _chunks_of(self, indices: tuple[int, ...]) -> Tensor:
         if indices not in self._chunks:

@@ -18,6 +18,9 @@ from ..bits.packing import BLOCK
 MAX_BUCKET_BLOCKS = 1 << 14
 """Blocks a bucket, at most: 16.8 million parameters, 2 MiB of words. Bounds the memory of a step."""
 
+GPU_BUCKETS = 2
+"""How many times as large buckets are on a GPU: there, what a launch costs counts, and memory is plentiful."""
+
 MIN_BUCKET_BLOCKS = 1 << 11
 """Blocks a bucket, at least, where there are several to overlap: 2.1 million parameters, 256 KiB of words."""
 
@@ -136,7 +139,9 @@ def make_buckets(
     """
     buckets = [Bucket()]
     blocks = sum(-(-parameter.numel() // BLOCK) for members in groups for _, parameter in members)
-    limit = min(max(-(-blocks // count), MIN_BUCKET_BLOCKS), MAX_BUCKET_BLOCKS)
+    on_gpu = any(parameter.device.type == "cuda" for members in groups for _, parameter in members)
+    most = MAX_BUCKET_BLOCKS * (GPU_BUCKETS if on_gpu else 1)
+    limit = min(max(-(-blocks // count), MIN_BUCKET_BLOCKS), most)
 
     def append(group: int, spans: list[Span], starts: list[int], dtype: torch.dtype, staged: bool) -> None:
         blocks = -(-(starts[-1] + spans[-1].length) // BLOCK)

@@ -134,7 +134,8 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         for index in hidden:
             gradients[index] = ballots.directions.get(index)
         kernels, keep = plan.usable_kernels, ballots.early
-        words = plan.views.pack(bucket, kernels, gradients, ballots.hypers, ballots.zero_votes, keep_states=keep)
+        given = plan.views.given(gradients) if hidden else ballots.given
+        words = plan.views.pack(bucket, kernels, given, ballots.hypers, ballots.zero_votes, keep_states=keep)
         for index in hidden:
             ballots.packed[index] = ballots.packed.get(index, 0) + 1
             if ballots.packed[index] == len(plan.buckets_of[index]):

@@ -37,12 +37,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if kind is not None and isinstance(tensor, kind) else tensor
 
 
-def send_to(device: torch.device, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
-    """Numbers as a tensor on a device; a GPU gets them in their turn, without being waited for."""
-    pinned = device.type == "cuda"
-    return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=pinned)
-
-
 def placed_as(parameter: Tensor, held: Tensor) -> Tensor:
     """What this process holds of a state as a part of the whole, if that is what it holds of the parameter.
 

@@ -94,11 +94,15 @@ class SegmentViews(Views):
                 _cut([state[name] for state in self.states], segment) for name in self._state_names[segment.group]
             ]
 
+    def given(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Gradients or directions of all parameters, flat, as :meth:`pack` takes them; None where there is none."""
+        return gradients
+
     def pack(
         self,
         bucket: Bucket,
         kernels: Kernels,
-        gradients: Sequence[Tensor | None],
+        given: Sequence[Tensor | None],
         hypers: Tensor,
         zero_votes: Tensor,
         *,
@@ -109,7 +113,7 @@ class SegmentViews(Views):
         Args:
             bucket: of the layout.
             kernels: which implementation.
-            gradients: of all parameters, flat, or directions; None votes zero and leaves the states.
+            given: by :meth:`given`; None votes zero and leaves the states.
             hypers: for each param group, as the kernels take it.
             zero_votes: bool ``[32]``, what an exact zero votes, by lane.
             keep_states: leave the states as they are; :meth:`move` updates them later.
@@ -120,7 +124,7 @@ class SegmentViews(Views):
             own = chosen.peek if keep_states else chosen.vote
             kernel = own if self._state_names[segment.group] else chosen.sign
             vote = self._vote_staged if segment.staged else self._vote_in_place
-            vote(segment, kernel, gradients, hypers[segment.group], zero_votes, words[segment.rows])
+            vote(segment, kernel, given, hypers[segment.group], zero_votes, words[segment.rows])
         return words.view(-1)
 
     def move(

@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..bits.counting import Count, Tally, add_counts, count_planes, tally, tally_counts
+from ..bits.devices import can_launch
 from ..bits.native import NATIVE_FROM, load_count
 from .collectives import Channel, ProcessChannel
 from .conversation import Conversation
@@ -335,5 +336,12 @@ def make_exchange(
             return HierarchicalExchange(channel, split_by_node(channel, local), aggregation, tie, device)
     else:
         kind = GatherExchange if exchange == "gather" else ShardedExchange
-    native = load_count() if device.type == "cpu" and 32 * word_count >= NATIVE_FROM else None
-    return kind(channel, aggregation, tie, device, native or tally)
+    return kind(channel, aggregation, tie, device, _fastest_count(device, 32 * word_count) or tally)
+
+
+def _fastest_count(device: torch.device, votes: int) -> Count | None:
+    if can_launch(device):
+        from ..bits import gpu
+
+        return gpu.tally
+    return load_count() if device.type == "cpu" and votes >= NATIVE_FROM else None
