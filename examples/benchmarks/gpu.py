@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from hf_dlion import DistributedLion
-from hf_dlion.bits.counting import tally
 from hf_dlion.optim.agreement import first_bad_gradient
 from hf_dlion.wire.exchange import Decision
 from hf_dlion.wire.local import LocalGroup, LocalWorker
@@ -106,16 +105,16 @@ class Parts:
         return first_bad_gradient(self.gradients)
 
     def vote(self) -> list[Tensor]:
-        plan = self.plan
+        plan, given = self.plan, self.views.given(self.gradients)
         return [
-            self.views.pack(bucket, plan.usable_kernels, self.gradients, self.hypers, self.zero_votes)
-            for bucket in plan.buckets
+            self.views.pack(bucket, plan.usable_kernels, given, self.hypers, self.zero_votes) for bucket in plan.buckets
         ]
 
     def count(self) -> None:
+        assert self.plan.exchange is not None
         for words in self.words:
             own = words[: len(words) // WORKERS]
-            tally([own] * WORKERS, "zero", 0, range(min(len(own), 8192)))
+            self.plan.exchange._count([own] * WORKERS, "zero", 0, range(0, len(own), len(own) // 8192 | 1))
 
     def apply(self) -> None:
         for bucket, planes in zip(self.plan.buckets, self.planes, strict=True):

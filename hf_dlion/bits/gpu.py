@@ -59,18 +59,22 @@ def apply(
     held: Tensor,
     absent: Tensor,
     hypers: Tensor,
-    seeds: Tensor,
+    places: Tensor,
     scales: Tensor,
     planes: Tensor,
+    step: int,
     highest: int,
     dtype: torch.dtype,
 ) -> None:
     """The update by a decision, whose planes are int32 ``[P, W]``.
 
-    ``absent``, int32, and ``scales``, float32, are by parameter; ``seeds``, int32, by piece.
+    ``absent``, int32, and ``scales``, float32, are by parameter; ``places``, int32, by piece (``rounding.place_of``).
     """
-    tensors = blocks, pieces, held, absent, hypers, seeds, scales, planes
-    _launch(_apply, len(blocks), *tensors, planes.shape[1], highest, len(planes), TYPES[dtype])
+    tensors = blocks, pieces, held, absent, hypers, places, scales, planes
+    exact = highest & highest - 1 == 0  # a power of 2, whose reciprocal is exact
+    _launch(
+        _apply, len(blocks), *tensors, step, planes.shape[1], highest, 1 / highest, exact, len(planes), TYPES[dtype]
+    )
 
 
 def direct(
@@ -81,10 +85,17 @@ def direct(
 
 
 def step(
-    chunks: Tensor, held: Tensor, given: Tensor, hypers: Tensor, seeds: Tensor, scale: float, dtype: torch.dtype
+    chunks: Tensor,
+    held: Tensor,
+    given: Tensor,
+    hypers: Tensor,
+    places: Tensor,
+    step: int,
+    scale: float,
+    dtype: torch.dtype,
 ) -> None:
-    """A whole step of Lion, for one worker, its signs times ``scale``; ``seeds``, int32, by parameter."""
-    _launch(_step, len(chunks), chunks, held, given, hypers, seeds, scale, TYPES[dtype])
+    """A whole step of Lion, for one worker, its signs times ``scale``; ``places``, int32, by parameter."""
+    _launch(_step, len(chunks), chunks, held, given, hypers, places, step, scale, TYPES[dtype])
 
 
 def tally(votes: Sequence[Tensor], rule: str, step: int, sample: range) -> Tally:
@@ -108,7 +119,7 @@ def _launch(kernel: Any, programs: int, first: Tensor, *others: Any) -> None:
 
 
 _WARPS = 4
-_WORDS: tl.constexpr = tl.constexpr(64)
+_WORDS: tl.constexpr = tl.constexpr(128)
 
 
 @triton.jit
@@ -135,9 +146,9 @@ def _scatter(elements, seed):
 
 
 @triton.jit
-def _store(pointer, updated, elements, seed, inside, TYPE: tl.constexpr):
-    if tl.bfloat16 == TYPE:
-        noise = _scatter(elements, seed) & 0xFFFF
+def _store(pointer, updated, elements, place, step, inside, TYPE: tl.constexpr):
+    if TYPE == tl.bfloat16:
+        noise = _scatter(elements, _scatter(place, step) & 0x7FFFFFFF) & 0xFFFF
         updated = ((updated.to(tl.int32, bitcast=True) + noise) & -0x10000).to(tl.float32, bitcast=True)
     tl.store(pointer, updated.to(TYPE), inside)
 
@@ -171,18 +182,21 @@ def _vote(blocks, pieces, held, given, hypers, zero_votes, words, TYPE: tl.const
     tl.store(words + block * _ROWS + tl.arange(0, _ROWS), tl.sum(votes.to(tl.int32) << rows, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step"])
 def _apply(
     blocks,
     pieces,
     held,
     absent,
     hypers,
-    seeds,
+    places,
     scales,
     planes,
+    step,
     width,
     highest,
+    inverse,
+    EXACT: tl.constexpr,
     PLANES: tl.constexpr,
     TYPE: tl.constexpr,
 ):
@@ -193,8 +207,11 @@ def _apply(
     level = tl.zeros((_ROWS, _ROWS), tl.int32)
     for plane in tl.static_range(PLANES):
         level += ((tl.load(planes + plane * width + block * _ROWS + lanes) >> rows) & 1) << plane
-    whole = (tl.zeros((_ROWS, _ROWS), tl.int32) + highest).to(tl.float32)
-    decision = tl.div_rn((2 * level - highest).to(tl.float32), whole)
+    decision = (2 * level - highest).to(tl.float32)
+    if EXACT:
+        decision *= inverse
+    else:
+        decision = tl.div_rn(decision, (tl.zeros((_ROWS, _ROWS), tl.int32) + highest).to(tl.float32))
     p = tl.load(entry + 1)
     while p < tl.load(entry + 2):  # the interpreter of Triton 3.6 has no range over tensors with NumPy 2.4
         piece = pieces + 5 * p
@@ -206,7 +223,7 @@ def _apply(
         x = tl.load(pointer, inside, 0.0).to(tl.float32)
         updated = x - tl.load(hyper + 4) * (decision * tl.load(scales + parameter) + tl.load(hyper + 5) * x)
         elements = place - tl.load(piece + 4).to(tl.int32)
-        _store(pointer, updated, elements, tl.load(seeds + p), inside, TYPE)
+        _store(pointer, updated, elements, tl.load(places + p), step, inside, TYPE)
         p += 1
 
 
@@ -226,8 +243,8 @@ def _direct(chunks, held, given, outputs, hypers, TYPE: tl.constexpr, KEEP: tl.c
         tl.store(momentum, _mixed(hyper + 2, hyper + 3, m, g), inside)
 
 
-@triton.jit
-def _step(chunks, held, given, hypers, seeds, scale, TYPE: tl.constexpr):
+@triton.jit(do_not_specialize=["step"])
+def _step(chunks, held, given, hypers, places, step, scale, TYPE: tl.constexpr):
     parameter = tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
     start = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * _BLOCK
     at = tl.arange(0, _BLOCK)
@@ -242,7 +259,7 @@ def _step(chunks, held, given, hypers, seeds, scale, TYPE: tl.constexpr):
     decision = (direction > 0).to(tl.float32) - (direction < 0).to(tl.float32)
     tl.store(momentum, _mixed(hyper + 2, hyper + 3, m, g), inside)
     updated = x - tl.load(hyper + 4) * (decision * scale + tl.load(hyper + 5) * x)
-    _store(pointer, updated, (start + at).to(tl.int32), tl.load(seeds + parameter), inside, TYPE)
+    _store(pointer, updated, (start + at).to(tl.int32), tl.load(places + parameter), step, inside, TYPE)
 
 
 @triton.jit
@@ -274,4 +291,5 @@ def _tally(
 
 @triton.jit
 def _add(total, these):
-    tl.atomic_add(total, tl.sum(tl.sum(these.to(tl.int32), 1), 0).to(tl.int64))
+    number = tl.sum(tl.sum(these.to(tl.int32), 1), 0)
+    tl.atomic_add(total, number.to(tl.int64), mask=number > 0)

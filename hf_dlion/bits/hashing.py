@@ -40,3 +40,11 @@ def scatter(elements: Tensor, seed: Tensor | int) -> Tensor:
     h.bitwise_xor_((h >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D)
     h.bitwise_xor_((h >> 15).bitwise_and_(0x1FFFF)).mul_(-0x7B935975)
     return h.bitwise_xor_((h >> 16).bitwise_and_(0xFFFF))
+
+
+def scatter_number(element: int, seed: int) -> int:
+    """As :func:`scatter`, of one number; its 32 bits without a sign."""
+    h = (element ^ seed) & 0xFFFFFFFF
+    h = (h ^ h >> 16) * 0x7FEB352D & 0xFFFFFFFF
+    h = (h ^ h >> 15) * -0x7B935975 & 0xFFFFFFFF
+    return h ^ h >> 16

@@ -7,10 +7,12 @@ memory for it.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from .hashing import digest, scatter
+from .hashing import digest, scatter, scatter_number
 
 
 def rounding_seed(step: int, parameter: int, start: int, device: torch.device) -> Tensor:
@@ -21,7 +23,13 @@ def rounding_seed(step: int, parameter: int, start: int, device: torch.device) -
 
 def seed_of(step: int, parameter: int, start: int) -> int:
     """As :func:`rounding_seed`, as a number."""
-    return digest((step, parameter, start)) & 0x7FFFFFFF
+    return scatter_number(place_of(parameter, start), step) & 0x7FFFFFFF
+
+
+@functools.cache
+def place_of(parameter: int, start: int) -> int:
+    """What :func:`seed_of` mixes the step into; below 2^31."""
+    return digest((parameter, start)) & 0x7FFFFFFF
 
 
 def round_at_random(values: Tensor, elements: Tensor, seed: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing_extensions import override
 from ..bits.devices import send_to
 from ..bits.kernels import Kernels
 from ..bits.packing import BLOCK, LANES
-from ..bits.rounding import seed_of
+from ..bits.rounding import place_of
 from ..wire.exchange import Decision
 from .layout import Bucket, Segment
 from .views import SegmentViews, State, Views
@@ -27,13 +27,13 @@ class _Tables:
         pieces: all of its pieces.
         packing: the dtype, whether directions are given, and the blocks, of each launch that packs.
         applying: the dtype and the blocks of each launch that applies.
-        begins: by piece, the parameter and its element that its segment begins with.
+        places: by piece, ``place_of`` what its segment begins with.
     """
 
     pieces: Tensor
     packing: list[tuple[torch.dtype, bool, Tensor]]
     applying: list[tuple[torch.dtype, Tensor]]
-    begins: list[tuple[int, int]]
+    places: Tensor
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class LaunchedViews(SegmentViews):
         self._chunks: dict[tuple[int, ...], Tensor] = {}
         self._none_absent = torch.zeros(len(group_of), dtype=torch.int32, device=device)
         self._ones = torch.ones(len(group_of), device=device)
+        begins = [place_of(index, 0) for index in range(len(group_of))]
+        self._begins = torch.tensor(begins, dtype=torch.int32).to(device)
 
     @override
     def follow(self, parameters: Sequence[Tensor], states: Sequence[State]) -> None:
@@ -126,22 +128,8 @@ class LaunchedViews(SegmentViews):
             left_alone = send_to(self.device, [int(i in absent) for i in range(len(self._group_of))], torch.int32)
         factors = self._ones if scales is None else torch.cat(list(scales))
         for dtype, blocks in tables.applying:
-            seeds = self._none_absent
-            if dtype == torch.bfloat16:
-                found = {begin: seed_of(step, *begin) for begin in set(tables.begins)}
-                seeds = send_to(self.device, [found[begin] for begin in tables.begins], torch.int32)
-            gpu.apply(
-                blocks,
-                tables.pieces,
-                self._held,
-                left_alone,
-                hypers,
-                seeds,
-                factors,
-                planes,
-                decision.highest,
-                dtype,
-            )
+            tensors = blocks, tables.pieces, self._held, left_alone, hypers, tables.places, factors, planes
+            gpu.apply(*tensors, step, decision.highest, dtype)
 
     @override
     def step_alone(
@@ -157,11 +145,8 @@ class LaunchedViews(SegmentViews):
 
         given = self._addresses(gradients, [parameter.dtype for parameter in self.parameters])
         for dtype, of_dtype in self._by_dtype(indices).items():
-            seeds = self._none_absent
-            if dtype == torch.bfloat16:
-                numbers = [seed_of(step, index, 0) for index in range(len(self.parameters))]
-                seeds = send_to(self.device, numbers, torch.int32)
-            gpu.step(self._chunks_of(of_dtype), self._held, given.addresses, hypers, seeds, scale, dtype)
+            chunks = self._chunks_of(of_dtype)
+            gpu.step(chunks, self._held, given.addresses, hypers, self._begins, step, scale, dtype)
 
     @override
     def directions(
@@ -208,7 +193,7 @@ class LaunchedViews(SegmentViews):
 
     def _lay_out(self, bucket: Bucket) -> _Tables:
         pieces: list[tuple[int, ...]] = []
-        begins: list[tuple[int, int]] = []
+        places: list[int] = []
         packing: dict[tuple[torch.dtype, bool], list[Tensor]] = {}
         applying: dict[torch.dtype, list[Tensor]] = {}
         for segment in bucket.segments:
@@ -219,12 +204,12 @@ class LaunchedViews(SegmentViews):
             origin = segment.first_block * BLOCK
             for span, start in zip(segment.spans, segment.starts, strict=True):
                 pieces.append((origin + start, span.length, span.parameter, span.start, origin))
-                begins.append((segment.spans[0].parameter, segment.spans[0].start))
+                places.append(place_of(segment.spans[0].parameter, segment.spans[0].start))
         return _Tables(
             torch.tensor(pieces, dtype=torch.int64).view(-1, 5).to(self.device),
             [(*key, torch.cat(found).to(self.device)) for key, found in packing.items()],
             [(key, torch.cat(found).to(self.device)) for key, found in applying.items()],
-            begins,
+            torch.tensor(places, dtype=torch.int32).to(self.device),
         )
 
 

@@ -268,13 +268,15 @@ class VirtualWorkers(Optimizer):
 
 def _follow(member: WorkersOptimizer, parameters: list[Tensor]) -> None:
     """Resized, converted, moved or set to other values, as the model was since the last step."""
-    for own, parameter in zip(all_parameters(member), parameters, strict=True):
-        if layout_of([own]) == layout_of([parameter]):
-            if not member.between_votes:
-                own.copy_(parameter)
-        else:
+    pairs = list(zip(all_parameters(member), parameters, strict=True))
+    alike = [layout_of([own]) == layout_of([parameter]) for own, parameter in pairs]
+    for (own, parameter), same in zip(pairs, alike, strict=True):
+        if not same:
             kept = own if member.between_votes and own.shape == parameter.shape else parameter
             own.data = torch.empty_like(parameter).copy_(kept)
+    if not member.between_votes and any(alike):
+        held, given = zip(*(pair for pair, same in zip(pairs, alike, strict=True) if same), strict=True)
+        torch._foreach_copy_(held, given)
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:

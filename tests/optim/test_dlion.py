@@ -61,6 +61,12 @@ def lanes() -> torch.Tensor:
     return places()[0] % LANES
 
 
+def lowbias(values: np.ndarray) -> np.ndarray:
+    values = (values ^ (values >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    values = (values ^ (values >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return values ^ (values >> np.uint32(16))
+
+
 def rounding(workers: int) -> Callable[[torch.Tensor, int], torch.Tensor]:
     """To bfloat16 with the noise of the place in the segment, or of one worker, in the parameter; by numpy."""
     own, begins = places()
@@ -69,11 +75,9 @@ def rounding(workers: int) -> Callable[[torch.Tensor, int], torch.Tensor]:
         begins = [(index, 0) for index, shape in enumerate(SHAPES) for _ in range(torch.Size(shape).numel())]
 
     def rounded(updated: torch.Tensor, step: int) -> torch.Tensor:
-        seeds = {begin: digest((step, *begin)) & 0x7FFFFFFF for begin in set(begins)}
-        hashed = own.numpy().astype(np.uint32) ^ np.array([seeds[begin] for begin in begins], dtype=np.uint32)
-        hashed = (hashed ^ (hashed >> np.uint32(16))) * np.uint32(0x7FEB352D)
-        hashed = (hashed ^ (hashed >> np.uint32(15))) * np.uint32(0x846CA68B)
-        noise = (hashed ^ (hashed >> np.uint32(16))) & np.uint32(0xFFFF)
+        places = {begin: digest(begin) & 0x7FFFFFFF for begin in set(begins)}
+        seeds = lowbias(np.array([places[begin] for begin in begins], dtype=np.uint32) ^ np.uint32(step))
+        noise = lowbias(own.numpy().astype(np.uint32) ^ (seeds & np.uint32(0x7FFFFFFF))) & np.uint32(0xFFFF)
         upper = (updated.numpy().view(np.uint32) + noise) & np.uint32(0xFFFF0000)
         return torch.from_numpy(upper.view(np.float32)).to(torch.bfloat16)
 
