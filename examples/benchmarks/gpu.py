@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hf_dlion import DistributedLion
 from hf_dlion.optim.agreement import first_bad_gradient
@@ -104,11 +103,10 @@ class Parts:
     def check(self) -> int:
         return first_bad_gradient(self.gradients)
 
-    def vote(self) -> list[Tensor]:
+    def vote(self) -> None:
         plan, given = self.plan, self.views.given(self.gradients)
-        return [
-            self.views.pack(bucket, plan.usable_kernels, given, self.hypers, self.zero_votes) for bucket in plan.buckets
-        ]
+        for bucket in plan.buckets:
+            self.views.pack(bucket, plan.usable_kernels, given, self.hypers, self.zero_votes)
 
     def count(self) -> None:
         assert self.plan.exchange is not None

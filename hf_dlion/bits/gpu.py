@@ -77,6 +77,11 @@ def apply(
     )
 
 
+def squares(blocks: Tensor, pieces: Tensor, planes: Tensor, totals: Tensor, highest: int) -> None:
+    """Add the squares of levels 2c - n of a decision to ``totals``, int64 by parameter."""
+    _launch(_squares, len(blocks), blocks, pieces, planes, totals, planes.shape[1], highest, len(planes))
+
+
 def direct(
     chunks: Tensor, held: Tensor, given: Tensor, outputs: Tensor, hypers: Tensor, dtype: torch.dtype, keep: bool
 ) -> None:
@@ -204,9 +209,7 @@ def _apply(
     block = tl.load(entry)
     rows, lanes = _rows_and_lanes()
     place = block * _BLOCK + rows * _ROWS + lanes
-    level = tl.zeros((_ROWS, _ROWS), tl.int32)
-    for plane in tl.static_range(PLANES):
-        level += ((tl.load(planes + plane * width + block * _ROWS + lanes) >> rows) & 1) << plane
+    level = _levels(planes, width, block, PLANES)
     decision = (2 * level - highest).to(tl.float32)
     if EXACT:
         decision *= inverse
@@ -225,6 +228,33 @@ def _apply(
         elements = place - tl.load(piece + 4).to(tl.int32)
         _store(pointer, updated, elements, tl.load(places + p), step, inside, TYPE)
         p += 1
+
+
+@triton.jit
+def _squares(blocks, pieces, planes, totals, width, highest, PLANES: tl.constexpr):
+    entry = blocks + 3 * tl.program_id(0)
+    block = tl.load(entry)
+    rows, lanes = _rows_and_lanes()
+    place = block * _BLOCK + rows * _ROWS + lanes
+    level = _levels(planes, width, block, PLANES)
+    p = tl.load(entry + 1)
+    while p < tl.load(entry + 2):
+        piece = pieces + 5 * p
+        at = place - tl.load(piece).to(tl.int32)
+        inside = (at >= 0) & (at < tl.load(piece + 1).to(tl.int32))
+        each = tl.where(inside, 2 * level - highest, 0)
+        total = tl.sum(tl.sum(each * each, 1), 0)
+        tl.atomic_add(totals + tl.load(piece + 2), total.to(tl.int64))
+        p += 1
+
+
+@triton.jit
+def _levels(planes, width, block, PLANES: tl.constexpr):
+    rows, lanes = _rows_and_lanes()
+    level = tl.zeros((_ROWS, _ROWS), tl.int32)
+    for plane in tl.static_range(PLANES):
+        level += ((tl.load(planes + plane * width + block * _ROWS + lanes) >> rows) & 1) << plane
+    return level
 
 
 @triton.jit

@@ -1,29 +1,23 @@
-"""The passes over parameters: vote, apply the decision, and a step without a vote.
+"""The passes over parameters: vote, apply the decision, and a step without a vote; here in eager operations.
 
-Each is written as a formula for ``torch.compile``, for GPUs, and in eager operations on chunks that stay in cache;
-:mod:`native` has them in C, for CPUs. All round every operation as the formula stands, so on a CPU they agree bit for
-bit.
+:mod:`native` has them in C, for CPUs, and :mod:`gpu` in Triton. All round every operation as the formula stands, so
+they agree bit for bit.
 
-``hyper`` is a float32 tensor [beta1, 1 - beta1, beta2, 1 - beta2, lr, weight_decay]: a tensor, so that a schedule
-does not recompile. ``seed`` is that of the rounding of bfloat16 parameters (``rounding``), int32 ``[1]``; others do not
-read it. ``scale``, float32 ``[1]`` or of the shape of the parameter, multiplies the decision; None is 1. Shapes: B
-blocks, ``[B, 32, 32]``; their words, ``[B, 32]``.
+``hyper`` is a float32 tensor [beta1, 1 - beta1, beta2, 1 - beta2, lr, weight_decay]. ``seed`` is that of the rounding
+of bfloat16 parameters (``rounding``), int32 ``[1]``; others do not read it. ``scale``, float32 ``[1]`` or of the shape
+of the parameter, multiplies the decision; None is 1. Shapes: B blocks, ``[B, 32, 32]``; their words, ``[B, 32]``.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .packing import BLOCK, LANES, pack_bits, unpack_bits
+from .packing import BLOCK, pack_bits, unpack_bits
 from .rounding import round_at_random
-
-logger = logging.getLogger(__name__)
 
 Vote = Callable[..., None]  # takes a varying number of states
 Apply = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, tuple[Tensor, ...]], None]
@@ -45,7 +39,6 @@ class Kernels:
         step: ``(parameter, gradient, momentum, hyper, seed, scale)``: a whole step of Lion, for one worker, on flat
             tensors.
         peek: as ``vote``, and leaves the momentum as it is.
-        any_level: whether decisions may have other highest levels than the one that was compiled for.
     """
 
     vote: Vote
@@ -54,48 +47,6 @@ class Kernels:
     apply: Apply
     step: Step
     peek: Vote
-    any_level: bool = True
-
-
-def _vote(gradient: Tensor, momentum: Tensor, hyper: Tensor, zero_votes: Tensor, words: Tensor) -> None:
-    g = gradient.float()
-    u = hyper[0] * momentum + hyper[1] * g
-    momentum.copy_(hyper[2] * momentum + hyper[3] * g)
-    _sign(u, hyper, zero_votes, words)
-
-
-def _peek(gradient: Tensor, momentum: Tensor, hyper: Tensor, zero_votes: Tensor, words: Tensor) -> None:
-    _sign(hyper[0] * momentum + hyper[1] * gradient.float(), hyper, zero_votes, words)
-
-
-def _sign(direction: Tensor, hyper: Tensor, zero_votes: Tensor, words: Tensor) -> None:
-    bits = (direction > 0) | ((direction == 0) & zero_votes)
-    rows = torch.arange(LANES, dtype=torch.int32, device=words.device).view(1, LANES, 1)
-    # Summed as int64, whose low 32 bits are the word: with dtype=int32, torch 2.6 and 2.8 generate C++ that fails.
-    words.copy_((bits.to(torch.int32) << rows).sum(1))
-
-
-def _move(gradient: Tensor, momentum: Tensor, hyper: Tensor) -> None:
-    momentum.copy_(hyper[2] * momentum + hyper[3] * gradient.float())
-
-
-def _apply(
-    parameter: Tensor,
-    hyper: Tensor,
-    seed: Tensor,
-    scale: Tensor | None,
-    highest: int,
-    planes: tuple[Tensor, ...],
-) -> None:
-    rows = torch.arange(LANES, dtype=torch.int32, device=parameter.device).view(1, LANES, 1)
-    level = (planes[0].unsqueeze(1) >> rows) & 1
-    for p, plane in enumerate(planes[1:], 1):
-        level = level + (((plane.unsqueeze(1) >> rows) & 1) << p)
-    d = (2 * level - highest).float() / highest
-    if scale is not None:
-        d = d * scale
-    x = parameter.float()
-    _store(parameter, x - hyper[4] * (d + hyper[5] * x), seed, 0)
 
 
 def _step(
@@ -201,62 +152,3 @@ def _eager_step(
 
 
 EAGER = Kernels(_eager_vote, _eager_sign, _eager_move, _eager_apply, _eager_step, _eager_peek)
-
-
-@functools.cache
-def _compiled() -> Kernels:
-    vote, sign, move, apply, step, peek = (
-        torch.compile(formula, fullgraph=True) for formula in (_vote, _sign, _move, _apply, _step, _peek)
-    )
-    return Kernels(vote, sign, move, apply, step, peek, any_level=False)
-
-
-@torch.no_grad()
-def compile_kernels(
-    device: torch.device, dtypes: set[torch.dtype], workers: int, highest: int, directed: bool = False
-) -> Kernels | None:
-    """Compile the passes that a step needs, once for any number of blocks.
-
-    Args:
-        device: of the parameters.
-        dtypes: of the parameters.
-        workers: N.
-        highest: level of the decisions.
-        directed: whether directions are given and decisions are scaled.
-
-    Returns:
-        The compiled passes; None, with a warning, where they cannot be compiled.
-    """
-    hyper, seed = torch.zeros(6, device=device), torch.zeros(1, dtype=torch.int32, device=device)
-    scale = torch.ones(1, device=device) if directed else None
-    zero_votes = torch.zeros(LANES, dtype=torch.bool, device=device)
-
-    def example(dtype: torch.dtype, *shape: int) -> Tensor:
-        # 48 is none of the fixed sizes, so that it cannot be taken for one of them.
-        tensor = torch.zeros((48, *shape), dtype=dtype, device=device)
-        torch._dynamo.mark_dynamic(tensor, 0)
-        return tensor
-
-    try:
-        kernels = _compiled()
-        for dtype in sorted(dtypes, key=str):
-            if workers == 1:
-                kernels.step(example(dtype), example(dtype), example(torch.float32), hyper, seed, scale)
-                continue
-            gradient, momentum = example(dtype, LANES, LANES), example(torch.float32, LANES, LANES)
-            words = example(torch.int32, LANES)
-            kernels.vote(gradient, momentum, hyper, zero_votes, words)
-            kernels.peek(gradient, momentum, hyper, zero_votes, words)
-            kernels.move(example(dtype), example(torch.float32), hyper)
-            if directed:
-                kernels.sign(example(torch.float32, LANES, LANES), hyper, zero_votes, words)
-            planes = tuple(example(torch.int32, LANES) for _ in range(highest.bit_length()))
-            kernels.apply(example(dtype, LANES, LANES), hyper, seed, scale, highest, planes)
-    except Exception as error:  # whatever the compiler stack raises: no C++ compiler, no Triton, an unsupported device
-        logger.warning(
-            "torch.compile failed, so the optimizer steps in eager mode, which is slower. "
-            "A C++ compiler (CPU) or Triton (GPU) makes it work. The cause: %s",
-            error,
-        )
-        return None
-    return kernels

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import Unpack, override
 
 from ..bits.devices import can_launch, send_to
-from ..bits.kernels import EAGER, Kernels, compile_kernels
+from ..bits.kernels import EAGER, Kernels
 from ..bits.native import NATIVE_FROM, load_passes
 from ..bits.packing import LANES
 from ..wire.collectives import Channel, ProcessChannel
@@ -25,7 +25,6 @@ from ..wire.exchange import (
     Decision,
     Exchange,
     Voters,
-    highest_level,
     make_exchange,
 )
 from ..wire.shards import Shards
@@ -49,9 +48,6 @@ from .workers import (
 
 MOMENTUM = "momentum"
 
-COMPILE_FROM = 1 << 22
-"""Parameters from which on compiling for a GPU, some 10 seconds once, pays."""
-
 
 class VoteOptions(WorkersOptions, total=False):
     """Keyword arguments that all votes have; see :class:`DistributedLion`."""
@@ -67,9 +63,8 @@ class VotePlan(Plan):
     Attributes:
         views: cut into segments.
         buckets: the layout.
-        kernels: compiled, if this worker could; those of all are used only if all could.
+        kernels: in C, if this worker could compile them; those of all are used only if all could.
         exchange: of the votes; None for one worker alone.
-        highest: level of a decision of all workers, for which the kernels are compiled.
         group_of: the index of each parameter's group.
         buckets_of: the numbers of the buckets with a part of each parameter.
         overlaps: whether votes can leave during backward.
@@ -79,7 +74,6 @@ class VotePlan(Plan):
     buckets: Sequence[Bucket]
     kernels: Kernels
     exchange: Exchange | None
-    highest: int
     group_of: Sequence[int]
     buckets_of: Sequence[Sequence[int]]
     overlaps: bool
@@ -88,11 +82,6 @@ class VotePlan(Plan):
     def usable_kernels(self) -> Kernels:
         """Compiled, if all workers could."""
         return self.kernels if self.compiled else EAGER
-
-    def kernels_for(self, decision: Decision) -> Kernels:
-        """A decision of fewer voters can have other levels, for which nothing was compiled."""
-        kernels = self.usable_kernels
-        return kernels if kernels.any_level or decision.highest == self.highest else EAGER
 
 
 @dataclass(frozen=True)
@@ -139,10 +128,10 @@ class DistributedLion(WorkersOptimizer):
     and float16 parameters are updated in float32. An update of lr is less than half a unit in the last place of most
     bfloat16 parameters, so these are rounded at random, without bias and the same on every rank; float16 to nearest.
 
-    The passes over the parameters are compiled at the first step, if that works on all ranks: on a CPU from C, for 1
-    million parameters or more; on a GPU by ``torch.compile``, for 4 million or more. Memory beyond parameters,
-    gradients and momentum is bounded by buckets of 16.8 million parameters and does not grow with the model, except for
-    decisions that wait (``overlap``). ``ledger`` counts the bytes that have travelled.
+    The passes over the parameters are compiled at the first step: on a CPU from C, for 1 million parameters or more,
+    if that works on all ranks; on a GPU by Triton. Memory beyond parameters, gradients and momentum is bounded by
+    buckets of 16.8 million parameters, 33.6 million on a GPU, and does not grow with the model, except for decisions
+    that wait (``overlap``). ``ledger`` counts the bytes that have travelled.
 
     Parameters may be sharded by FSDP2 over the ranks of a replica, which then is one worker: give ``fully_shard`` the
     shard dimension of a mesh, and the optimizer the group of the other. A rank votes on its shards with the ranks that
@@ -174,8 +163,6 @@ class DistributedLion(WorkersOptimizer):
     """
 
     bounded_by_decay = True
-    directed = False
-    """Whether directions are computed before they are packed, and decisions scaled."""
 
     def __init__(
         self,
@@ -358,8 +345,7 @@ class DistributedLion(WorkersOptimizer):
         return plan.views.pack(bucket, kernels, ballots.given, ballots.hypers, ballots.zero_votes, keep_states=keep)
 
     def _apply(self, plan: VotePlan, bucket: Bucket, decision: Decision, ballots: Ballots) -> None:
-        kernels = plan.kernels_for(decision)
-        absent = self.agreement.absent
+        kernels, absent = plan.usable_kernels, self.agreement.absent
         plan.views.apply(bucket, kernels, decision, ballots.hypers, ballots.inputs.step, absent)
 
     def _step_alone(self, plan: VotePlan, inputs: StepInputs, hypers: Tensor) -> None:
@@ -379,9 +365,7 @@ class DistributedLion(WorkersOptimizer):
         overlaps = self._overlaps and shards is None and device.type == "cpu" and isinstance(channel, ProcessChannel)
         count = BUCKETS if overlaps else exchange.buckets if exchange else 1
         buckets = lay_out(self.param_groups, shards, count)
-        highest = highest_level(self.aggregation, self.tie, workers)
-        dtypes = {parameter.dtype for parameter in parameters}
-        kernels = make_kernels(elements, device, dtypes, workers, highest, self.directed)
+        kernels = make_kernels(elements, device)
         group_of = [index for index, group in enumerate(self.param_groups) for _ in group["params"]]
         return VotePlan(
             workers=workers,
@@ -392,7 +376,6 @@ class DistributedLion(WorkersOptimizer):
             buckets=buckets,
             kernels=kernels or EAGER,
             exchange=exchange,
-            highest=highest,
             group_of=group_of,
             buckets_of=buckets_of(buckets, len(parameters)),
             overlaps=overlaps and len(buckets) > 1,
@@ -409,13 +392,9 @@ class DistributedLion(WorkersOptimizer):
         return (MOMENTUM,)
 
 
-def make_kernels(
-    elements: int, device: torch.device, dtypes: set[torch.dtype], workers: int, highest: int, directed: bool
-) -> Kernels | None:
-    """Compiled, if that pays for so many parameters, and works; other arguments as of ``compile_kernels``."""
-    if device.type == "cpu":
-        return load_passes() if elements >= NATIVE_FROM else None
-    return compile_kernels(device, dtypes, workers, highest, directed) if elements >= COMPILE_FROM else None
+def make_kernels(elements: int, device: torch.device) -> Kernels | None:
+    """In C, if that pays for so many parameters, and works."""
+    return load_passes() if device.type == "cpu" and elements >= NATIVE_FROM else None
 
 
 def _norm(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], shards: Shards | None) -> None:

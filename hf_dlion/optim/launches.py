@@ -122,7 +122,7 @@ class LaunchedViews(SegmentViews):
         from ..bits import gpu
 
         tables = self._tables_of(bucket)
-        planes = decision.planes[0].unsqueeze(0) if len(decision.planes) == 1 else torch.stack(decision.planes)
+        planes = _stacked(decision)
         left_alone = self._none_absent
         if absent:
             left_alone = send_to(self.device, [int(i in absent) for i in range(len(self._group_of))], torch.int32)
@@ -130,6 +130,17 @@ class LaunchedViews(SegmentViews):
         for dtype, blocks in tables.applying:
             tensors = blocks, tables.pieces, self._held, left_alone, hypers, tables.places, factors, planes
             gpu.apply(*tensors, step, decision.highest, dtype)
+
+    @override
+    def squares(self, bucket: Bucket, decision: Decision) -> dict[int, Tensor]:
+        from ..bits import gpu
+
+        tables, planes = self._tables_of(bucket), _stacked(decision)
+        totals = torch.zeros(len(self._group_of), dtype=torch.int64, device=self.device)
+        for _, directed, blocks in tables.packing:
+            if directed:
+                gpu.squares(blocks, tables.pieces, planes, totals, decision.highest)
+        return {i: totals[i] for i in bucket.parameters if not self._state_names[self._group_of[i]]}
 
     @override
     def step_alone(
@@ -211,6 +222,11 @@ class LaunchedViews(SegmentViews):
             [(key, torch.cat(found).to(self.device)) for key, found in applying.items()],
             torch.tensor(places, dtype=torch.int32).to(self.device),
         )
+
+
+def _stacked(decision: Decision) -> Tensor:
+    """Int32 ``[P, W]``."""
+    return decision.planes[0].unsqueeze(0) if len(decision.planes) == 1 else torch.stack(decision.planes)
 
 
 def _blocks_of(segment: Segment, first_piece: int) -> Tensor:

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack, override
 
-from ..bits.counting import popcount
+from ..bits.devices import send_to
 from ..bits.orthogonal import orthogonalize_into
-from ..bits.packing import LANES, unpack_bits
 from ..wire.exchange import Decision
 from ..wire.shards import Shards
 from .agreement import StepInputs
 from .dlion import MOMENTUM, Ballots, DistributedLion, VoteOptions, VotePlan
 from .hidden import ORTHOGONAL, SPLIT, UPDATE_RMS, HiddenMatricesMixin, begin_direction
-from .layout import Bucket, Segment
+from .layout import Bucket
 from .sharding import orthogonalize_shards
 from .states import all_parameters
 from .tensors import flatten, local, memory_order
@@ -84,7 +83,6 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
     """
 
     bounded_by_decay = False
-    directed = True
 
     def __init__(
         self,
@@ -151,9 +149,9 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         ballots: DirectedBallots,  # type: ignore[override]
     ) -> None:
         """A matrix is scaled by the rms of its whole decision, so its buckets wait for the last one of them."""
-        for segment in bucket.segments:
-            if decision.highest > 1 and self.param_groups[segment.group][ORTHOGONAL]:
-                _add_squares(ballots.squares, segment, decision)
+        if decision.highest > 1:
+            for index, square in plan.views.squares(bucket, decision).items():
+                ballots.squares[index] = ballots.squares.get(index, 0) + square
         ballots.waiting.append((bucket, decision))
         if plan.shards is not None and decision.highest > 1:
             if len(ballots.waiting) < len(plan.buckets):
@@ -175,7 +173,7 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
             if plan.shards is not None:
                 self._sum_squares(plan, plan.shards, squares)
             for index, decision in decisions.items():
-                scale = _scale(squares[index], 1, all_parameters(self)[index].numel())
+                scale = _scales([squares[index]], 1, [all_parameters(self)[index].numel()])
                 plan.views.apply_alone(index, decision, hypers[plan.group_of[index]], inputs.step, scale)
 
     def _with_gradients(self, plan: VotePlan, inputs: StepInputs) -> list[int]:
@@ -246,37 +244,19 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
     def _update(self, plan: VotePlan, bucket: Bucket, decision: Decision, ballots: DirectedBallots) -> None:
         plain = torch.full((1,), UPDATE_RMS, device=plan.views.device)
         scales = [plain] * len(plan.group_of)
-        for index, squares in ballots.squares.items():  # none where all of D is 1 or -1
-            scales[index] = _scale(squares, decision.highest, all_parameters(self)[index].numel())
+        known = [index for index in bucket.parameters if index in ballots.squares]  # none where all of D is 1 or -1
+        if known:
+            sizes = [all_parameters(self)[index].numel() for index in known]
+            found = _scales([ballots.squares[index] for index in known], decision.highest, sizes)
+            for place, index in enumerate(known):
+                scales[index] = found[place : place + 1]
         inputs = ballots.inputs
-        kernels, absent = plan.kernels_for(decision), self.agreement.absent
+        kernels, absent = plan.usable_kernels, self.agreement.absent
         plan.views.apply(bucket, kernels, decision, ballots.hypers, inputs.step, absent, scales)
 
 
-def _scale(squares: Tensor, highest: int, elements: int) -> Tensor:
-    """0.2 / rms(D), float32 ``[1]``, from the sum of squares of n D; 0.2 where all of D is 0."""
-    rms = (squares.double() / elements).sqrt() / highest
-    return (UPDATE_RMS / torch.where(rms > 0, rms, 1.0)).float().view(1)
-
-
-def _add_squares(squares: dict[int, Tensor], segment: Segment, decision: Decision) -> None:
-    """The squares of n D = 2c - n of a segment, to those of its parameters; exact, in int64."""
-    planes = [plane.view(-1, LANES)[segment.rows] for plane in decision.planes]
-    if segment.staged:
-        levels = torch.stack([unpack_bits(plane).view(-1).long() << p for p, plane in enumerate(planes)]).sum(0)
-        each = (2 * levels - decision.highest) ** 2
-        found = [each[place].sum() for place in segment.slices]
-    else:
-        found = [_squares_of_planes(planes, decision.highest, segment.spans[0].length)]
-    for span, sum_of_span in zip(segment.spans, found, strict=True):
-        squares[span.parameter] = squares.get(span.parameter, 0) + sum_of_span
-
-
-def _squares_of_planes(planes: Sequence[Tensor], highest: int, elements: int) -> Tensor:
-    """By 4 sum(c^2) - 4 n sum(c) + n^2, with c = sum of 2^p over the planes in which the bit is set."""
-    levels, squares = torch.zeros((2,), dtype=torch.int64, device=planes[0].device)
-    for p, plane in enumerate(planes):
-        levels = levels + (popcount(plane) << p)
-        for q, other in enumerate(planes):
-            squares = squares + (popcount(plane & other) << (p + q))
-    return 4 * squares - 4 * highest * levels + highest**2 * elements
+def _scales(squares: Sequence[Tensor], highest: int, elements: Sequence[int]) -> Tensor:
+    """0.2 / rms(D) of each parameter, float32, from the sum of squares of n D; 0.2 where all of D is 0."""
+    sizes = send_to(squares[0].device, elements, torch.float64)
+    rms = (torch.stack(list(squares)).double() / sizes).sqrt() / highest
+    return (UPDATE_RMS / torch.where(rms > 0, rms, 1.0)).float()

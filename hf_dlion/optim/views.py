@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bits.counting import popcount
 from ..bits.kernels import EAGER, Kernels, apply_signs
-from ..bits.packing import BLOCK, LANES
+from ..bits.packing import BLOCK, LANES, unpack_bits
 from ..bits.rounding import rounding_seed
 from ..wire.exchange import Decision
 from .layout import Bucket, Segment, Span
@@ -120,9 +121,8 @@ class SegmentViews(Views):
         """
         words = torch.empty((bucket.blocks, LANES), dtype=torch.int32, device=self.device)
         for segment in bucket.segments:
-            chosen = _for_size(kernels, segment)
-            own = chosen.peek if keep_states else chosen.vote
-            kernel = own if self._state_names[segment.group] else chosen.sign
+            own = kernels.peek if keep_states else kernels.vote
+            kernel = own if self._state_names[segment.group] else kernels.sign
             vote = self._vote_staged if segment.staged else self._vote_in_place
             vote(segment, kernel, given, hypers[segment.group], zero_votes, words[segment.rows])
         return words.view(-1)
@@ -161,8 +161,7 @@ class SegmentViews(Views):
             parameters = self._parameter_cuts[id(segment)]
             seed = self._seed(segment.dtype, step, segment.spans[0])
             scale = None if scales is None else _scale_of(segment, scales)
-            one_scale = scale is None or scale.dim() == 1
-            apply = (_for_size(kernels, segment) if one_scale else EAGER).apply
+            apply = (kernels if scale is None or scale.dim() == 1 else EAGER).apply
             part = tuple(plane[segment.rows] for plane in planes)
             present = [i for i, span in enumerate(segment.spans) if span.parameter not in absent]
             if not present:
@@ -175,6 +174,15 @@ class SegmentViews(Views):
             _copy(parameters, slices)
             apply(staged.view(-1, LANES, LANES), hypers[segment.group], seed, scale, decision.highest, part)
             _copy([slices[i] for i in present], [parameters[i] for i in present])
+
+    def squares(self, bucket: Bucket, decision: Decision) -> dict[int, Tensor]:
+        """By parameter whose direction is given, the sum of squares of n D = 2c - n in a bucket; exact, int64."""
+        found: dict[int, Tensor] = {}
+        for segment in bucket.segments:
+            if not self._state_names[segment.group]:
+                for index, square in _squares(segment, decision):
+                    found[index] = found[index] + square if index in found else square
+        return found
 
     def step_alone(
         self,
@@ -290,11 +298,6 @@ class SegmentViews(Views):
         return rounding_seed(step, first.parameter, first.start, self.device)
 
 
-def _for_size(kernels: Kernels, segment: Segment) -> Kernels:
-    # One block would be compiled anew: torch.compile takes a size of one for a constant.
-    return kernels if segment.blocks > 1 else EAGER
-
-
 def _scale_of(segment: Segment, scales: Sequence[Tensor]) -> Tensor:
     """One for all of a segment, or one for each of its elements."""
     first = scales[segment.spans[0].parameter]
@@ -304,6 +307,26 @@ def _scale_of(segment: Segment, scales: Sequence[Tensor]) -> Tensor:
     for span, place in zip(segment.spans, segment.slices, strict=True):
         each[place] = scales[span.parameter]
     return each.view(-1, LANES, LANES)
+
+
+def _squares(segment: Segment, decision: Decision) -> list[tuple[int, Tensor]]:
+    planes = [plane.view(-1, LANES)[segment.rows] for plane in decision.planes]
+    if not segment.staged:
+        [span] = segment.spans
+        return [(span.parameter, _squares_of_planes(planes, decision.highest, span.length))]
+    levels = torch.stack([unpack_bits(plane).view(-1).long() << p for p, plane in enumerate(planes)]).sum(0)
+    each = (2 * levels - decision.highest) ** 2
+    return [(span.parameter, each[place].sum()) for span, place in zip(segment.spans, segment.slices, strict=True)]
+
+
+def _squares_of_planes(planes: Sequence[Tensor], highest: int, elements: int) -> Tensor:
+    """By 4 sum(c^2) - 4 n sum(c) + n^2, with c = sum of 2^p over the planes in which the bit is set."""
+    levels, squares = torch.zeros((2,), dtype=torch.int64, device=planes[0].device)
+    for p, plane in enumerate(planes):
+        levels = levels + (popcount(plane) << p)
+        for q, other in enumerate(planes):
+            squares = squares + (popcount(plane & other) << (p + q))
+    return 4 * squares - 4 * highest * levels + highest**2 * elements
 
 
 def _cut(flat: Sequence[Tensor], segment: Segment) -> list[Tensor]:

@@ -22,7 +22,7 @@ from hf_dlion import DistributedLion, DistributedMuon, DLionTrainer, hidden_matr
 from hf_dlion.optim.virtual import VirtualWorkers
 from hf_dlion.trainer.report import run_report
 from tests.gpu.device import DEVICE, run
-from tests.kernels import KINDS, use_kernels
+from tests.kernels import use_kernels
 from tests.trainer import tiny
 from tests.trainer.test_trainer import weights
 
@@ -194,14 +194,19 @@ def waits(model: torch.nn.Module, optimizer: Any, workers: int) -> collections.C
 @pytest.mark.parametrize(
     ("workers", "name", "kernels"),
     [
-        (1, "dlion", "eager"),
-        (2, "dlion_bf16", "eager"),
-        *((2, name, kind) for name in ("dlion", "dmuon") for kind in KINDS if kind != "native"),
+        (1, "dlion", "launched"),
+        (2, "dlion_bf16", "launched"),
+        (2, "dlion", "launched"),
+        (2, "dmuon", "launched"),
     ],
 )
 def test_what_a_step_waits_for(workers: int, name: str, kernels: str, record_property: Any, monkeypatch: Any) -> None:
-    """Printed and recorded: `pytest -rP`, or `--junitxml`. Of two virtual workers, each has its own."""
-    monkeypatch.setattr("hf_dlion.optim.dlion.make_kernels", None)  # put back after use_kernels
+    """The check of the gradients, and what the others have said. Of two virtual workers, each has its own.
+
+    Printed and recorded: `pytest -rP`, or `--junitxml`.
+    """
+    for name_of in ("optim.dlion.make_kernels", "optim.dlion.can_launch", "wire.exchange.can_launch"):
+        monkeypatch.setattr(f"hf_dlion.{name_of}", None)  # put back after use_kernels
     use_kernels(kernels)
     model = some_model().to(torch.bfloat16 if name == "dlion_bf16" else torch.float32)
     made: Any = DistributedMuon if name == "dmuon" else DistributedLion
@@ -212,6 +217,7 @@ def test_what_a_step_waits_for(workers: int, name: str, kernels: str, record_pro
         print(f"{count} x {where}")  # noqa: T201
     record_property("waits", sum(found.values()))
     record_property("where", json.dumps(found.most_common(12)))
+    assert sum(count for where, count in found.items() if "optim/" in where) <= 2 * workers
 
 
 def launch(script: str, *options: str) -> str:

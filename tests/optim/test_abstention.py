@@ -60,10 +60,6 @@ def test_votes_without_the_bad_ones(workers: int) -> None:
     run_workers(follow_reference, workers, workers, "native" if workers % 2 else "eager")
 
 
-def test_compiled_votes_without_the_bad_ones() -> None:
-    run_workers(follow_reference, 3, 3, "compiled", timeout=400)
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_a_worker_that_always_abstains_is_as_if_it_were_not(name: str) -> None:
     options = {"lr": LR, "weight_decay": DECAY, **METHODS[name].fixed, **OPTIONS.get(name, {})}

@@ -124,9 +124,3 @@ DTYPES = (torch.float32, torch.bfloat16)
 def test_equals_the_reference(workers: int, kernels: str) -> None:
     cases = list(itertools.product(("mavo", "avg"), ("zero", "alternate"), ("gather", "sharded"), DTYPES))
     run_workers(follow_reference, workers, workers, cases, kernels)
-
-
-@pytest.mark.parametrize(("workers", "aggregation"), [(1, "mavo"), (2, "mavo"), (3, "avg")])
-def test_compiled_equals_the_reference(workers: int, aggregation: str) -> None:
-    cases = [(aggregation, "zero", "sharded", dtype) for dtype in DTYPES]
-    run_workers(follow_reference, workers, workers, cases, "compiled", timeout=400)

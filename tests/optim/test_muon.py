@@ -137,11 +137,6 @@ def test_equals_the_reference(workers: int, kernels: str) -> None:
     run_workers(follow_reference, workers, workers, CASES, kernels)
 
 
-@pytest.mark.parametrize(("workers", "case"), [(1, CASES[0]), (2, CASES[1]), (3, CASES[5])])
-def test_compiled_equals_the_reference(workers: int, case: tuple[str, str, str]) -> None:
-    run_workers(follow_reference, workers, workers, [case], "compiled", timeout=400)
-
-
 def train(method: type[DistributedLion], groups: list[dict[str, Any]], params: Any, **options: Any) -> VirtualWorkers:
     optimizer = VirtualWorkers(groups, 3, method, **SETTINGS, **options)
     for step in range(4):

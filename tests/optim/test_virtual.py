@@ -105,7 +105,7 @@ def test_goes_on_from_its_state(name: str) -> None:
     assert all(map(torch.equal, whole[-1], parts[-1]))
 
 
-def test_bitwise_with_compiled_kernels() -> None:
+def test_bitwise_of_a_large_parameter() -> None:
     outcomes = run_workers(train_large, 2)
     parameter = large_parameter()
     optimizer = VirtualWorkers([parameter], 2, DistributedLion, lr=LR)

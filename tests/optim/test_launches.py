@@ -1,0 +1,23 @@
+"""Triton's passes are bit for bit the eager ones; in its interpreter, and so without a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", "3.6", reason="no Triton of 3.6 or newer is installed, whose interpreter works")
+
+
+@pytest.mark.parametrize("part", ["counts", "dlion 1", "dlion 2", "dlion 3", "dmuon 1", "dmuon 2", "dmuon 3"])
+def test_as_the_eager_ones(part: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.optim.launched", *part.split()],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
