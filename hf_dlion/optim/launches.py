@@ -63,7 +63,7 @@ class LaunchedViews(SegmentViews):
         super().__init__(buckets, state_names, device, group_of)
         self._state_name = state_name
         self._tables: dict[int, _Tables] = {}
-        self._chunks: dict[tuple[int, ...], Tensor] = {}
+        self._chunks: dict[int, Tensor] = {}
         self._none_absent = torch.zeros(len(group_of), dtype=torch.int32, device=device)
         self._ones = torch.ones(len(group_of), device=device)
         begins = [place_of(index, 0) for index in range(len(group_of))]
@@ -175,12 +175,11 @@ class LaunchedViews(SegmentViews):
             gpu.direct(chunks, self._held, given.addresses, written.addresses, hypers, dtype, keep)
         return [written.tensors[index] for index in indices]  # type: ignore[misc]
 
-    def _by_dtype(self, indices: Sequence[int]) -> dict[torch.dtype, tuple[int, ...]]:
-        found: dict[torch.dtype, tuple[int, ...]] = {}
+    def _by_dtype(self, indices: Sequence[int]) -> dict[torch.dtype, list[int]]:
+        found: dict[torch.dtype, list[int]] = {}
         for index in indices:
             if len(self.parameters[index]):
-                dtype = self.parameters[index].dtype
-                found[dtype] = (*found.get(dtype, ()), index)
+                found.setdefault(self.parameters[index].dtype, []).append(index)
         return found
 
     def _addresses(self, tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> _Addressed:
@@ -188,14 +187,12 @@ class LaunchedViews(SegmentViews):
         found = [0 if t is None else t.data_ptr() for t in kept]
         return _Addressed(kept, send_to(self.device, found, torch.int64))
 
-    def _chunks_of(self, indices: tuple[int, ...]) -> Tensor:
-        if indices not in self._chunks:
-            counts = torch.tensor([-(-len(self.parameters[index]) // BLOCK) for index in indices])
-            numbers = torch.tensor(indices).repeat_interleave(counts)
-            first = (counts.cumsum(0) - counts).repeat_interleave(counts)
-            chunks = torch.stack([numbers, torch.arange(len(numbers)) - first], 1)
-            self._chunks[indices] = chunks.to(torch.int32).to(self.device)
-        return self._chunks[indices]
+    def _chunks_of(self, indices: Sequence[int]) -> Tensor:
+        for index in indices:
+            if index not in self._chunks:
+                chunks = torch.arange(-(-len(self.parameters[index]) // BLOCK), dtype=torch.int32)
+                self._chunks[index] = torch.stack([torch.full_like(chunks, index), chunks], 1).to(self.device)
+        return torch.cat([self._chunks[index] for index in indices])
 
     def _tables_of(self, bucket: Bucket) -> _Tables:
         if bucket.number not in self._tables:
