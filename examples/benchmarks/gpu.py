@@ -31,9 +31,9 @@ from .shapes import gpt2_shapes
 WORKERS = 4
 WARMUP, REPEATS = 3, 15
 SIZES = {
-    "124 M": gpt2_shapes(768, 12, 50257),
-    "355 M": gpt2_shapes(1024, 24, 50257),
-    "1.5 B": gpt2_shapes(1600, 48, 50257),
+    "124M": gpt2_shapes(768, 12, 50257),
+    "355M": gpt2_shapes(1024, 24, 50257),
+    "1.5B": gpt2_shapes(1600, 48, 50257),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -232,6 +232,14 @@ def launch(script: str, *options: str) -> str:
     return done.stdout
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="it measures a GPU")
+def test_the_benchmark(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "examples.benchmarks.gpu", "--sizes", "124M", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert set(json.loads((tmp_path / "results.json").read_text())["cases"]) == {"124M, float32", "124M, bfloat16"}
+
+
 def test_the_minimal_example(tmp_path: Path) -> None:
     said = launch("minimal_trainer.py", "--learning_rate", "3e-3", "--max_steps", "60", "--output_dir", str(tmp_path))
     assert float(said.rpartition("validation loss ")[2]) < 3
