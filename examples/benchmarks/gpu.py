@@ -104,7 +104,7 @@ class Parts:
         return first_bad_gradient(self.gradients)
 
     def vote(self) -> None:
-        plan, given = self.plan, self.views.given(self.gradients)
+        plan, given = self.plan, self.views.given(self.gradients, None)
         for bucket in plan.buckets:
             self.views.pack(bucket, plan.usable_kernels, given, self.hypers, self.zero_votes)
 

@@ -44,13 +44,17 @@ def vote(
     given: Tensor,
     hypers: Tensor,
     zero_votes: Tensor,
+    verdict: Tensor,
     words: Tensor,
     dtype: torch.dtype,
     directed: bool,
 ) -> None:
-    """Write the packed signs of directions into ``words``; unless these are given, as float32, move momenta on."""
-    kind = tl.float32 if directed else TYPES[dtype]
-    _launch(_vote, len(blocks), blocks, pieces, held, given, hypers, zero_votes, words, kind, directed)
+    """Write the packed signs of directions into ``words``; unless these are given, as float32, move momenta on.
+
+    ``verdict``, int64 ``[1]``, is -1, or else momenta stay as they are.
+    """
+    tensors = blocks, pieces, held, given, hypers, zero_votes, verdict, words
+    _launch(_vote, len(blocks), *tensors, tl.float32 if directed else TYPES[dtype], directed)
 
 
 def apply(
@@ -83,10 +87,10 @@ def squares(blocks: Tensor, pieces: Tensor, planes: Tensor, totals: Tensor, high
 
 
 def direct(
-    chunks: Tensor, held: Tensor, given: Tensor, outputs: Tensor, hypers: Tensor, dtype: torch.dtype, keep: bool
+    chunks: Tensor, held: Tensor, given: Tensor, outputs: Tensor, hypers: Tensor, verdict: Tensor, dtype: torch.dtype
 ) -> None:
-    """Write directions, float32, to ``outputs``, addresses by parameter; unless ``keep``, move momenta on."""
-    _launch(_direct, len(chunks), chunks, held, given, outputs, hypers, TYPES[dtype], keep)
+    """Write directions, float32, to ``outputs``, addresses by parameter; and move momenta on, as :func:`vote` does."""
+    _launch(_direct, len(chunks), chunks, held, given, outputs, hypers, verdict, TYPES[dtype])
 
 
 def step(
@@ -159,7 +163,7 @@ def _store(pointer, updated, elements, place, step, inside, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _vote(blocks, pieces, held, given, hypers, zero_votes, words, TYPE: tl.constexpr, DIRECTED: tl.constexpr):
+def _vote(blocks, pieces, held, given, hypers, zero_votes, verdict, words, TYPE: tl.constexpr, DIRECTED: tl.constexpr):
     entry = blocks + 3 * tl.program_id(0)
     block = tl.load(entry)
     rows, lanes = _rows_and_lanes()
@@ -181,7 +185,7 @@ def _vote(blocks, pieces, held, given, hypers, zero_votes, words, TYPE: tl.const
             m = tl.load(momentum, inside, 0.0)
             hyper = hypers + 6 * tl.load(held + 4 * parameter + 3)
             direction = tl.where(inside, _mixed(hyper, hyper + 1, m, g), direction)
-            tl.store(momentum, _mixed(hyper + 2, hyper + 3, m, g), inside)
+            tl.store(momentum, _mixed(hyper + 2, hyper + 3, m, g), inside & (tl.load(verdict) < 0))
         p += 1
     votes = (direction > 0) | ((direction == 0) & (tl.load(zero_votes + lanes) != 0))
     tl.store(words + block * _ROWS + tl.arange(0, _ROWS), tl.sum(votes.to(tl.int32) << rows, 0))
@@ -258,7 +262,7 @@ def _levels(planes, width, block, PLANES: tl.constexpr):
 
 
 @triton.jit
-def _direct(chunks, held, given, outputs, hypers, TYPE: tl.constexpr, KEEP: tl.constexpr):
+def _direct(chunks, held, given, outputs, hypers, verdict, TYPE: tl.constexpr):
     parameter = tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
     start = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * _BLOCK
     at = tl.arange(0, _BLOCK)
@@ -269,8 +273,7 @@ def _direct(chunks, held, given, outputs, hypers, TYPE: tl.constexpr, KEEP: tl.c
     m = tl.load(momentum, inside, 0.0)
     output = _from(tl.load(outputs + parameter), start, tl.float32) + at
     tl.store(output, _mixed(hyper, hyper + 1, m, g), inside)
-    if not KEEP:
-        tl.store(momentum, _mixed(hyper + 2, hyper + 3, m, g), inside)
+    tl.store(momentum, _mixed(hyper + 2, hyper + 3, m, g), inside & (tl.load(verdict) < 0))
 
 
 @triton.jit(do_not_specialize=["step"])

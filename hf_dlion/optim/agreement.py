@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..bits.devices import send_to
 from ..bits.hashing import checksum, digest
 from ..wire.collectives import Channel
 from ..wire.shards import Shards
@@ -48,12 +49,14 @@ class StepInputs:
             abstains then, and has no gradients.
         changed: whether the parameters are laid out otherwise than the votes. This worker then has no gradients, and
             learns whether it is so on all ranks.
+        verdict: as of :func:`verdict_on`, where only the GPU knows ``bad_gradient`` as yet; it has the gradients then.
     """
 
     replica: Replica
     gradients: list[Tensor | None]
     bad_gradient: int
     changed: bool = False
+    verdict: Tensor | None = None
 
     @property
     def step(self) -> int:
@@ -146,6 +149,7 @@ class Agreement:
         self._comparing_gradients = True
         self._overflows = 0
         self._voters: list[int] = []
+        self._unheard = False
 
     def options(self) -> dict[str, Any]:
         """What must be the same on all ranks."""
@@ -158,7 +162,9 @@ class Agreement:
         rank: int,
         scale: Tensor | None = None,
         found_inf: Tensor | None = None,
-    ) -> tuple[list[Tensor | None], int]:
+        *,
+        defer: bool = False,
+    ) -> tuple[list[Tensor | None], int, Tensor | None]:
         """What this worker votes with: its gradients, or none where one is bad and it abstains.
 
         Args:
@@ -167,11 +173,14 @@ class Agreement:
             rank: this worker's number, for the log.
             scale: of a gradient scaler that has not been taken off the gradients; they are divided by it in place.
             found_inf: of a gradient scaler, whether it found an overflow; None without one.
+            defer: do not wait for a GPU, if there is no gradient scaler.
 
         Returns:
-            The gradients, and the index of the first bad one; -1 if there is none.
+            The gradients; the index of the first bad one, -1 if there is none; and the verdict of ``StepInputs``.
         """
         self.scaled = found_inf is not None
+        if defer and not self.scaled:
+            return gradients, -1, verdict_on(gradients, replica.parameters[0].device)
         present = [gradient for gradient in gradients if gradient is not None]
         if scale is not None and present:
             torch._foreach_div_(present, scale.to(present[0].device))
@@ -182,10 +191,9 @@ class Agreement:
         if replica.shards is not None:
             gradients, bad = _of_all_shards(replica, replica.shards, gradients, bad)
         if bad < 0:
-            return gradients, bad
-        if not self.scaled and self.on_bad_gradient == "abstain":
-            logger.warning("worker %d abstains from a step: %s", rank, replica.describe_bad_gradient(bad))
-        return [None] * len(gradients), bad
+            return gradients, bad, None
+        self._warn(rank, replica, bad)
+        return [None] * len(gradients), bad, None
 
     def shake_hands(
         self, channel: Channel, replica: Replica, gradients: Sequence[Tensor | None], compiled: bool
@@ -245,7 +253,11 @@ class Agreement:
         hyperparameters, compared, changed = values
         present = sum(1 << index for index, gradient in enumerate(inputs.gradients) if gradient is not None)
         own = Header(hyperparameters, inputs.bad_gradient, compared, changed, present)
-        return own.pack(len(inputs.gradients), replica.parameters[0].device)
+        packed = own.pack(len(inputs.gradients), replica.parameters[0].device)
+        self._unheard = inputs.verdict is not None
+        if inputs.verdict is not None:
+            packed.view(torch.int64)[1:2] = inputs.verdict  # in the place of `bad_gradient`
+        return packed
 
     def voters(self, channel: Channel, replica: Replica, headers: Tensor) -> list[int]:
         """The ranks that do not abstain, the same on all ranks; none, where a gradient scaler overflowed on all.
@@ -302,6 +314,10 @@ class Agreement:
         self._raise_for_bad(inputs.replica, {0: inputs.bad_gradient} if inputs.bad_gradient >= 0 else {}, 1)
         self.absent = frozenset(index for index, gradient in enumerate(inputs.gradients) if gradient is None)
 
+    def _warn(self, rank: int, replica: Replica, bad: int) -> None:
+        if not self.scaled and self.on_bad_gradient == "abstain":
+            logger.warning("worker %d abstains from a step: %s", rank, replica.describe_bad_gradient(bad))
+
     def _compare_gradients(self, checksums: Sequence[int]) -> None:
         """At the first step at which not all are zero."""
         if not self._comparing_gradients or not any(checksums):
@@ -339,6 +355,8 @@ class Agreement:
                 "before, on hardware of one kind."
             )
         bad = {rank: header.bad_gradient for rank, header in enumerate(headers) if header.bad_gradient >= 0}
+        if self._unheard and channel.rank in bad:
+            self._warn(channel.rank, replica, bad[channel.rank])
         self._raise_for_bad(replica, bad, len(headers))
         self.bad_gradients += len(bad)
         voters = [rank for rank in range(len(headers)) if rank not in bad]
@@ -388,6 +406,19 @@ def _of_all_shards(
         for parameter, gradient, anywhere in zip(held, gradients, present, strict=True)
     ]
     return of_replica, bad
+
+
+def verdict_on(gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """As :func:`first_bad_gradient`, of a GPU's gradients: int64 ``[1]``, which nobody has waited for."""
+    present = [
+        (index, gradient) for index, gradient in enumerate(gradients) if gradient is not None and gradient.numel()
+    ]
+    if not present:
+        return torch.full((1,), -1, dtype=torch.int64, device=device)
+    bad = ~torch.stack(list(torch._foreach_norm([gradient for _, gradient in present], float("inf")))).isfinite()
+    none = len(gradients)
+    first = torch.where(bad, send_to(device, [index for index, _ in present], torch.int64), none).amin()
+    return torch.where(first == none, -1, first).view(1)
 
 
 def first_bad_gradient(gradients: Sequence[Tensor | None]) -> int:

@@ -333,7 +333,7 @@ class DistributedLion(WorkersOptimizer):
         channel = plan.channel
         assert channel is not None
         voters = partial(self.agreement.voters, channel, inputs.replica)
-        given = inputs.gradients if early else plan.views.given(inputs.gradients)
+        given = inputs.gradients if early else plan.views.given(inputs.gradients, inputs.verdict)
         return self._ballots(plan, Ballots(inputs, given, hypers, zero_votes, voters, early))
 
     def _ballots(self, plan: VotePlan, ballots: Ballots) -> Ballots:
@@ -367,10 +367,12 @@ class DistributedLion(WorkersOptimizer):
         buckets = lay_out(self.param_groups, shards, count)
         kernels = make_kernels(elements, device)
         group_of = [index for index, group in enumerate(self.param_groups) for _ in group["params"]]
+        views = self._make_views(buckets, device, group_of)
         return VotePlan(
             workers=workers,
             channel=channel,
-            views=self._make_views(buckets, device, group_of),
+            views=views,
+            defers_verdict=isinstance(views, LaunchedViews) and channel is not None and shards is None,
             compiled=kernels is not None,
             shards=shards,
             buckets=buckets,

@@ -38,10 +38,17 @@ class _Tables:
 
 @dataclass(frozen=True)
 class _Addressed:
-    """Tensors by parameter, with the addresses that kernels find them by; the tensors have to live until the launch."""
+    """Tensors by parameter, with the addresses that kernels find them by; the tensors have to live until the launch.
+
+    Attributes:
+        tensors: those.
+        addresses: int64, by parameter; 0 where there is none.
+        verdict: int64 ``[1]``; unless it is -1, momenta stay as they are.
+    """
 
     tensors: list[Tensor | None]
     addresses: Tensor
+    verdict: Tensor
 
 
 class LaunchedViews(SegmentViews):
@@ -64,6 +71,7 @@ class LaunchedViews(SegmentViews):
         self._state_name = state_name
         self._tables: dict[int, _Tables] = {}
         self._chunks: dict[int, Tensor] = {}
+        self._good = torch.full((1,), -1, dtype=torch.int64, device=device)
         self._none_absent = torch.zeros(len(group_of), dtype=torch.int32, device=device)
         self._ones = torch.ones(len(group_of), device=device)
         begins = [place_of(index, 0) for index in range(len(group_of))]
@@ -81,12 +89,12 @@ class LaunchedViews(SegmentViews):
             self._held = send_to(self.device, rows, torch.int64)
 
     @override
-    def given(self, gradients: Sequence[Tensor | None]) -> Any:
+    def given(self, gradients: Sequence[Tensor | None], verdict: Tensor | None) -> Any:
         dtypes = [
             parameter.dtype if self._state_names[group] else torch.float32
             for parameter, group in zip(self.parameters, self._group_of, strict=True)
         ]
-        return self._addresses(gradients, dtypes)
+        return self._addresses(gradients, dtypes, verdict)
 
     @override
     def pack(
@@ -105,7 +113,8 @@ class LaunchedViews(SegmentViews):
         words = torch.empty(bucket.blocks * LANES, dtype=torch.int32, device=self.device)
         tables = self._tables_of(bucket)
         for dtype, directed, blocks in tables.packing:
-            gpu.vote(blocks, tables.pieces, self._held, given.addresses, hypers, zero_votes, words, dtype, directed)
+            tensors = blocks, tables.pieces, self._held, given.addresses, hypers, zero_votes, given.verdict, words
+            gpu.vote(*tensors, dtype, directed)
         return words
 
     @override
@@ -161,18 +170,26 @@ class LaunchedViews(SegmentViews):
 
     @override
     def directions(
-        self, indices: Sequence[int], gradients: Sequence[Tensor | None], hypers: Tensor, state_name: str, *, keep: bool
+        self,
+        indices: Sequence[int],
+        gradients: Sequence[Tensor | None],
+        hypers: Tensor,
+        state_name: str,
+        verdict: Tensor | None,
+        *,
+        keep: bool,
     ) -> list[Tensor]:
         from ..bits import gpu
 
+        assert not keep  # no vote leaves before the step
         outputs: list[Tensor | None] = [None] * len(self.parameters)
         for index in indices:
             outputs[index] = torch.empty(len(self.parameters[index]), device=self.device)
         written = self._addresses(outputs, [torch.float32] * len(outputs))
-        given = self._addresses(gradients, [parameter.dtype for parameter in self.parameters])
+        given = self._addresses(gradients, [parameter.dtype for parameter in self.parameters], verdict)
         for dtype, of_dtype in self._by_dtype(indices).items():
             chunks = self._chunks_of(of_dtype)
-            gpu.direct(chunks, self._held, given.addresses, written.addresses, hypers, dtype, keep)
+            gpu.direct(chunks, self._held, given.addresses, written.addresses, hypers, given.verdict, dtype)
         return [written.tensors[index] for index in indices]  # type: ignore[misc]
 
     def _by_dtype(self, indices: Sequence[int]) -> dict[torch.dtype, list[int]]:
@@ -182,10 +199,12 @@ class LaunchedViews(SegmentViews):
                 found.setdefault(self.parameters[index].dtype, []).append(index)
         return found
 
-    def _addresses(self, tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> _Addressed:
+    def _addresses(
+        self, tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype], verdict: Tensor | None = None
+    ) -> _Addressed:
         kept = [None if t is None else t.to(dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
         found = [0 if t is None else t.data_ptr() for t in kept]
-        return _Addressed(kept, send_to(self.device, found, torch.int64))
+        return _Addressed(kept, send_to(self.device, found, torch.int64), self._good if verdict is None else verdict)
 
     def _chunks_of(self, indices: Sequence[int]) -> Tensor:
         for index in indices:

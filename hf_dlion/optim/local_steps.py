@@ -202,7 +202,7 @@ class LocalSteps(CodedMean):
         gradients = [local_gradient(parameter, self.method) for parameter in all_parameters(self)]
         plan = self._current_plan()
         replica = replica_of(self, plan.shards)
-        gradients, bad = self.agreement.own_gradients(gradients, replica, self.rank, *scaler_of(self))
+        gradients, bad, _ = self.agreement.own_gradients(gradients, replica, self.rank, *scaler_of(self))
         self._begin(plan, replica, gradients)
         made = self.param_groups[0][STEP] + 1
         if bad < 0:

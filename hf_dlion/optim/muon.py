@@ -132,7 +132,7 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         for index in hidden:
             gradients[index] = ballots.directions.get(index)
         kernels, keep = plan.usable_kernels, ballots.early
-        given = plan.views.given(gradients) if hidden else ballots.given
+        given = plan.views.given(gradients, ballots.inputs.verdict) if hidden else ballots.given
         words = plan.views.pack(bucket, kernels, given, ballots.hypers, ballots.zero_votes, keep_states=keep)
         for index in hidden:
             ballots.packed[index] = ballots.packed.get(index, 0) + 1
@@ -213,7 +213,7 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         Of shards, at most as many matrices as there are shards: a collective.
         """
         parameters = all_parameters(self)
-        held = plan.views.directions(indices, inputs.gradients, hypers, MOMENTUM, keep=early)
+        held = plan.views.directions(indices, inputs.gradients, hypers, MOMENTUM, inputs.verdict, keep=early)
         groups = [self.param_groups[plan.group_of[index]] for index in indices]
         if plan.shards is not None:
             shapes, splits = [parameters[index].shape for index in indices], [group[SPLIT] for group in groups]

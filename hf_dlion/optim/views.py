@@ -95,8 +95,13 @@ class SegmentViews(Views):
                 _cut([state[name] for state in self.states], segment) for name in self._state_names[segment.group]
             ]
 
-    def given(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """Gradients or directions of all parameters, flat, as :meth:`pack` takes them; None where there is none."""
+    def given(self, gradients: Sequence[Tensor | None], verdict: Tensor | None) -> Sequence[Tensor | None]:
+        """Gradients or directions of all parameters, flat, as :meth:`pack` takes them; None where there is none.
+
+        Args:
+            gradients: those.
+            verdict: as of ``StepInputs``; states stay as they are, if it is of a bad gradient.
+        """
         return gradients
 
     def pack(
@@ -217,6 +222,7 @@ class SegmentViews(Views):
         gradients: Sequence[Tensor | None],
         hypers: Tensor,
         state_name: str,
+        verdict: Tensor | None,
         *,
         keep: bool,
     ) -> list[Tensor]:
@@ -227,6 +233,7 @@ class SegmentViews(Views):
             gradients: of all parameters, flat.
             hypers: for each param group, as the kernels take it.
             state_name: of the momentum.
+            verdict: as of :meth:`given`.
             keep: leave the momenta as they are; else they move on.
         """
         found = []

@@ -47,6 +47,7 @@ class Plan:
         layout: of the parameters that it was made for.
         compiled: whether this worker steps by compiled kernels.
         shards: the ranks that hold this worker's replica together; None, if this one holds all of it.
+        defers_verdict: whether a bad gradient need not be known before the votes are sent.
     """
 
     workers: int
@@ -55,6 +56,7 @@ class Plan:
     layout: Layout = ()
     compiled: bool = False
     shards: Shards | None = None
+    defers_verdict: bool = False
 
 
 class WorkersOptimizer(StatefulOptimizer):
@@ -220,15 +222,17 @@ class WorkersOptimizer(StatefulOptimizer):
         plan = self._current_plan()
         replica = replica_of(self, plan.shards)
         show_step(replica.step)
-        gradients, bad = self.agreement.own_gradients(gradients, replica, self.rank, *scaler)
+        judged = self.agreement.own_gradients(gradients, replica, self.rank, *scaler, defer=plan.defers_verdict)
         try:
-            self._exchange(plan, replica, gradients, bad)
+            self._exchange(plan, replica, *judged)
         except LayoutChangedError:
             self.state_changed()
             plan = self._current_plan()
-            self._exchange(plan, replica_of(self, plan.shards), gradients, bad)
+            self._exchange(plan, replica_of(self, plan.shards), *judged)
 
-    def _exchange(self, plan: Plan, replica: Replica, gradients: list[Tensor | None], bad: int) -> None:
+    def _exchange(
+        self, plan: Plan, replica: Replica, gradients: list[Tensor | None], bad: int, verdict: Tensor | None
+    ) -> None:
         """Exchange and update, or find out with the others that the parameters are laid out otherwise by now."""
         changed = plan.layout != replica.layout
         if changed:
@@ -237,7 +241,7 @@ class WorkersOptimizer(StatefulOptimizer):
             self.make_state()
             plan.views.follow(replica.parameters, [self.state[parameter] for parameter in all_parameters(self)])
             gradients = plan.views.flatten(gradients)
-        inputs = StepInputs(replica, gradients, bad, changed)
+        inputs = StepInputs(replica, gradients, bad, changed, verdict)
         if plan.channel is None:
             self.agreement.check_alone(inputs, self.process_group is None)
         else:
