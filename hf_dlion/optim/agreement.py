@@ -118,6 +118,10 @@ class Header:
         return unpacked
 
 
+Judged = tuple[list[Tensor | None], int, Tensor | None]
+"""As of :meth:`Agreement.own_gradients`."""
+
+
 class LayoutChangedError(RuntimeError):
     """The parameters are laid out otherwise than the votes, alike on all ranks: lay out anew, and step again."""
 
@@ -164,7 +168,7 @@ class Agreement:
         found_inf: Tensor | None = None,
         *,
         defer: bool = False,
-    ) -> tuple[list[Tensor | None], int, Tensor | None]:
+    ) -> Judged:
         """What this worker votes with: its gradients, or none where one is bad and it abstains.
 
         Args:

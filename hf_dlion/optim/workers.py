@@ -20,7 +20,7 @@ from ..wire.ledger import Ledger
 from ..wire.liveness import show_step
 from ..wire.shards import Shards
 from ..wire.shares import VoteShares
-from .agreement import ON_BAD_GRADIENT, Agreement, LayoutChangedError, StepInputs
+from .agreement import ON_BAD_GRADIENT, Agreement, Judged, LayoutChangedError, StepInputs
 from .renamed import renamed_keywords
 from .replica import STEP, Layout, Replica, layout_of
 from .states import StatefulOptimizer, all_parameters, check_layout
@@ -224,24 +224,22 @@ class WorkersOptimizer(StatefulOptimizer):
         show_step(replica.step)
         judged = self.agreement.own_gradients(gradients, replica, self.rank, *scaler, defer=plan.defers_verdict)
         try:
-            self._exchange(plan, replica, *judged)
+            self._exchange(plan, replica, judged)
         except LayoutChangedError:
             self.state_changed()
             plan = self._current_plan()
-            self._exchange(plan, replica_of(self, plan.shards), *judged)
+            self._exchange(plan, replica_of(self, plan.shards), judged)
 
-    def _exchange(
-        self, plan: Plan, replica: Replica, gradients: list[Tensor | None], bad: int, verdict: Tensor | None
-    ) -> None:
+    def _exchange(self, plan: Plan, replica: Replica, judged: Judged) -> None:
         """Exchange and update, or find out with the others that the parameters are laid out otherwise by now."""
         changed = plan.layout != replica.layout
         if changed:
-            gradients = [None] * len(plan.layout)
+            gradients: list[Tensor | None] = [None] * len(plan.layout)
         else:
             self.make_state()
             plan.views.follow(replica.parameters, [self.state[parameter] for parameter in all_parameters(self)])
-            gradients = plan.views.flatten(gradients)
-        inputs = StepInputs(replica, gradients, bad, changed, verdict)
+            gradients = plan.views.flatten(judged[0])
+        inputs = StepInputs(replica, gradients, judged[1], changed, judged[2])
         if plan.channel is None:
             self.agreement.check_alone(inputs, self.process_group is None)
         else:
