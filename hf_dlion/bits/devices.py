@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
 
+
+@functools.cache
 def can_launch(device: torch.device) -> bool:
-    """Whether there is Triton for it, and so :mod:`gpu`."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    """Whether :mod:`gpu` works there; a warning, where it should and does not."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from . import gpu
+
+        gpu.try_out(device)
+    except Exception as error:  # whatever Triton raises: no C compiler, no folder to write to, a GPU that is too old
+        logger.warning(
+            "the optimizer steps in eager mode on %s, which is many times slower: Triton's kernels do not work there. "
+            "A C compiler on the path, and a home or TRITON_CACHE_DIR that can be written to, may be what is missing. "
+            "The cause: %s",
+            device,
+            error,
+        )
+        return False
+    return True
 
 
 def send_to(device: torch.device, values: Sequence[Any], dtype: torch.dtype) -> Tensor:

@@ -120,6 +120,27 @@ def tally(votes: Sequence[Tensor], rule: str, step: int, sample: range) -> Tally
     return Tally(list(decided), sums[0], sums[1])
 
 
+def try_out(device: torch.device) -> None:
+    """Launch each kernel once, on one element; raises whatever Triton raises where they do not work."""
+
+    def one(*values: int) -> Tensor:
+        return torch.tensor([values], dtype=torch.int64, device=device)
+
+    hypers, number = torch.zeros((1, 6), device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    blocks, chunks = one(0, 0, 1).int(), one(0, 0).int()
+    pieces, verdict, planes = one(0, 1, 0, 0, 0), one(-1)[0], torch.zeros((1, LANES), dtype=torch.int32, device=device)
+    zero_votes, totals = torch.zeros(LANES, dtype=torch.bool, device=device), torch.zeros_like(verdict)
+    for dtype in (torch.float32, torch.bfloat16):
+        values, momentum = torch.zeros(1, dtype=dtype, device=device), torch.zeros(1, device=device)
+        held, given = one(values.data_ptr(), momentum.data_ptr(), 1, 0), one(values.data_ptr())[0]
+        vote(blocks, pieces, held, given, hypers, zero_votes, verdict, planes[0], dtype, directed=False)
+        apply(blocks, pieces, held, number, hypers, number, momentum, planes, 0, 1, dtype)
+        direct(chunks, held, given, one(momentum.data_ptr())[0], hypers, verdict, dtype)
+        step(chunks, held, given, hypers, number, 0, 1.0, dtype)
+    squares(blocks, pieces, planes, totals, 1)
+    tally([planes[0]], "zero", 0, range(1))
+
+
 def _launch(kernel: Any, programs: int, first: Tensor, *others: Any) -> None:
     # Triton launches on the current GPU, whichever has the tensors. A multiplication and an addition that become one
     # instruction would be rounded once, where all other implementations round twice.
@@ -247,8 +268,7 @@ def _squares(blocks, pieces, planes, totals, width, highest, PLANES: tl.constexp
         at = place - tl.load(piece).to(tl.int32)
         inside = (at >= 0) & (at < tl.load(piece + 1).to(tl.int32))
         each = tl.where(inside, 2 * level - highest, 0)
-        total = tl.sum(tl.sum(each * each, 1), 0)
-        tl.atomic_add(totals + tl.load(piece + 2), total.to(tl.int64))
+        tl.atomic_add(totals + tl.load(piece + 2), tl.sum(tl.sum(each * each, 1).to(tl.int64), 0))
         p += 1
 
 
@@ -295,7 +315,7 @@ def _step(chunks, held, given, hypers, places, step, scale, TYPE: tl.constexpr):
     _store(pointer, updated, (start + at).to(tl.int32), tl.load(places + parameter), step, inside, TYPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["words", "step", "stop", "every"])
 def _tally(
     votes, decided, sums, words, step, stop, every, VOTERS: tl.constexpr, RULE: tl.constexpr, PLANES: tl.constexpr
 ):

@@ -17,18 +17,13 @@ from .hashing import digest, scatter, scatter_number
 
 def rounding_seed(step: int, parameter: int, start: int, device: torch.device) -> Tensor:
     """Int32 ``[1]``, for elements of a parameter from ``start`` on at that step."""
-    # Filled, not copied: a copy would wait for a GPU.
-    return torch.full((1,), seed_of(step, parameter, start), dtype=torch.int32, device=device)
-
-
-def seed_of(step: int, parameter: int, start: int) -> int:
-    """As :func:`rounding_seed`, as a number."""
-    return scatter_number(place_of(parameter, start), step) & 0x7FFFFFFF
+    seed = scatter_number(place_of(parameter, start), step) & 0x7FFFFFFF
+    return torch.full((1,), seed, dtype=torch.int32, device=device)  # filled, not copied: a copy would wait for a GPU
 
 
 @functools.cache
 def place_of(parameter: int, start: int) -> int:
-    """What :func:`seed_of` mixes the step into; below 2^31."""
+    """What :func:`rounding_seed` mixes the step into; below 2^31."""
     return digest((parameter, start)) & 0x7FFFFFFF
 
 

@@ -183,7 +183,7 @@ class Agreement:
             The gradients; the index of the first bad one, -1 if there is none; and the verdict of ``StepInputs``.
         """
         self.scaled = found_inf is not None
-        if defer and not self.scaled:
+        if defer and not self.scaled and self.handshake_done and not self._comparing_gradients:
             return gradients, -1, verdict_on(gradients, replica.parameters[0].device)
         present = [gradient for gradient in gradients if gradient is not None]
         if scale is not None and present:
@@ -198,6 +198,10 @@ class Agreement:
             return gradients, bad, None
         self._warn(rank, replica, bad)
         return [None] * len(gradients), bad, None
+
+    def settled(self, judged: Judged, replica: Replica, rank: int) -> Judged:
+        """As :meth:`own_gradients` without ``defer``, of what it has returned with it."""
+        return judged if judged[2] is None else self.own_gradients(judged[0], replica, rank)
 
     def shake_hands(
         self, channel: Channel, replica: Replica, gradients: Sequence[Tensor | None], compiled: bool

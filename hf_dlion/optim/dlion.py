@@ -314,7 +314,8 @@ class DistributedLion(WorkersOptimizer):
             words = torch.zeros(bucket.blocks * LANES, dtype=torch.int32, device=plan.views.device)
         else:
             words = self._pack(plan, bucket, ballots)
-        ballot = Ballot(words, header, ballots.inputs.step, bucket.padding)
+        # A model that has moved has its header on another device.
+        ballot = Ballot(words, header.to(words.device), ballots.inputs.step, bucket.padding)
         decision = yield from exchange.decide(ballot, ballots.voters)
         if decision is not None:
             self._apply(plan, bucket, decision, ballots)
@@ -333,8 +334,12 @@ class DistributedLion(WorkersOptimizer):
         channel = plan.channel
         assert channel is not None
         voters = partial(self.agreement.voters, channel, inputs.replica)
-        given = inputs.gradients if early else plan.views.given(inputs.gradients, inputs.verdict)
+        given = inputs.gradients if early else plan.views.given(self._plain(plan, inputs), inputs.verdict)
         return self._ballots(plan, Ballots(inputs, given, hypers, zero_votes, voters, early))
+
+    def _plain(self, plan: VotePlan, inputs: StepInputs) -> list[Tensor | None]:
+        """The gradients that vote as they are; None in place of others."""
+        return inputs.gradients
 
     def _ballots(self, plan: VotePlan, ballots: Ballots) -> Ballots:
         """With what else this method's ballots have in common."""

@@ -72,7 +72,8 @@ class LaunchedViews(SegmentViews):
         self._tables: dict[int, _Tables] = {}
         self._chunks: dict[int, Tensor] = {}
         self._good = torch.full((1,), -1, dtype=torch.int64, device=device)
-        self._none_absent = torch.zeros(len(group_of), dtype=torch.int32, device=device)
+        self._absent: tuple[Container[int], Tensor]
+        self._absent = frozenset(), torch.zeros(len(group_of), dtype=torch.int32, device=device)
         self._ones = torch.ones(len(group_of), device=device)
         begins = [place_of(index, 0) for index in range(len(group_of))]
         self._begins = torch.tensor(begins, dtype=torch.int32).to(device)
@@ -132,9 +133,10 @@ class LaunchedViews(SegmentViews):
 
         tables = self._tables_of(bucket)
         planes = _stacked(decision)
-        left_alone = self._none_absent
-        if absent:
-            left_alone = send_to(self.device, [int(i in absent) for i in range(len(self._group_of))], torch.int32)
+        if absent != self._absent[0]:
+            rows = [int(index in absent) for index in range(len(self._group_of))]
+            self._absent = absent, send_to(self.device, rows, torch.int32)
+        left_alone = self._absent[1]
         factors = self._ones if scales is None else torch.cat(list(scales))
         for dtype, blocks in tables.applying:
             tensors = blocks, tables.pieces, self._held, left_alone, hypers, tables.places, factors, planes

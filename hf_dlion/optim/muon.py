@@ -108,6 +108,10 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         return () if group[ORTHOGONAL] else super()._vote_states(group)
 
     @override
+    def _plain(self, plan: VotePlan, inputs: StepInputs) -> list[Tensor | None]:
+        return [None if self._is_hidden(plan, index) else g for index, g in enumerate(inputs.gradients)]
+
+    @override
     def _ballots(self, plan: VotePlan, ballots: Ballots) -> DirectedBallots:
         hidden = self._with_gradients(plan, ballots.inputs) if plan.shards else []
         return DirectedBallots(**vars(ballots), undirected=hidden)
@@ -128,7 +132,7 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         hidden = [index for index in bucket.parameters if self._is_hidden(plan, index)]
         for indices in self._next(plan, bucket, hidden, ballots):
             ballots.directions.update(self._directions(plan, ballots.inputs, indices, ballots.hypers, ballots.early))
-        gradients = list(ballots.inputs.gradients)
+        gradients = self._plain(plan, ballots.inputs)
         for index in hidden:
             gradients[index] = ballots.directions.get(index)
         kernels, keep = plan.usable_kernels, ballots.early
@@ -212,6 +216,8 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
 
         Of shards, at most as many matrices as there are shards: a collective.
         """
+        if not indices:
+            return {}
         parameters = all_parameters(self)
         held = plan.views.directions(indices, inputs.gradients, hypers, MOMENTUM, inputs.verdict, keep=early)
         groups = [self.param_groups[plan.group_of[index]] for index in indices]

@@ -62,9 +62,10 @@ class Replica:
         """As :meth:`describe_method`, with the shapes of the parameters."""
         described = self.describe_method()
         for index, parameter in enumerate(self.parameters):
+            device = parameter.device.type  # buckets are larger on a GPU
             described[f"parameter {index}"] = (
                 f"{str(parameter.dtype).removeprefix('torch.')} {tuple(parameter.shape)}, strides {parameter.stride()}"
-            )
+            ) + f", on a device of type {device}" * (device != "cpu")
         return described
 
     def describe_parameters(self) -> dict[str, Any]:

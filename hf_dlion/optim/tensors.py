@@ -187,7 +187,8 @@ def as_laid_out(flat: Tensor, shape: torch.Size, order: Order) -> Tensor:
 
 
 def flatten(tensor: Tensor, order: Order) -> Tensor:
-    """The elements in the memory order of the parameter; a view where the tensor has that order itself."""
+    """The elements in the memory order of the parameter, without gaps; a view where the tensor has it itself."""
     if tensor.is_contiguous() and order == tuple(range(tensor.dim())):
         return tensor.detach().view(-1)
-    return tensor.detach().permute(order).reshape(-1)
+    # A view of one dimension can be expanded or have gaps, as a gradient may.
+    return tensor.detach().permute(order).reshape(-1).contiguous()

@@ -228,7 +228,7 @@ class WorkersOptimizer(StatefulOptimizer):
         except LayoutChangedError:
             self.state_changed()
             plan = self._current_plan()
-            self._exchange(plan, replica_of(self, plan.shards), judged)
+            self._exchange(plan, replica_of(self, plan.shards), self.agreement.settled(judged, replica, self.rank))
 
     def _exchange(self, plan: Plan, replica: Replica, judged: Judged) -> None:
         """Exchange and update, or find out with the others that the parameters are laid out otherwise by now."""

@@ -9,11 +9,13 @@ import itertools
 import sys
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from hf_dlion import DistributedLion, DistributedMuon
 from hf_dlion.bits import counting, gpu
+from hf_dlion.optim import layout
 from hf_dlion.optim.virtual import VirtualWorkers
 from tests.kernels import use_kernels
 
@@ -87,9 +89,90 @@ def check_counts() -> None:
             assert (int(ours.unanimous), int(ours.ties)) == (int(eager.unanimous), int(eager.ties))
 
 
+def mixed_model() -> list[torch.nn.Parameter]:
+    """Of several dtypes and orders in memory, in several buckets."""
+    source = torch.Generator().manual_seed(3)
+    drawn = [torch.randn(shape, generator=source) for shape in ((5, 7), (130, 140), (8, 4, 3, 5), (0,), (40, 131))]
+    drawn[1] = drawn[1].bfloat16()
+    drawn[2] = drawn[2].to(memory_format=torch.channels_last)
+    drawn.append(torch.randn(33, generator=source).half())
+    drawn.append(torch.randn(120, 130, generator=source).t())
+    return [torch.nn.Parameter(one) for one in drawn]
+
+
+def mixed_gradient(parameter: Tensor, index: int, rank: int, step: int) -> Tensor | None:
+    """Dense, transposed, expanded, every second element of another, or none."""
+    source = torch.Generator().manual_seed(1000 * step + 10 * rank + index)
+    if index == 4 and (step == 1 or rank == 0):
+        return None
+    if index == 6 and step == 0:
+        return torch.randn(1, generator=source).expand(parameter.shape)
+    if index == 6 or index == 1:
+        return torch.randn((*parameter.shape, 2), generator=source).to(parameter.dtype)[..., 0]
+    return (
+        torch.randn(parameter.shape[::-1], generator=source).to(parameter.dtype).permute(*range(parameter.dim())[::-1])
+    )
+
+
+def train_mixed(kernels: str, method: str, workers: int, **options: Any) -> list[Tensor]:
+    use_kernels(kernels)
+    parameters = mixed_model()
+    hidden = [i for i, parameter in enumerate(parameters) if parameter.dim() > 1]
+    rest = [parameter for i, parameter in enumerate(parameters) if i not in hidden]
+    made: Any = [{"params": [parameters[i] for i in hidden]}, {"params": rest, "lr": 2e-3, "weight_decay": 0.2}]
+    for group, orthogonal in zip(made, (True, False) if method == "dmuon" else (), strict=False):
+        group["orthogonal"] = orthogonal
+    kind = METHODS[method]
+    optimizer: Any = kind(made, **options) if workers == 1 else VirtualWorkers(made, workers, kind, **options)
+    for step in range(STEPS):
+        if step == 2:
+            parameters[1].data = parameters[1].data.float()
+            parameters[2].data = parameters[2].data.clone(memory_format=torch.contiguous_format)
+        for rank in range(workers):
+            for index, parameter in enumerate(parameters):
+                parameter.grad = mixed_gradient(parameter, index, rank, step)
+            if workers > 1:
+                optimizer.next_worker()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(optimizer.members[0].plan.buckets) > 2
+    states = [state["momentum"] for member in optimizer.members for state in member.state.values()]
+    return [*(parameter.detach() for parameter in parameters), *states]
+
+
+def check_mixed(method: str) -> None:
+    layout.MAX_BUCKET_BLOCKS = layout.MIN_BUCKET_BLOCKS = 18
+    cases: list[tuple[int, dict[str, Any]]] = [(1, {}), (2, {"norm_gradients": True}), (2, {"aggregation": "avg"})]
+    for workers, options in cases:
+        ours, eager = (train_mixed(kernels, method, workers, **options) for kernels in ("launched", "eager"))
+        assert all(itertools.starmap(torch.equal, zip(ours, eager, strict=True))), (workers, options)
+
+
+def check_all_bad() -> None:
+    """From the first step on, and with the same bits, all workers have bad gradients."""
+    for kernels in ("launched", "eager"):
+        use_kernels(kernels)
+        for good_steps in (0, 1):
+            parameter = torch.nn.Parameter(torch.ones(50))
+            optimizer = VirtualWorkers([parameter], 2, DistributedLion)
+            for step in range(good_steps + 1):
+                for rank in range(2):
+                    parameter.grad = torch.full((50,), 1.0 + rank if step < good_steps else torch.nan)
+                    optimizer.next_worker()
+                if step < good_steps:
+                    optimizer.step()
+            with pytest.raises(FloatingPointError, match="rank 0: the gradient of parameter 0"):
+                optimizer.step()
+            assert all(state["momentum"].isfinite().all() for m in optimizer.members for state in m.state.values())
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "counts":
+        gpu.try_out(torch.device("cpu"))
         check_counts()
+        check_all_bad()
+    elif sys.argv[1] == "mixed":
+        check_mixed(sys.argv[2])
     else:
         method, workers = sys.argv[1], int(sys.argv[2])
         for case in CASES:

@@ -11,7 +11,9 @@ import pytest
 pytest.importorskip("triton", "3.6", reason="no Triton of 3.6 or newer is installed, whose interpreter works")
 
 
-@pytest.mark.parametrize("part", ["counts", "dlion 1", "dlion 2", "dlion 3", "dmuon 1", "dmuon 2", "dmuon 3"])
+@pytest.mark.parametrize(
+    "part", ["counts", "mixed dlion", "mixed dmuon", "dlion 1", "dlion 2", "dlion 3", "dmuon 1", "dmuon 2", "dmuon 3"]
+)
 def test_as_the_eager_ones(part: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.optim.launched", *part.split()],

@@ -15,6 +15,7 @@ from hf_dlion.optim.virtual import VirtualWorkers
 from hf_dlion.trainer.methods import METHODS
 from hf_dlion.wire.ledger import Ledger
 from tests.harness import run_workers
+from tests.kernels import use_kernels
 from tests.optim.test_methods import DECAY, LR, OPTIONS, STEPS, gradients, groups, parameters
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -211,3 +212,27 @@ def test_wrong_use_is_said() -> None:
         optimizer.next_worker()
     with pytest.raises(RuntimeError, match="exactly the same gradients"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("kernels", ["eager", "native"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_gradients_with_gaps(workers: int, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("optim.dlion.make_kernels", "optim.dlion.can_launch", "wire.exchange.can_launch"):
+        monkeypatch.setattr(f"hf_dlion.{name}", None)  # put back after use_kernels
+    use_kernels(kernels)
+    trained = []
+    for dense in (False, True):
+        params = [torch.nn.Parameter(torch.ones(40_000)), torch.nn.Parameter(torch.ones(300))]
+        optimizer: Any = DistributedLion(params, lr=LR)
+        if workers > 1:
+            optimizer = VirtualWorkers(params, workers, DistributedLion, lr=LR)
+        for rank in range(workers):
+            source = torch.Generator().manual_seed(rank)
+            gradients = [torch.randn(80_000, generator=source)[::2], torch.randn(1, generator=source).expand(300)]
+            for parameter, gradient in zip(params, gradients, strict=True):
+                parameter.grad = gradient.clone(memory_format=torch.contiguous_format) if dense else gradient
+            if workers > 1:
+                optimizer.next_worker()
+        optimizer.step()
+        trained.append([parameter.detach() for parameter in params])
+    assert all(map(torch.equal, *trained))
