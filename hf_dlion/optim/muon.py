@@ -109,7 +109,8 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
 
     @override
     def _plain(self, plan: VotePlan, inputs: StepInputs) -> list[Tensor | None]:
-        return [None if self._is_hidden(plan, index) else g for index, g in enumerate(inputs.gradients)]
+        found = enumerate(inputs.gradients)
+        return [None if g is None or self._is_hidden(plan, index) else g for index, g in found]
 
     @override
     def _ballots(self, plan: VotePlan, ballots: Ballots) -> DirectedBallots:
