@@ -16,6 +16,7 @@ from ..wire.local import LocalGroup, LocalWorker
 from ..wire.shares import VoteShares
 from .replica import STEP, layout_of
 from .states import all_parameters, copyable
+from .tensors import local
 from .workers import WorkersOptimizer, check_known
 
 ADVERSARIES = ("flip", "random")
@@ -276,7 +277,7 @@ def _follow(member: WorkersOptimizer, parameters: list[Tensor]) -> None:
             own.data = torch.empty_like(parameter).copy_(kept)
     if not member.between_votes and any(alike):
         held, given = zip(*(pair for pair, same in zip(pairs, alike, strict=True) if same), strict=True)
-        torch._foreach_copy_(held, given)
+        torch._foreach_copy_([local(one) for one in held], [local(one) for one in given])
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
