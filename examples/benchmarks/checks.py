@@ -15,7 +15,7 @@ import torch
 
 from hf_dlion import DistributedLion
 from hf_dlion.bits.hashing import checksum, digest
-from hf_dlion.optim.agreement import first_bad_gradient
+from hf_dlion.optim.bad_gradients import first_bad_gradient
 
 from .shares import VOCABULARY, WARMUP_STEPS, build_model, measure_shares, processor_seconds, report
 

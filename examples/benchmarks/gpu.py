@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from hf_dlion import DistributedLion
-from hf_dlion.optim.agreement import first_bad_gradient
+from hf_dlion.optim.bad_gradients import first_bad_gradient
 from hf_dlion.wire.exchange import Decision
 from hf_dlion.wire.local import LocalGroup, LocalWorker
 
@@ -58,8 +58,8 @@ def milliseconds(work: Callable[[], Any]) -> list[float]:
     return [start.elapsed_time(end) for start, end in events]
 
 
-def seconds_of_steps(optimizer: torch.optim.Optimizer) -> list[float]:
-    """By the clock, of a step that has ended on the GPU."""
+def milliseconds_of_steps(optimizer: torch.optim.Optimizer) -> list[float]:
+    """By the clock, of steps that have ended on the GPU."""
     found = []
     for _ in range(WARMUP + REPEATS):
         torch.cuda.synchronize()
@@ -124,7 +124,7 @@ def measure(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> dict[str, Any]
     held = parameters(shapes, dtype)
     size, width = sum(parameter.numel() for parameter in held), held[0].element_size()
     adamw = torch.optim.AdamW(held, lr=1e-6, fused=True)
-    times = {"adamw_fused": milliseconds(adamw.step), "adamw_fused alone": seconds_of_steps(adamw)}
+    times = {"adamw_fused": milliseconds(adamw.step), "adamw_fused alone": milliseconds_of_steps(adamw)}
     del adamw
     parts = Parts(held)
     bytes_moved = {
@@ -141,7 +141,7 @@ def measure(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> dict[str, Any]
     parts.apply()
     memory = (torch.cuda.max_memory_allocated() - before) / 2**20
     del parts
-    times["dlion alone"] = seconds_of_steps(DistributedLion(held, lr=1e-6))
+    times["dlion alone"] = milliseconds_of_steps(DistributedLion(held, lr=1e-6))
     return {"parameters": size, "milliseconds": times, "bytes": bytes_moved, "mebibytes_at_peak": memory}
 
 

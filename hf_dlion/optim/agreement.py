@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..bits.devices import send_to
 from ..bits.hashing import checksum, digest
 from ..wire.collectives import Channel
 from ..wire.shards import Shards
+from .bad_gradients import first_bad_gradient, verdict_on
 from .replica import Replica
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,8 @@ class StepInputs:
             abstains then, and has no gradients.
         changed: whether the parameters are laid out otherwise than the votes. This worker then has no gradients, and
             learns whether it is so on all ranks.
-        verdict: as of :func:`verdict_on`, where only the GPU knows ``bad_gradient`` as yet; it has the gradients then.
+        verdict: as of ``bad_gradients.verdict_on``, where only the GPU knows ``bad_gradient`` as yet; this worker has
+            its gradients then.
     """
 
     replica: Replica
@@ -414,35 +415,6 @@ def _of_all_shards(
         for parameter, gradient, anywhere in zip(held, gradients, present, strict=True)
     ]
     return of_replica, bad
-
-
-def verdict_on(gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """As :func:`first_bad_gradient`, of a GPU's gradients: int64 ``[1]``, which nobody has waited for."""
-    present = [
-        (index, gradient) for index, gradient in enumerate(gradients) if gradient is not None and gradient.numel()
-    ]
-    if not present:
-        return torch.full((1,), -1, dtype=torch.int64, device=device)
-    bad = ~torch.stack(list(torch._foreach_norm([gradient for _, gradient in present], float("inf")))).isfinite()
-    none = len(gradients)
-    first = torch.where(bad, send_to(device, [index for index, _ in present], torch.int64), none).amin()
-    return torch.where(first == none, -1, first).view(1)
-
-
-def first_bad_gradient(gradients: Sequence[Tensor | None]) -> int:
-    """The index of the first gradient with a NaN or Inf; -1 if there is none. Reads each gradient once."""
-    present = [(i, g) for i, g in enumerate(gradients) if g is not None]
-    if not present:
-        return -1
-    if present[0][1].device.type == "cpu":
-        # A sum is finite if all its terms are, unless it overflows: then look closer. Backwards, so that what the vote
-        # reads first is read last here, and still in the cache.
-        found = [g.sum(dtype=torch.float32) for _, g in reversed(present)]
-    else:
-        found = list(torch._foreach_norm([g for _, g in present if g.numel()], float("inf")))
-    if not found or bool(torch.stack(found).isfinite().all()):
-        return -1
-    return next((i for i, g in present if not bool(g.isfinite().all())), -1)
 
 
 def differing(

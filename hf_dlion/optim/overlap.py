@@ -25,7 +25,8 @@ from torch import Tensor
 from ..wire.collectives import ProcessChannel
 from ..wire.conversation import Conversation, side_by_side
 from ..wire.exchange import Ballot, Decision, Exchange
-from .agreement import CHANGED_GRADIENT, Agreement, Header, StepInputs, first_bad_gradient
+from .agreement import CHANGED_GRADIENT, Agreement, Header, StepInputs
+from .bad_gradients import first_bad_gradient
 from .layout import Bucket
 from .replica import STEP, Layout, layout_of
 from .states import all_parameters
