@@ -9,9 +9,10 @@ from torch import Tensor
 from typing_extensions import Unpack, override
 
 from ..bits.orthogonal import orthogonalize_into
-from .hidden import ORTHOGONAL, UPDATE_RMS, HiddenMatricesMixin, begin_direction, move_momentum
+from .hidden import ORTHOGONAL, SPLIT, UPDATE_RMS, HiddenMatricesMixin, begin_direction, move_momentum
 from .layout import Span
 from .mean_gradient import DenseMean
+from .sharding import orthogonalize_shards
 from .states import all_parameters
 from .tensors import flatten, local, memory_order
 from .workers import WorkersOptions
@@ -27,7 +28,8 @@ class GlobalMuon(HiddenMatricesMixin, DenseMean):
         x = x - lr * (0.2 * sqrt(max(r, c)) * NS5(u) + weight_decay * x)
 
     which is :class:`DistributedMuon` without votes; the factor makes the rms of an update 0.2 (Liu et al., 2025,
-    arXiv 2502.16982, equation 4). Momenta of hidden matrices are the ``exp_avg`` of their state.
+    arXiv 2502.16982, equation 4). Momenta of hidden matrices are the ``exp_avg`` of their state. The ranks of a sharded
+    replica gather whole matrices in turns, one a rank at a time.
 
     Args:
         params: param groups as :func:`hf_dlion.hidden_matrices` makes them.
@@ -42,7 +44,6 @@ class GlobalMuon(HiddenMatricesMixin, DenseMean):
     """
 
     whole_parameters = True
-    by_element = False
 
     def __init__(
         self,
@@ -71,18 +72,36 @@ class GlobalMuon(HiddenMatricesMixin, DenseMean):
         if not group[ORTHOGONAL]:
             super()._step_by_rule(group, spans, parameters, means, states)
             return
-        whole = [local(parameter) for parameter in all_parameters(self)]
+        directions = [move_momentum(mean, state["exp_avg"], group) for mean, state in zip(means, states, strict=True)]
+        updates = self._updates(group, [span.parameter for span in spans], directions)
+        for parameter, update in zip(parameters, updates, strict=True):
+            parameter.sub_(float(group["lr"]) * (update + group["weight_decay"] * parameter))
+
+    def _updates(self, group: dict[str, Any], indices: Sequence[int], directions: Sequence[Tensor]) -> list[Tensor]:
+        """Of hidden parameters of a group, flat, by their directions. Of shards, a collective over the replica."""
+        assert self._plan is not None
+        parameters, shards = [all_parameters(self)[index] for index in indices], self._plan.shards
+        if shards is not None:
+            found: list[Tensor] = []
+            for start in range(0, len(indices), shards.size):
+                some = slice(start, start + shards.size)
+                shapes = [parameter.shape for parameter in parameters[some]]
+                splits = [group[SPLIT]] * len(shapes)
+                found += orthogonalize_shards(shards, directions[some], shapes, splits, _updates_into)
+            return found
         updates: list[Tensor] = []
         matrices, outputs = [], []
-        for span, mean, state in zip(spans, means, states, strict=True):
-            direction = move_momentum(mean, state["exp_avg"], group)
-            update, own, results = begin_direction(whole[span.parameter], direction, group)
+        for parameter, direction in zip(parameters, directions, strict=True):
+            update, own, results = begin_direction(local(parameter), direction, group)
             updates.append(update)
             matrices += own
             outputs += results
-        orthogonalize_into(matrices, outputs)
-        for output in outputs:
-            output *= UPDATE_RMS * max(output.shape) ** 0.5
-        for span, parameter, update in zip(spans, parameters, updates, strict=True):
-            change = flatten(update, memory_order(whole[span.parameter]))
-            parameter.sub_(float(group["lr"]) * (change + group["weight_decay"] * parameter))
+        _updates_into(matrices, outputs)
+        return [flatten(update, memory_order(local(p))) for p, update in zip(parameters, updates, strict=True)]
+
+
+def _updates_into(matrices: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    """The orthogonalised matrices, at an rms of 0.2."""
+    orthogonalize_into(matrices, outputs)
+    for output in outputs:
+        output *= UPDATE_RMS * max(output.shape) ** 0.5

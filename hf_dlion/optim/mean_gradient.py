@@ -15,11 +15,12 @@ from typing_extensions import Unpack, override
 from ..bits.rounding import round_at_random, rounding_seed
 from ..wire.collectives import Channel
 from ..wire.conversation import Conversation
+from ..wire.shards import Shards
 from ..wire.sums import sum_dense
 from .agreement import StepInputs
 from .layout import Span, batches, cut
 from .rules import RULES
-from .sharding import find_shards
+from .sharding import find_shards, shard_sizes
 from .states import all_parameters
 from .tensors import local
 from .views import Views
@@ -125,21 +126,32 @@ class CodedMean(WorkersOptimizer):
 
     @override
     def _make_plan(self, channel: Channel | None) -> MeanPlan:
-        sizes = [local(parameter).numel() for parameter in all_parameters(self)]
         shards = find_shards(all_parameters(self), self.process_group)
         if shards is not None and not self.by_element:
             raise ValueError(
                 f"{type(self).__name__} with sharded parameters: its messages are made from whole parameters. Methods "
-                "for replicas sharded by FSDP2 are dlion, dsignum, dmuon, glion and gadamw."
+                "for replicas sharded by FSDP2 are dlion, dsignum, dmuon, glion, gadamw and gmuon."
             )
         return MeanPlan(
             workers=channel.size if channel else 1,
             channel=channel,
             views=Views(),
             shards=shards,
-            buckets=list(batches(cut(sizes, None if self.whole_parameters else BUCKET), BUCKET)),
+            buckets=self._lay_out(shards),
             group_of=[index for index, group in enumerate(self.param_groups) for _ in group["params"]],
         )
+
+    def _lay_out(self, shards: Shards | None) -> list[list[Span]]:
+        """Buckets; those of whole parameters have the same ones on all shards, of which some may hold nothing."""
+        parameters = all_parameters(self)
+        sizes = [local(parameter).numel() for parameter in parameters]
+        if not self.whole_parameters:
+            return list(batches(cut(sizes, BUCKET), BUCKET))
+        if shards is None:
+            return list(batches(cut(sizes, None), BUCKET))
+        most = [shard_sizes(parameter.shape, shards.size)[0] for parameter in parameters]
+        together = batches(cut(most, None), BUCKET)
+        return [[Span(span.parameter, 0, sizes[span.parameter]) for span in bucket] for bucket in together]
 
     @override
     def _conversations(self, plan: MeanPlan, inputs: StepInputs) -> Iterator[Conversation[None]]:

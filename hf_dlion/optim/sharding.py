@@ -6,7 +6,7 @@ ones lower or empty.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -109,7 +109,11 @@ def _append(pieces: list[Piece], piece: Piece) -> None:
 
 
 def orthogonalize_shards(
-    shards: Shards, held: Sequence[Tensor], shapes: Sequence[torch.Size], splits: Sequence[Split]
+    shards: Shards,
+    held: Sequence[Tensor],
+    shapes: Sequence[torch.Size],
+    splits: Sequence[Split],
+    orthogonalize: Callable[[Sequence[Tensor], Sequence[Tensor]], None] = orthogonalize_into,
 ) -> list[Tensor]:
     """Orthogonalise at most as many weights as there are shards: rank i gathers the i-th, and gives its shards back.
 
@@ -121,6 +125,7 @@ def orthogonalize_shards(
         held: float32, flat, what this rank holds of each weight.
         shapes: of the whole weights.
         splits: which matrices are in each.
+        orthogonalize: what becomes of whole matrices, and where it is written.
 
     Returns:
         What this rank holds of each result, flat.
@@ -134,7 +139,7 @@ def orthogonalize_shards(
     if mine is not None:
         weight = torch.cat(parts).view(shapes[mine])
         result = torch.empty_like(weight)
-        orthogonalize_into(matrices_of(weight, splits[mine]), matrices_of(result, splits[mine]))
+        orthogonalize(matrices_of(weight, splits[mine]), matrices_of(result, splits[mine]))
         results = list(result.view(-1).split(sizes))
     lengths = [len(part) for part in held] + [0] * len(absent)
     return shards.channel.all_to_all_uneven(results, lengths)[: len(held)]

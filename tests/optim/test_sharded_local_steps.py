@@ -12,17 +12,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_dlion import DistributedLion, DistributedMuon, LocalSteps, load_workers, save_workers
+from hf_dlion.optim.gmuon import GlobalMuon
 from tests.harness import run_workers
 from tests.optim.test_sharding import Parameters, cut, held, make_mesh, sharded
 
 # Blocks of 256 elements, which share a scale, begin alike in the whole and in its shards, of which some are empty.
 SHAPES: list[tuple[int, ...]] = [(24, 64), (3, 256), (1, 256), (6, 2, 128), (5, 256)]
 ROUND = 4
+
+
+def muon(params: list[Any], lr: float) -> GlobalMuon:
+    return GlobalMuon([{"params": [params[0], params[4]], "orthogonal": True}, {"params": params[1:4]}], lr)
+
+
 CASES: list[tuple[Any, dict[str, Any]]] = [
     (torch.optim.AdamW, {"tie": "zero"}),
     (torch.optim.AdamW, {"aggregation": "mean"}),
     (partial(torch.optim.SGD, momentum=0.9), {"aggregation": "avg", "fragments": 2, "delay": 1, "nesterov": False}),
     (DistributedLion, {"tie": "zero", "exchange": "sharded"}),
+    (muon, {"tie": "zero"}),
 ]
 
 
@@ -77,7 +85,7 @@ def follow_whole_replicas(rank: int, workers: int, shards: int, cases: list[Any]
 
 def test_shards_do_what_whole_replicas_do() -> None:
     run_workers(follow_whole_replicas, 4, 2, 2, CASES)
-    run_workers(follow_whole_replicas, 6, 2, 3, CASES[:1])
+    run_workers(follow_whole_replicas, 6, 2, 3, [CASES[0], CASES[4]])
 
 
 def a_muon_inside(rank: int) -> list[Tensor]:

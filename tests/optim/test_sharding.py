@@ -16,6 +16,7 @@ from hf_dlion import DistributedLion, DistributedMuon
 from hf_dlion.optim import layout
 from hf_dlion.optim.gadamw import GlobalAdamW
 from hf_dlion.optim.glion import GlobalLion
+from hf_dlion.optim.gmuon import GlobalMuon
 from hf_dlion.optim.signum import DistributedSignum
 from hf_dlion.optim.workers import WorkersOptimizer
 from tests.harness import run_workers
@@ -92,7 +93,7 @@ def groups_of(method: type[WorkersOptimizer], params: list[nn.Parameter]) -> lis
     """With a group of its own for some, and hidden matrices if the method has them."""
     plain = len(REST) + len(LARGE)
     groups: list[dict[str, Any]] = [{"params": params[:plain]}]
-    if not issubclass(method, DistributedMuon):
+    if not issubclass(method, (DistributedMuon, GlobalMuon)):
         return [*groups, {"params": params[plain:], "weight_decay": 0.0}]
     for parameter, (_, split) in zip(params[plain:], HIDDEN, strict=True):
         groups.append({"params": [parameter], "orthogonal": True, "split": split})
@@ -145,17 +146,17 @@ def vote_cases(method: type[WorkersOptimizer]) -> list[Any]:
 
 
 LION, SIGNUM, MUON = map(vote_cases, (DistributedLion, DistributedSignum, DistributedMuon))
-MEANS: list[Any] = [(GlobalLion, {}), (GlobalAdamW, {})]
+MEANS: list[Any] = [(GlobalLion, {}), (GlobalAdamW, {}), (GlobalMuon, {})]
 
 
 @pytest.mark.parametrize(
     ("replicas", "shards", "cases", "small"),
     [
         (2, 2, [*LION, *SIGNUM[:1], *MEANS], False),
-        (2, 3, [*LION[:2], SIGNUM[3]], True),
+        (2, 3, [*LION[:2], SIGNUM[3], MEANS[2]], True),
         (2, 2, MUON, True),
         (2, 3, MUON[:3], False),
-        (1, 2, [LION[0], MUON[0]], False),
+        (1, 2, [LION[0], MUON[0], MEANS[2]], False),
     ],
     ids=["2x2", "2x3", "2x2 muon", "2x3 muon", "one replica"],
 )
