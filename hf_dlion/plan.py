@@ -137,8 +137,8 @@ class Prediction:
 def traffic(method: Method, parameters: float, workers: int) -> Traffic:
     """What it sends in a step with an exchange."""
     from .bits.packing import BLOCK
+    from .optim.displacements import SCALED
     from .optim.layout import MAX_BUCKET_BLOCKS
-    from .optim.local_steps import SCALED
     from .optim.mean_gradient import BUCKET
     from .optim.overlap import BUCKETS
     from .wire.exchange import GatherExchange, ShardedExchange, highest_level

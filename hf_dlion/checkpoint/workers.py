@@ -158,7 +158,7 @@ def _write_parts(
         member.make_state()
         shards = _shards_of(member)
         name = part_name(member.rank, member.workers, *((shards.rank, shards.size) if shards else ()))
-        saved = member.saved_tensors(member.param_groups[0])
+        saved = member.saved_tensors(member.param_groups)
         tensors = {_key(index, key): tensor.detach().float().contiguous() for index, key, tensor in saved}
         others: dict[str, str] | None = None
         if member.inner is not None:
@@ -217,7 +217,7 @@ def _load_member(
     shards = _shards_of(member)
     workers = [w for w in range(manifest.workers) if files.keys() >= set(_parts_for(shards, manifest, w))]
     first = [files[name] for name in _parts_for(shards, manifest, member.rank if as_many else workers[0])]
-    for index, name, tensor in member.saved_tensors(manifest.groups[0]):
+    for index, name, tensor in member.saved_tensors(manifest.groups):
         key = _key(index, name)
         shape = all_parameters(member)[index].shape
         if as_many or name not in member.local_state_names:
@@ -378,7 +378,7 @@ def _check_tensors(path: Path, member: WorkersOptimizer, manifest: Manifest) -> 
     """Before anything is loaded: all tensors are there, and fit."""
     shard = manifest.parts.index(path.name) % manifest.shards
     expected = {}
-    for index, name, _ in member.saved_tensors(manifest.groups[0]):
+    for index, name, _ in member.saved_tensors(manifest.groups):
         shape = all_parameters(member)[index].shape
         rows = shard_rows(shape[0], manifest.shards)[shard : shard + 1] if manifest.shards > 1 and shape else shape[:1]
         expected[_key(index, name)] = torch.Size([*rows, *shape[1:]])

@@ -13,19 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.optim import Optimizer
 from typing_extensions import Unpack, override
 
-from ..bits.kernels import pack_signs
-from ..bits.packing import BLOCK, LANES, unpack_bits
+from ..bits.packing import LANES
 from ..wire.collectives import Channel
 from ..wire.conversation import Conversation, one_turn, run
-from ..wire.exchange import AGGREGATIONS, EXCHANGES, TIES, Ballot, Exchange, make_exchange
+from ..wire.exchange import AGGREGATIONS, EXCHANGES, TIES, Exchange, make_exchange
 from ..wire.groups import alone
 from ..wire.shares import VoteShares, shares_of
 from ..wire.sums import sum_dense
 from .agreement import StepInputs
+from .displacements import blocks_of, decide, magnitudes, of_elements
 from .layout import Span
 from .mean_gradient import CodedMean, MeanPlan, Share
 from .replica import STEP, Replica
@@ -45,9 +44,6 @@ from .workers import (
 )
 
 OUTER_AGGREGATIONS = (*AGGREGATIONS, "mean")
-
-SCALED = 256
-"""Elements that share a scale."""
 
 ANCHOR, BUFFER, OWN, SENT = "anchor", "momentum_buffer", "parameter", "sent"
 SINCE, OUTER_LR, OUTER_MOMENTUM = "steps_since_vote", "outer_lr", "outer_momentum"
@@ -95,8 +91,8 @@ class LocalSteps(CodedMean):
 
     Between votes, the parameters differ from worker to worker. :meth:`voted_parameters` gives the model those of the
     last vote for a while, and :meth:`vote` ends a round before its time. After an error in a vote, the parameters are
-    x_0; with a delay, they stay the worker's own. Memory beyond the inner optimizer: x_0 and m in float32, and
-    displacements while the workers vote.
+    x_0; with a delay, they stay the worker's own. Memory beyond the inner optimizer: x_0 in float32, m if there is an
+    outer momentum, and displacements while the workers vote.
 
     With several ``fragments``, as many parts of the parameters vote in turn, each every ``every`` steps: the link
     carries a part at a time. With a ``delay``, the workers make as many steps while a vote is on its way, and keep what
@@ -130,8 +126,8 @@ class LocalSteps(CodedMean):
         inner: Optimizer,
         *,
         every: int,
-        outer_lr: float = 0.7,
-        outer_momentum: float = 0.9,
+        outer_lr: float = 1.0,
+        outer_momentum: float = 0.0,
         nesterov: bool = True,
         fragments: int = 1,
         delay: int = 0,
@@ -158,8 +154,8 @@ class LocalSteps(CodedMean):
             member.state_changed()
         outer = {OUTER_LR: outer_lr, OUTER_MOMENTUM: outer_momentum, SINCE: 0}
         options["check_replicas_steps"] = self.schedule.whole_rounds(options.get("check_replicas_steps", 100))
-        super().__init__(inner.param_groups, outer, (ANCHOR, BUFFER), (OWN, SENT), **options)
-        self.state_names = (ANCHOR, BUFFER)  # what is the worker's own is its parameters, which are no state
+        super().__init__(inner.param_groups, outer, (), (OWN, SENT), **options)
+        self.state_names = _state_names(self.param_groups)  # the worker's own are its parameters, which are no state
         self.param_groups = inner.param_groups
         self.defaults = {**inner.defaults, **self.defaults}  # schedulers look for momentum there
 
@@ -266,6 +262,7 @@ class LocalSteps(CodedMean):
 
     @override
     def make_state(self) -> None:
+        self.state_names = _state_names(self.param_groups)
         for parameter in all_parameters(self):
             state = self.state[parameter]
             if ANCHOR not in state:
@@ -291,6 +288,7 @@ class LocalSteps(CodedMean):
         if "inner" not in state_dict:
             raise ValueError(f"no state of an inner optimizer: this state is not of {self.method}.")
         own = {name: value for name, value in state_dict.items() if name != "inner"}
+        self.state_names = _state_names(own["param_groups"])
         super().load_state_dict(own)
         self.inner.load_state_dict(state_dict["inner"])
         self.inner.param_groups = self.param_groups
@@ -308,16 +306,19 @@ class LocalSteps(CodedMean):
         return [self.state[p][ANCHOR] if ANCHOR in self.state[p] else local(p) for p in all_parameters(self)]
 
     @override
-    def saved_tensors(self, group: Mapping[str, Any]) -> Iterator[tuple[int, str, Tensor]]:
+    def saved_tensors(self, groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str, Tensor]]:
         """As the parent; right after a vote without x_0, which the model has, and between votes with x_i."""
-        between = bool(group.get(SINCE))
-        for index, name, tensor in super().saved_tensors(group):
-            if between or name != ANCHOR:
+        names, between = _state_names(groups), bool(groups[0].get(SINCE))
+        if BUFFER in names:  # of a run that is taken over; there is one here already, or none
+            for parameter in all_parameters(self):
+                self.state[parameter][BUFFER] = laid_out_state(parameter, self.state[parameter].get(BUFFER))
+        for index, name, tensor in super().saved_tensors(groups):
+            if name in names and (between or name != ANCHOR):
                 yield index, name, tensor
         if between:
             parameters = [local(parameter).detach() for parameter in all_parameters(self)]
             yield from ((index, OWN, parameter) for index, parameter in enumerate(parameters))
-            _, flying = self._flight(group) or (0, ())
+            _, flying = self._flight(groups[0]) or (0, ())
             yield from ((i, SENT, self._sent.setdefault(i, torch.empty_like(parameters[i]))) for i in flying)
 
     @override
@@ -465,10 +466,10 @@ class LocalSteps(CodedMean):
             return []
         parameters = inputs.replica.parameters
         none = parameters[0].new_empty(0, dtype=torch.float32)  # the vote is on nothing, where sending has failed
-        own = torch.cat([none, *(_magnitudes(inputs.gradients[index], parameters[index]) for index in self._part)])
+        own = torch.cat([none, *(magnitudes(inputs.gradients[index], parameters[index]) for index in self._part)])
         sizes = [0] * len(parameters)
         for index in self._part:
-            sizes[index] = -(-parameters[index].numel() // SCALED)
+            sizes[index] = blocks_of(parameters[index])
         if channel is None:
             return list(own.split(sizes))
         return list(run(sum_dense(channel, own, voters)).div_(len(voters)).split(sizes))
@@ -479,31 +480,17 @@ class LocalSteps(CodedMean):
         if self.aggregation == "mean":
             mean = flat if channel is None else (yield from sum_dense(channel, flat, voters)).div_(len(voters))
         else:
-            scales = torch.cat([_of_elements(share.shared[span.parameter], span) for span in share.spans])
-            mean = flat.sign_() if channel is None else (yield from self._decided(channel, voters, flat))
+            scales = torch.cat([of_elements(share.shared[span.parameter], span) for span in share.spans])
+            if channel is None:
+                mean = flat.sign_()
+            else:
+                assert isinstance(self._plan, LocalPlan)
+                assert self._plan.exchange is not None
+                mean = yield from decide(self._plan.exchange, channel.rank, voters, flat, self._number)
             mean.mul_(scales)
         while self._holding:
             yield
         return mean
-
-    def _decided(self, channel: Channel, voters: Sequence[int], displacement: Tensor) -> Conversation[Tensor]:
-        """D, float32, by the signs of what the workers moved by."""
-        plan, number = self._plan, self._number
-        assert isinstance(plan, LocalPlan)
-        assert plan.exchange is not None
-        size = len(displacement)
-        blocks = -(-size // BLOCK)
-        words = torch.empty((blocks, LANES), dtype=torch.int32, device=displacement.device)
-        padded = pad(displacement, (0, blocks * BLOCK - size)).view(blocks, LANES, LANES)
-        lanes = torch.arange(LANES, device=displacement.device)
-        pack_signs(padded, ((lanes + channel.rank + number) & 1).bool(), words)
-        ballot = Ballot(words.view(-1), words.new_empty(0), number, 1 - size / (blocks * BLOCK))
-        decision = yield from plan.exchange.decide(ballot, lambda headers: voters)
-        assert decision is not None
-        level = torch.zeros(blocks * BLOCK, device=displacement.device)
-        for weight, plane in enumerate(decision.planes):
-            level.add_(unpack_bits(plane.view(blocks, LANES)).view(-1), alpha=1 << weight)
-        return level[:size].mul_(2).sub_(decision.highest).div_(decision.highest)
 
     @override
     def _step_by_rule(
@@ -516,6 +503,11 @@ class LocalSteps(CodedMean):
     ) -> None:
         outer = {"lr": group[OUTER_LR], "momentum": group[OUTER_MOMENTUM], "weight_decay": 0.0}
         RULES["sgd"].apply(parameters, means, states, outer | {"nesterov": self.nesterov})
+
+
+def _state_names(groups: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Of a parameter: x_0, and its momentum if there is any."""
+    return (ANCHOR, BUFFER) if any(group.get(OUTER_MOMENTUM) for group in groups) else (ANCHOR,)
 
 
 def _members_to_take_in(inner: Optimizer) -> Sequence[WorkersOptimizer]:
@@ -537,19 +529,3 @@ def _members_to_take_in(inner: Optimizer) -> Sequence[WorkersOptimizer]:
             "evaluation, and a vote is on one. Take an inner optimizer without schedule-free averages."
         )
     return members
-
-
-def _magnitudes(displacement: Tensor | None, parameter: Tensor) -> Tensor:
-    """The mean magnitude in each block of a flat tensor, in the memory order of its parameter; zeros for None."""
-    size = parameter.numel()
-    blocks = -(-size // SCALED)
-    if displacement is None:
-        return torch.zeros(blocks, device=parameter.device)
-    sums = pad(displacement, (0, blocks * SCALED - size)).view(blocks, SCALED).abs().sum(1)
-    return sums.div_((size - SCALED * torch.arange(blocks, device=parameter.device)).clamp(max=SCALED))
-
-
-def _of_elements(scales: Tensor, span: Span) -> Tensor:
-    """The scale of each element of a span, which begins with a block."""
-    first = span.start // SCALED
-    return scales[first:].repeat_interleave(SCALED)[: span.length]

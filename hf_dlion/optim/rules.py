@@ -39,7 +39,7 @@ def _sgd(
     sgd(
         list(parameters),
         list(gradients),
-        [state["momentum_buffer"] for state in states],
+        [state.get("momentum_buffer") for state in states],  # none where there is no momentum
         weight_decay=group["weight_decay"],
         momentum=group["momentum"],
         lr=float(group["lr"]),

@@ -134,11 +134,11 @@ class StatefulOptimizer(Optimizer, ABC):
         """What must be the same on all workers: the parameters, or those of the last vote."""
         return [local(parameter) for parameter in all_parameters(self)]
 
-    def saved_tensors(self, group: Mapping[str, Any]) -> Iterator[tuple[int, str, Tensor]]:
+    def saved_tensors(self, groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str, Tensor]]:
         """What a checkpoint has of this worker: index of the parameter, name, and the tensor to read or to fill.
 
         Args:
-            group: a param group as it is saved, or was.
+            groups: the param groups as they are saved, or were.
         """
         for index, parameter in enumerate(all_parameters(self)):
             for name, tensor in self.state[parameter].items():

@@ -135,10 +135,11 @@ class DLionArgumentsMixin:
         },
     )
     outer_learning_rate: float = field(
-        default=0.7, metadata={"help": "With local_steps, the share of the voted displacement by which all move."}
+        default=1.0, metadata={"help": "With local_steps, the share of the voted displacement by which all move."}
     )
     outer_momentum: float = field(
-        default=0.9, metadata={"help": "With local_steps, the Nesterov momentum of those moves; 0: none."}
+        default=0.0,
+        metadata={"help": "With local_steps, the Nesterov momentum of those moves; 0: none. DiLoCo's is 0.9."},
     )
     local_fragments: int = field(
         default=1,

@@ -17,7 +17,7 @@ from hf_dlion import LocalSteps, load_workers, save_workers
 from hf_dlion.checkpoint.manifest import MANIFEST, CheckpointError, Manifest, entry_of
 from hf_dlion.optim.virtual import VirtualWorkers
 from tests.harness import run_workers
-from tests.optim.test_local_steps import adamw, give, lion, received, sgd
+from tests.optim.test_local_steps import MOMENTUM, adamw, give, lion, received, sgd
 from tests.optim.test_methods import parameters
 
 
@@ -85,6 +85,24 @@ def test_goes_on_as_if_never_stopped(inner: Callable[..., Any], steps: int, tmp_
     assert all(map(torch.equal, go_on(others, other, range(steps, 11)), whole))
     for one, another in zip(optimizer.members, other.members, strict=True):
         assert all(map(torch.equal, own_parameters(one), own_parameters(another)))
+
+
+@pytest.mark.parametrize("steps", [6, 8])
+@pytest.mark.parametrize(("before", "after"), [(MOMENTUM, {}), ({}, MOMENTUM)], ids=["with", "without"])
+def test_a_run_keeps_its_outer_momentum(before: Any, after: Any, steps: int, tmp_path: Path) -> None:
+    params, optimizer = made(adamw, 2, **before)
+    go_on(params, optimizer, range(steps))
+    save_workers(tmp_path, optimizer)
+    assert ("0.momentum_buffer" in load_file(tmp_path / "worker_00000_of_00002.safetensors")) == bool(before)
+    others, other = made(adamw, 2, **after)
+    go_on(others, other, range(1))  # it has a state, or none for that
+    with optimizer.voted_parameters():
+        for parameter, x in zip(others, params, strict=True):
+            parameter.data.copy_(x)
+    load_workers(tmp_path, other)
+    assert other.param_groups[0]["outer_momentum"] == before.get("outer_momentum", 0.0)
+    whole = go_on(params, optimizer, range(steps, 13))
+    assert all(map(torch.equal, go_on(others, other, range(steps, 13)), whole))
 
 
 STREAMING = {"every": 6, "fragments": 3, "delay": 2}  # votes are sent after 2, 4 and 6 steps of a round

@@ -49,19 +49,21 @@ def _hidden(name: str, params: Any) -> Any:
     return groups(name, params) if isinstance(params[0], nn.Parameter) else params
 
 
+MOMENTUM = {"outer_lr": 0.7, "outer_momentum": 0.9}
+
 VARIANTS: dict[str, tuple[Inner, dict[str, Any]]] = {
-    "adamw": (adamw, {"every": 4}),
+    "adamw": (adamw, {"every": 4, **MOMENTUM}),
     "adamw at every step": (adamw, {"every": 1, "tie": "zero"}),
-    "averages": (adamw, {"every": 3, "aggregation": "avg", "exchange": "gather", "nesterov": False}),
+    "averages": (adamw, {"every": 3, "aggregation": "avg", "exchange": "gather", "nesterov": False, **MOMENTUM}),
     "diloco": (adamw, {"every": 4, "aggregation": "mean", "outer_lr": 0.5, "outer_momentum": 0.8}),
     "muon": (muon, {"every": 4, "exchange": "sharded", "tie": "zero"}),
     "muloco": (muon, {"every": 4, "aggregation": "mean"}),
-    "signs of muon": (signed_muon, {"every": 2, "outer_momentum": 0.0}),
-    "lion": (lion, {"every": 5, "outer_lr": 1.0}),
+    "signs of muon": (signed_muon, {"every": 2}),
+    "lion": (lion, {"every": 5, "outer_lr": 0.5}),
     "sgd": (sgd, {"every": 4}),
-    "fragments": (adamw, {"every": 5, "fragments": 3}),
+    "fragments": (adamw, {"every": 5, "fragments": 3, **MOMENTUM}),
     "delay": (adamw, {"every": 4, "delay": 3}),
-    "streaming": (muon, {"every": 6, "fragments": 3, "delay": 2}),
+    "streaming": (muon, {"every": 6, "fragments": 3, "delay": 2, **MOMENTUM}),
     "streaming means": (adamw, {"every": 4, "fragments": 2, "delay": 1, "aggregation": "mean"}),
 }
 
@@ -230,7 +232,7 @@ def one(workers: int, every: int, **options: Any) -> tuple[nn.Parameter, Virtual
     def method(given: Any, **keywords: Any) -> LocalSteps:
         return LocalSteps(torch.optim.SGD(given, lr=1.0), every=every, **keywords)
 
-    return parameter, VirtualWorkers([("weight", parameter)], workers, method, outer_momentum=0.0, **options)
+    return parameter, VirtualWorkers([("weight", parameter)], workers, method, outer_lr=0.7, **options)
 
 
 def step_once(parameter: nn.Parameter, optimizer: VirtualWorkers, values: Sequence[float]) -> None:
@@ -265,7 +267,7 @@ def test_raises_at_the_next_vote_where_that_is_wanted_or_nobody_is_left() -> Non
 def scaled(rank: int) -> tuple[list[float], list[float], int]:
     """All overflow at first, and rank 1 at step 3; votes are at steps 1, 3, 5."""
     parameter = nn.Parameter(torch.zeros(300))
-    optimizer = LocalSteps(torch.optim.SGD([parameter], lr=1.0), every=2, outer_lr=1.0, outer_momentum=0.0)
+    optimizer = LocalSteps(torch.optim.SGD([parameter], lr=1.0), every=2)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(torch.zeros(()))
     history, scales = [], []
@@ -379,9 +381,27 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
 # What torch, schedulers and models do with it
 
 
+@pytest.mark.parametrize(("before", "after"), [(MOMENTUM, {}), ({}, MOMENTUM)], ids=["with", "without"])
+def test_a_state_dict_says_whether_there_is_a_momentum(before: Any, after: Any) -> None:
+    found = []
+    for loads in (False, True):
+        parameter = nn.Parameter(torch.zeros(300))
+        optimizer = LocalSteps(torch.optim.SGD([parameter], lr=1.0), every=2, **before)
+        for step in range(6):
+            if loads and step == 4:
+                state = optimizer.state_dict()
+                assert set(state["state"][0]) == {"anchor", *(["momentum_buffer"] if before else [])}
+                optimizer = LocalSteps(torch.optim.SGD([parameter], lr=1.0), every=2, **after)
+                optimizer.load_state_dict(state)
+            parameter.grad = torch.full_like(parameter, 1.0 + step)
+            optimizer.step()
+        found.append(parameter.detach())
+    assert torch.equal(*found)
+
+
 def test_a_scheduler_and_the_inner_optimizer_share_the_groups() -> None:
     parameter = nn.Parameter(torch.zeros(3))
-    optimizer = LocalSteps(sgd([parameter]), every=3)
+    optimizer = LocalSteps(sgd([parameter]), every=3, **MOMENTUM)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
     for step in range(4):
         assert optimizer.inner.param_groups[0]["lr"] == pytest.approx(LR / (step + 1))
@@ -518,7 +538,7 @@ def test_an_error_with_a_delay_ends_its_vote_and_no_other() -> None:
 
 def converted_on_its_way(rank: int) -> list[torch.Tensor]:
     parameter = nn.Parameter(torch.zeros(300))
-    optimizer = LocalSteps(torch.optim.SGD([parameter], lr=1.0), every=4, outer_momentum=0.0, delay=2)
+    optimizer = LocalSteps(torch.optim.SGD([parameter], lr=1.0), every=4, outer_lr=0.7, delay=2)
     for step in range(8):
         if step == 5:
             parameter.data = parameter.data.bfloat16()

@@ -185,7 +185,7 @@ def test_the_card_and_the_report_say_it(tmp_path: Path) -> None:
     assert "every 4 steps they vote on how far they have come" in card
     for name, value in {
         "local_steps": 4,
-        "outer_learning_rate": 0.7,
+        "outer_learning_rate": 1.0,
         "local_delay": 2,
         "outer_aggregation": "mavo",
     }.items():
