@@ -104,9 +104,9 @@ class Parts:
         return first_bad_gradient(self.gradients)
 
     def vote(self) -> None:
-        plan, given = self.plan, self.views.given(self.gradients, None)
-        for bucket in plan.buckets:
-            self.views.pack(bucket, plan.usable_kernels, given, self.hypers, self.zero_votes)
+        given = self.views.given(self.gradients, None)
+        for bucket in self.plan.buckets:
+            self.views.pack(bucket, given, self.hypers, self.zero_votes)
 
     def count(self) -> None:
         assert self.plan.exchange is not None
@@ -116,7 +116,7 @@ class Parts:
 
     def apply(self) -> None:
         for bucket, planes in zip(self.plan.buckets, self.planes, strict=True):
-            self.views.apply(bucket, self.plan.usable_kernels, Decision(planes, 2), self.hypers, 1, ())
+            self.views.apply(bucket, Decision(planes, 2), self.hypers, 1, ())
 
 
 def measure(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> dict[str, Any]:

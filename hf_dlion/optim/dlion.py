@@ -63,7 +63,6 @@ class VotePlan(Plan):
     Attributes:
         views: cut into segments.
         buckets: the layout.
-        kernels: in C, if this worker could compile them; those of all are used only if all could.
         exchange: of the votes; None for one worker alone.
         group_of: the index of each parameter's group.
         buckets_of: the numbers of the buckets with a part of each parameter.
@@ -72,16 +71,16 @@ class VotePlan(Plan):
 
     views: SegmentViews
     buckets: Sequence[Bucket]
-    kernels: Kernels
     exchange: Exchange | None
     group_of: Sequence[int]
     buckets_of: Sequence[Sequence[int]]
     overlaps: bool
 
-    @property
-    def usable_kernels(self) -> Kernels:
-        """Compiled, if all workers could."""
-        return self.kernels if self.compiled else EAGER
+    @override
+    def settle(self, compiled: bool) -> None:
+        super().settle(compiled)
+        if not compiled:
+            self.views.kernels = EAGER
 
 
 @dataclass(frozen=True)
@@ -283,7 +282,7 @@ class DistributedLion(WorkersOptimizer):
         hypers = self._hypers(plan)
         if self.norm_gradients:
             _norm(inputs.gradients, all_parameters(self), plan.shards)
-        plan.views.move(plan.usable_kernels, inputs.gradients, [hypers[group] for group in plan.group_of], MOMENTUM)
+        plan.views.move(inputs.gradients, [hypers[group] for group in plan.group_of], MOMENTUM)
         ballots = self._begin(plan, inputs, hypers)
         for bucket, decision in decisions:
             self._apply(plan, bucket, decision, ballots)
@@ -346,17 +345,15 @@ class DistributedLion(WorkersOptimizer):
         return ballots
 
     def _pack(self, plan: VotePlan, bucket: Bucket, ballots: Ballots) -> Tensor:
-        kernels, keep = plan.usable_kernels, ballots.early
-        return plan.views.pack(bucket, kernels, ballots.given, ballots.hypers, ballots.zero_votes, keep_states=keep)
+        return plan.views.pack(bucket, ballots.given, ballots.hypers, ballots.zero_votes, keep_states=ballots.early)
 
     def _apply(self, plan: VotePlan, bucket: Bucket, decision: Decision, ballots: Ballots) -> None:
-        kernels, absent = plan.usable_kernels, self.agreement.absent
-        plan.views.apply(bucket, kernels, decision, ballots.hypers, ballots.inputs.step, absent)
+        plan.views.apply(bucket, decision, ballots.hypers, ballots.inputs.step, self.agreement.absent)
 
     def _step_alone(self, plan: VotePlan, inputs: StepInputs, hypers: Tensor) -> None:
         """The update of one worker alone; a parameter without a gradient is left alone."""
         present = [index for index, gradient in enumerate(inputs.gradients) if gradient is not None]
-        plan.views.step_alone(present, plan.kernels, inputs.gradients, hypers, inputs.step)
+        plan.views.step_alone(present, inputs.gradients, hypers, inputs.step)
 
     @override
     def _make_plan(self, channel: Channel | None) -> VotePlan:
@@ -372,7 +369,7 @@ class DistributedLion(WorkersOptimizer):
         buckets = lay_out(self.param_groups, shards, count)
         kernels = make_kernels(elements, device)
         group_of = [index for index, group in enumerate(self.param_groups) for _ in group["params"]]
-        views = self._make_views(buckets, device, group_of)
+        views = self._make_views(buckets, device, group_of, kernels or EAGER)
         return VotePlan(
             workers=workers,
             channel=channel,
@@ -381,18 +378,19 @@ class DistributedLion(WorkersOptimizer):
             compiled=kernels is not None,
             shards=shards,
             buckets=buckets,
-            kernels=kernels or EAGER,
             exchange=exchange,
             group_of=group_of,
             buckets_of=buckets_of(buckets, len(parameters)),
             overlaps=overlaps and len(buckets) > 1,
         )
 
-    def _make_views(self, buckets: Sequence[Bucket], device: torch.device, group_of: Sequence[int]) -> SegmentViews:
+    def _make_views(
+        self, buckets: Sequence[Bucket], device: torch.device, group_of: Sequence[int], kernels: Kernels
+    ) -> SegmentViews:
         state_names = [self._vote_states(group) for group in self.param_groups]
         if can_launch(device):
             return LaunchedViews(buckets, state_names, device, group_of, MOMENTUM)
-        return SegmentViews(buckets, state_names, device, group_of)
+        return SegmentViews(buckets, state_names, device, group_of, kernels)
 
     def _vote_states(self, group: dict[str, Any]) -> tuple[str, ...]:
         """What the vote of a group's parameters reads and changes; none, where its direction is given."""

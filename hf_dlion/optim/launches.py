@@ -11,7 +11,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..bits.devices import send_to
-from ..bits.kernels import Kernels
 from ..bits.packing import BLOCK, LANES
 from ..bits.rounding import place_of
 from ..wire.exchange import Decision
@@ -52,7 +51,7 @@ class _Addressed:
 
 
 class LaunchedViews(SegmentViews):
-    """Segments whose kernels are launched together; ``kernels`` is not asked for anything.
+    """Segments whose kernels are launched together, by Triton.
 
     Args:
         buckets, state_names, device, group_of: as of the parent.
@@ -101,7 +100,6 @@ class LaunchedViews(SegmentViews):
     def pack(
         self,
         bucket: Bucket,
-        kernels: Kernels,
         given: Any,
         hypers: Tensor,
         zero_votes: Tensor,
@@ -122,7 +120,6 @@ class LaunchedViews(SegmentViews):
     def apply(
         self,
         bucket: Bucket,
-        kernels: Kernels,
         decision: Decision,
         hypers: Tensor,
         step: int,
@@ -157,7 +154,6 @@ class LaunchedViews(SegmentViews):
     def step_alone(
         self,
         indices: Sequence[int],
-        kernels: Kernels,
         gradients: Sequence[Tensor | None],
         hypers: Tensor,
         step: int,

@@ -136,9 +136,8 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         gradients = self._plain(plan, ballots.inputs)
         for index in hidden:
             gradients[index] = ballots.directions.get(index)
-        kernels, keep = plan.usable_kernels, ballots.early
         given = plan.views.given(gradients, ballots.inputs.verdict) if hidden else ballots.given
-        words = plan.views.pack(bucket, kernels, given, ballots.hypers, ballots.zero_votes, keep_states=keep)
+        words = plan.views.pack(bucket, given, ballots.hypers, ballots.zero_votes, keep_states=ballots.early)
         for index in hidden:
             ballots.packed[index] = ballots.packed.get(index, 0) + 1
             if ballots.packed[index] == len(plan.buckets_of[index]):
@@ -170,7 +169,7 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
     def _step_alone(self, plan: VotePlan, inputs: StepInputs, hypers: Tensor) -> None:
         hidden = self._with_gradients(plan, inputs)
         rest = [i for i, g in enumerate(inputs.gradients) if g is not None and not self._is_hidden(plan, i)]
-        plan.views.step_alone(rest, plan.kernels, inputs.gradients, hypers, inputs.step, UPDATE_RMS)
+        plan.views.step_alone(rest, inputs.gradients, hypers, inputs.step, UPDATE_RMS)
         for indices in self._rounds(plan, hidden):
             directions = self._directions(plan, inputs, indices, hypers)
             decisions = {index: direction.sign() for index, direction in directions.items()}
@@ -257,9 +256,7 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
             found = _scales([ballots.squares[index] for index in known], decision.highest, sizes)
             for place, index in enumerate(known):
                 scales[index] = found[place : place + 1]
-        inputs = ballots.inputs
-        kernels, absent = plan.usable_kernels, self.agreement.absent
-        plan.views.apply(bucket, kernels, decision, ballots.hypers, inputs.step, absent, scales)
+        plan.views.apply(bucket, decision, ballots.hypers, ballots.inputs.step, self.agreement.absent, scales)
 
 
 def _scales(squares: Sequence[Tensor], highest: int, elements: Sequence[int]) -> Tensor:

@@ -65,6 +65,7 @@ class SegmentViews(Views):
             takes them. None: its direction is given in place of a gradient.
         device: of the parameters.
         group_of: the number of each parameter's group.
+        kernels: which implementation of the passes.
     """
 
     def __init__(
@@ -73,8 +74,10 @@ class SegmentViews(Views):
         state_names: Sequence[Sequence[str]],
         device: torch.device,
         group_of: Sequence[int],
+        kernels: Kernels = EAGER,
     ) -> None:
         super().__init__()
+        self.kernels = kernels
         self.buckets = buckets
         self.device = device
         self._group_of = group_of
@@ -107,7 +110,6 @@ class SegmentViews(Views):
     def pack(
         self,
         bucket: Bucket,
-        kernels: Kernels,
         given: Sequence[Tensor | None],
         hypers: Tensor,
         zero_votes: Tensor,
@@ -118,7 +120,6 @@ class SegmentViews(Views):
 
         Args:
             bucket: of the layout.
-            kernels: which implementation.
             given: by :meth:`given`; None votes zero and leaves the states.
             hypers: for each param group, as the kernels take it.
             zero_votes: bool ``[32]``, what an exact zero votes, by lane.
@@ -126,24 +127,21 @@ class SegmentViews(Views):
         """
         words = torch.empty((bucket.blocks, LANES), dtype=torch.int32, device=self.device)
         for segment in bucket.segments:
-            own = kernels.peek if keep_states else kernels.vote
-            kernel = own if self._state_names[segment.group] else kernels.sign
+            own = self.kernels.peek if keep_states else self.kernels.vote
+            kernel = own if self._state_names[segment.group] else self.kernels.sign
             vote = self._vote_staged if segment.staged else self._vote_in_place
             vote(segment, kernel, given, hypers[segment.group], zero_votes, words[segment.rows])
         return words.view(-1)
 
-    def move(
-        self, kernels: Kernels, gradients: Sequence[Tensor | None], hypers: Sequence[Tensor], state_name: str
-    ) -> None:
+    def move(self, gradients: Sequence[Tensor | None], hypers: Sequence[Tensor], state_name: str) -> None:
         """Update a state of all parameters with a gradient, as the vote would; hypers by parameter."""
         for state, gradient, hyper in zip(self.states, gradients, hypers, strict=True):
             if gradient is not None:
-                (kernels if len(gradient) >= BLOCK else EAGER).move(gradient, state[state_name], hyper)
+                (self.kernels if len(gradient) >= BLOCK else EAGER).move(gradient, state[state_name], hyper)
 
     def apply(
         self,
         bucket: Bucket,
-        kernels: Kernels,
         decision: Decision,
         hypers: Tensor,
         step: int,
@@ -154,7 +152,6 @@ class SegmentViews(Views):
 
         Args:
             bucket: of the layout.
-            kernels: which implementation.
             decision: on its words.
             hypers: for each param group, as the kernels take it.
             step: rounding depends on it.
@@ -166,7 +163,7 @@ class SegmentViews(Views):
             parameters = self._parameter_cuts[id(segment)]
             seed = self._seed(segment.dtype, step, segment.spans[0])
             scale = None if scales is None else _scale_of(segment, scales)
-            apply = (kernels if scale is None or scale.dim() == 1 else EAGER).apply
+            apply = (self.kernels if scale is None or scale.dim() == 1 else EAGER).apply
             part = tuple(plane[segment.rows] for plane in planes)
             present = [i for i, span in enumerate(segment.spans) if span.parameter not in absent]
             if not present:
@@ -192,7 +189,6 @@ class SegmentViews(Views):
     def step_alone(
         self,
         indices: Sequence[int],
-        kernels: Kernels,
         gradients: Sequence[Tensor | None],
         hypers: Tensor,
         step: int,
@@ -202,7 +198,6 @@ class SegmentViews(Views):
 
         Args:
             indices: of the parameters; each has a gradient.
-            kernels: which implementation.
             gradients: of all parameters, flat.
             hypers: for each param group, as the kernels take it.
             step: rounding depends on it.
@@ -212,7 +207,7 @@ class SegmentViews(Views):
         for index in indices:
             gradient, parameter = gradients[index], self.parameters[index]
             assert gradient is not None
-            chosen = kernels if len(gradient) >= BLOCK else EAGER
+            chosen = self.kernels if len(gradient) >= BLOCK else EAGER
             hyper, seed = hypers[self._group_of[index]], self._seed_of(index, step)
             chosen.step(parameter, gradient, *self.states[index].values(), hyper, seed, factor)
 

@@ -58,6 +58,10 @@ class Plan:
     shards: Shards | None = None
     defers_verdict: bool = False
 
+    def settle(self, compiled: bool) -> None:
+        """Step by compiled kernels, as all workers can, or as none does."""
+        self.compiled = compiled
+
 
 class WorkersOptimizer(StatefulOptimizer):
     """An optimizer of several workers that hold the same parameters and each its own gradients.
@@ -243,7 +247,7 @@ class WorkersOptimizer(StatefulOptimizer):
         if plan.channel is None:
             self.agreement.check_alone(inputs, self.process_group is None)
         else:
-            plan.compiled = self.agreement.shake_hands(plan.channel, replica, gradients, plan.compiled)
+            plan.settle(self.agreement.shake_hands(plan.channel, replica, gradients, plan.compiled))
         self._decide(plan, inputs)
 
     def _decide(self, plan: Any, inputs: StepInputs) -> None:

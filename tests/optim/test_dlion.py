@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from hf_dlion import DistributedLion
 from hf_dlion.bits.hashing import digest
+from hf_dlion.bits.kernels import EAGER
 from hf_dlion.bits.packing import LANES
 from hf_dlion.optim import layout
 from tests.harness import run_workers
@@ -124,3 +125,19 @@ DTYPES = (torch.float32, torch.bfloat16)
 def test_equals_the_reference(workers: int, kernels: str) -> None:
     cases = list(itertools.product(("mavo", "avg"), ("zero", "alternate"), ("gather", "sharded"), DTYPES))
     run_workers(follow_reference, workers, workers, cases, kernels)
+
+
+def a_step_where_some_compile(rank: int, compiling: int) -> bool:
+    use_kernels("native" if rank < compiling else "eager")
+    params = parameters(torch.float32)
+    optimizer = DistributedLion(params)
+    for parameter in params:
+        parameter.grad = torch.full_like(parameter, rank + 1)
+    optimizer.step()
+    assert optimizer.plan is not None
+    return optimizer.plan.views.kernels is EAGER
+
+
+def test_compiled_kernels_are_used_where_all_ranks_have_them() -> None:
+    assert run_workers(a_step_where_some_compile, 2, 1) == [True, True]
+    assert run_workers(a_step_where_some_compile, 2, 2) == [False, False]
