@@ -80,7 +80,8 @@ class GlobalMuon(HiddenMatricesMixin, DenseMean):
     def _updates(self, group: dict[str, Any], indices: Sequence[int], directions: Sequence[Tensor]) -> list[Tensor]:
         """Of hidden parameters of a group, flat, by their directions. Of shards, a collective over the replica."""
         assert self._plan is not None
-        parameters, shards = [all_parameters(self)[index] for index in indices], self._plan.shards
+        shards, everything = self._plan.shards, all_parameters(self)
+        parameters = [everything[index] for index in indices]
         if shards is not None:
             found: list[Tensor] = []
             for start in range(0, len(indices), shards.size):

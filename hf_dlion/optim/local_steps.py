@@ -309,7 +309,7 @@ class LocalSteps(CodedMean):
     def saved_tensors(self, groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str, Tensor]]:
         """As the parent; right after a vote without x_0, which the model has, and between votes with x_i."""
         names, between = _state_names(groups), bool(groups[0].get(SINCE))
-        if BUFFER in names:  # of a run that is taken over; there is one here already, or none
+        if BUFFER in names:  # where a run is taken over, there may be none here yet
             for parameter in all_parameters(self):
                 self.state[parameter][BUFFER] = laid_out_state(parameter, self.state[parameter].get(BUFFER))
         for index, name, tensor in super().saved_tensors(groups):

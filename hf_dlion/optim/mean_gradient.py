@@ -145,10 +145,8 @@ class CodedMean(WorkersOptimizer):
         """Buckets; those of whole parameters have the same ones on all shards, of which some may hold nothing."""
         parameters = all_parameters(self)
         sizes = [local(parameter).numel() for parameter in parameters]
-        if not self.whole_parameters:
-            return list(batches(cut(sizes, BUCKET), BUCKET))
-        if shards is None:
-            return list(batches(cut(sizes, None), BUCKET))
+        if shards is None or not self.whole_parameters:
+            return list(batches(cut(sizes, None if self.whole_parameters else BUCKET), BUCKET))
         most = [shard_sizes(parameter.shape, shards.size)[0] for parameter in parameters]
         together = batches(cut(most, None), BUCKET)
         return [[Span(span.parameter, 0, sizes[span.parameter]) for span in bucket] for bucket in together]
