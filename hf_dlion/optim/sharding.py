@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..bits.orthogonal import orthogonalize_into
+from ..wire.collectives import Place
 from ..wire.groups import Group, rank_in
 from ..wire.ledger import Ledger
-from ..wire.local import LocalWorker
 from ..wire.shards import Shards
 from .hidden import Split, matrices_of
 from .layout import Bucket, Piece, make_buckets
@@ -36,8 +36,8 @@ def find_shards(parameters: Sequence[Tensor], workers: Group) -> Shards | None:
     group = shard_group(parameters)
     if group is None:
         return None
-    if isinstance(workers, LocalWorker):
-        if workers.group.size > 1:
+    if isinstance(workers, Place):
+        if workers.size > 1:
             raise ValueError("virtual workers with sharded parameters: each of them is a whole model. Do not shard it.")
         return Shards(group, 0, Ledger())
     voting = dist.get_process_group_ranks(workers or dist.group.WORLD)

@@ -92,6 +92,25 @@ class Channel(ABC):
         """Start to fill ``received``."""
 
 
+class Place(ABC):
+    """A worker's place among others that are no process group of torch.distributed: what stands for one.
+
+    Attributes:
+        rank: the number of this worker, from 0.
+    """
+
+    rank: int
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """N, the number of workers."""
+
+    @abstractmethod
+    def channel(self, ledger: Ledger) -> Channel:
+        """To the others; there are some."""
+
+
 class ProcessChannel(Channel):
     """Workers that are processes, joined by torch.distributed.
 

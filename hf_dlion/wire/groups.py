@@ -1,14 +1,14 @@
-"""The workers of an optimizer: a process group, or the place of one among virtual workers."""
+"""The workers of an optimizer: a process group, or the place of one among others, virtual workers say."""
 
 from __future__ import annotations
 
 import torch.distributed as dist
 
-from .collectives import Channel, ProcessChannel
+from .collectives import Channel, Place, ProcessChannel
 from .ledger import Ledger
-from .local import LocalChannel, LocalGroup, LocalWorker
+from .local import LocalGroup, LocalWorker
 
-Group = dist.ProcessGroup | LocalWorker | None
+Group = dist.ProcessGroup | Place | None
 """None is the default process group; one worker alone, if there is none."""
 
 
@@ -18,8 +18,8 @@ def group_size(group: Group) -> int:
     Raises:
         RuntimeError: this rank is not in the group.
     """
-    if isinstance(group, LocalWorker):
-        return group.group.size
+    if isinstance(group, Place):
+        return group.size
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return 1
     size = dist.get_world_size(group)
@@ -33,7 +33,7 @@ def group_size(group: Group) -> int:
 
 def rank_in(group: Group) -> int:
     """The number of this worker, from 0."""
-    if isinstance(group, LocalWorker):
+    if isinstance(group, Place):
         return group.rank
     return dist.get_rank(group) if group_size(group) > 1 else 0
 
@@ -42,7 +42,7 @@ def make_channel(group: Group, ledger: Ledger) -> Channel | None:
     """A worker's channel to the others; None for one alone."""
     if group_size(group) == 1:
         return None
-    return LocalChannel(group, ledger) if isinstance(group, LocalWorker) else ProcessChannel(group, ledger)
+    return group.channel(ledger) if isinstance(group, Place) else ProcessChannel(group, ledger)
 
 
 def alone() -> LocalWorker:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .collectives import Channel, Pending
+from .collectives import Channel, Pending, Place
 from .ledger import Ledger
 
 T = TypeVar("T")
@@ -98,11 +98,20 @@ class LocalGroup:
 
 
 @dataclass(frozen=True)
-class LocalWorker:
-    """A worker's place in a :class:`LocalGroup`: what stands for a process group."""
+class LocalWorker(Place):
+    """A worker's place in a :class:`LocalGroup`."""
 
     group: LocalGroup
     rank: int
+
+    @property
+    @override
+    def size(self) -> int:
+        return self.group.size
+
+    @override
+    def channel(self, ledger: Ledger) -> Channel:
+        return LocalChannel(self, ledger)
 
 
 class LocalChannel(Channel):
