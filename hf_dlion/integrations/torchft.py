@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions
+from torch.nn.functional import pad
 from torch.optim import Optimizer
 from torchft import Manager
 from torchft.process_group import ProcessGroup
@@ -25,7 +27,7 @@ from ..optim.local_steps import BUFFER, OWN, SINCE, LocalSteps
 from ..optim.replica import STEP
 from ..optim.states import WORKER, all_parameters
 from ..optim.tensors import local
-from ..wire.collectives import ALL_GATHER, ALL_TO_ALL, Channel, Pending, Place
+from ..wire.collectives import ALL_GATHER, ALL_TO_ALL, BackendChannel, Channel, Pending, Place, UnderWay
 from ..wire.ledger import Ledger
 from ..wire.liveness import WorkerLostError
 
@@ -67,7 +69,7 @@ class QuorumPlace(Place):
         self.rank, self._size = self._manager.participating_rank() or 0, self._manager.num_participants()
 
 
-class QuorumChannel(Channel):
+class QuorumChannel(BackendChannel):
     """The workers of one quorum. Its collectives raise a :class:`WorkerLostError` if one of them is lost.
 
     Args:
@@ -79,38 +81,36 @@ class QuorumChannel(Channel):
     def __init__(self, place: Place, group: ProcessGroup, ledger: Ledger) -> None:
         super().__init__(place.rank, place.size, ledger)
         self._group = group
+        self._is_gloo = "gloo" in group.getBackendName()
 
     @override
     def gather_objects(self, value: Any) -> list[Any]:
-        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        sizes = torch.empty(self.size, dtype=torch.int64)
-        self._all_gather(sizes, torch.tensor([len(own)])).wait()
+        device = None if self._is_gloo else torch.device("cuda", torch.cuda.current_device())
+        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(device)
+        sizes = torch.empty(self.size, dtype=torch.int64, device=device)
+        self._all_gather(sizes, torch.tensor([len(own)], device=device)).wait()
         longest = int(sizes.max())
-        parts = torch.empty((self.size, longest), dtype=torch.uint8)
-        self._all_gather(parts, torch.nn.functional.pad(own, (0, longest - len(own)))).wait()
-        return [pickle.loads(bytes(part[:size].tolist())) for part, size in zip(parts, sizes, strict=True)]
+        parts = torch.empty((self.size, longest), dtype=torch.uint8, device=device)
+        self._all_gather(parts, pad(own, (0, longest - len(own)))).wait()
+        return [pickle.loads(part[:size].cpu().numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
 
     @override
     def _all_gather(self, parts: Tensor, part: Tensor) -> Pending:
-        given = [parts.view(-1)], [part.reshape(-1)]
-        return _Work(ALL_GATHER, lambda: self._group.allgather_into_tensor_coalesced(*given, AllgatherOptions()))
+        sent, landing = self._departing(part), self._landing(parts)
+        with _report_lost_workers(ALL_GATHER):
+            work = self._group.allgather_into_tensor_coalesced([landing.view(-1)], [sent.view(-1)], AllgatherOptions())
+        return UnderWay(work, partial(_report_lost_workers, ALL_GATHER), landing, parts)
 
     @override
     def _all_to_all(self, received: Tensor, parts: Tensor) -> Pending:
-        return _Work(ALL_TO_ALL, lambda: self._group.alltoall_base(received, parts, [], [], AllToAllOptions()))
+        sent, landing = self._departing(parts), self._landing(received)
+        with _report_lost_workers(ALL_TO_ALL):
+            work = self._group.alltoall_base(landing, sent, [], [], AllToAllOptions())
+        return UnderWay(work, partial(_report_lost_workers, ALL_TO_ALL), landing, received)
 
-
-class _Work:
-    """A collective under way."""
-
-    def __init__(self, what: str, start: Callable[[], Any]) -> None:
-        self._what = what
-        with _report_lost_workers(what):
-            self._work = start()
-
-    def wait(self) -> None:
-        with _report_lost_workers(self._what):
-            self._work.wait()
+    @override
+    def _by_way_of_host(self, device: torch.device) -> bool:
+        return self._is_gloo and device.type != "cpu"
 
 
 @contextmanager
@@ -138,8 +138,8 @@ class ElasticLocalSteps(LocalSteps):
     way, if it is registered with the manager (``register_state_dict_fn``) before.
 
     Where a worker is lost between two votes, the others vote without it. Where it is lost in a vote, they vote again,
-    on what they had moved by. A worker that is cut off, and comes back while the others are ahead, goes on from where
-    they are.
+    on what they had moved by. A worker that was cut off, or came too late, goes on from where the others are: its
+    number of steps, ``param_groups[0]["step"]``, jumps, so that it ends when they do.
 
     Args:
         inner: as of :class:`hf_dlion.LocalSteps`.

@@ -38,7 +38,10 @@ def find_shards(parameters: Sequence[Tensor], workers: Group) -> Shards | None:
         return None
     if isinstance(workers, Place):
         if workers.size > 1:
-            raise ValueError("virtual workers with sharded parameters: each of them is a whole model. Do not shard it.")
+            raise ValueError(
+                "virtual workers, or those of a quorum, with sharded parameters: each of them is a whole model. Do not "
+                "shard it."
+            )
         return Shards(group, 0, Ledger())
     voting = dist.get_process_group_ranks(workers or dist.group.WORLD)
     together = dist.get_process_group_ranks(group)

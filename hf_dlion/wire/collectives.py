@@ -7,7 +7,9 @@ import functools
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -111,7 +113,23 @@ class Place(ABC):
         """To the others; there are some."""
 
 
-class ProcessChannel(Channel):
+class BackendChannel(Channel):
+    """Workers joined by a backend of torch, for some of which tensors travel by way of the host's memory."""
+
+    @abstractmethod
+    def _by_way_of_host(self, device: torch.device) -> bool:
+        """Whether tensors of this device do."""
+
+    def _departing(self, tensor: Tensor) -> Tensor:
+        """What the backend is given to send: the tensor itself, or a copy in the host's memory."""
+        return _on_host(tensor).copy_(tensor) if self._by_way_of_host(tensor.device) else tensor
+
+    def _landing(self, tensor: Tensor) -> Tensor:
+        """What the backend is given to fill."""
+        return _on_host(tensor) if self._by_way_of_host(tensor.device) else tensor
+
+
+class ProcessChannel(BackendChannel):
     """Workers that are processes, joined by torch.distributed.
 
     Args:
@@ -175,23 +193,16 @@ class ProcessChannel(Channel):
         sent, landing = self._departing(part), self._landing(parts)
         with report_lost_workers(ALL_GATHER, self.group):
             work = all_gather_single(landing.view(-1), sent.view(-1), group=self.group, async_op=True)
-        return _Work(work, ALL_GATHER, self.group, landing, parts)
+        return UnderWay(work, partial(report_lost_workers, ALL_GATHER, self.group), landing, parts)
 
     @override
     def _all_to_all(self, received: Tensor, parts: Tensor) -> Pending:
         sent, landing = self._departing(parts), self._landing(received)
         with report_lost_workers(ALL_TO_ALL, self.group):
             work = dist.all_to_all_single(landing, sent, group=self.group, async_op=True)
-        return _Work(work, ALL_TO_ALL, self.group, landing, received)
+        return UnderWay(work, partial(report_lost_workers, ALL_TO_ALL, self.group), landing, received)
 
-    def _departing(self, tensor: Tensor) -> Tensor:
-        """What the backend is given to send: the tensor itself, or a copy in the host's memory."""
-        return _on_host(tensor).copy_(tensor) if self._by_way_of_host(tensor.device) else tensor
-
-    def _landing(self, tensor: Tensor) -> Tensor:
-        """What the backend is given to fill."""
-        return _on_host(tensor) if self._by_way_of_host(tensor.device) else tensor
-
+    @override
     def _by_way_of_host(self, device: torch.device) -> bool:
         backend = self._backends.get(device.type)
         if backend is None and (device.type == "cpu" or "cpu" not in self._backends):
@@ -207,18 +218,30 @@ class ProcessChannel(Channel):
         return through
 
 
-class _Work:
-    """A collective under way; what it fills is copied to where it belongs once it has been waited for."""
+class UnderWay:
+    """A collective under way; what it fills is copied to where it belongs once it has been waited for.
+
+    Args:
+        work: of torch.
+        reporting: what an error of waiting is raised through.
+        landing: what the backend fills.
+        target: where it belongs; the same tensor, or on another device.
+    """
 
     def __init__(
-        self, work: dist.Work | None, what: str, group: dist.ProcessGroup | None, landing: Tensor, target: Tensor
+        self,
+        work: dist.Work | None,
+        reporting: Callable[[], AbstractContextManager[None]],
+        landing: Tensor,
+        target: Tensor,
     ) -> None:
         assert work is not None
-        self._work, self._what, self._group = work, what, group
+        self._work, self._reporting = work, reporting
         self._landing, self._target = landing, target
 
     def wait(self) -> None:
-        with report_lost_workers(self._what, self._group):
+        """Until the target is valid."""
+        with self._reporting():
             self._work.wait()
         _land(self._landing, self._target)
 
