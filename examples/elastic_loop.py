@@ -49,7 +49,7 @@ def main() -> None:
     options = parse()
     host = socket.gethostname()  # by which the other workers reach this one
     store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-    group = ProcessGroupGloo(timeout=timedelta(seconds=60))
+    group = ProcessGroupGloo(timeout=timedelta(seconds=30))  # longer than sending the state takes
     manager = Manager(
         group,
         None,
@@ -57,7 +57,8 @@ def main() -> None:
         min_replica_size=1,
         use_async_quorum=False,
         max_retries=10,  # of a vote; else for ever
-        quorum_timeout=timedelta(minutes=10),  # more than the steps between two votes take
+        timeout=timedelta(seconds=60),
+        quorum_timeout=timedelta(minutes=10),  # longer than the steps between two votes take
         rank=0,
         world_size=1,
         store_addr=host,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -20,6 +20,7 @@ from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions
 from torch.nn.functional import pad
 from torch.optim import Optimizer
 from torchft import Manager
+from torchft.manager import WorldSizeMode
 from torchft.process_group import ProcessGroup
 from typing_extensions import override
 
@@ -36,7 +37,8 @@ if not version("torchft").startswith("0.2."):
 
 logger = logging.getLogger(__name__)
 
-_KEY = "hf_dlion"
+_KEY, _OPTIONS = "hf_dlion", "options"
+_MOST_FAILURES = 3
 
 
 class QuorumPlace(Place):
@@ -81,18 +83,16 @@ class QuorumChannel(BackendChannel):
     def __init__(self, place: Place, group: ProcessGroup, ledger: Ledger) -> None:
         super().__init__(place.rank, place.size, ledger)
         self._group = group
-        self._is_gloo = "gloo" in group.getBackendName()
 
     @override
     def gather_objects(self, value: Any) -> list[Any]:
-        device = None if self._is_gloo else torch.device("cuda", torch.cuda.current_device())
-        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(device)
-        sizes = torch.empty(self.size, dtype=torch.int64, device=device)
-        self._all_gather(sizes, torch.tensor([len(own)], device=device)).wait()
+        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = torch.empty(self.size, dtype=torch.int64)
+        self._all_gather(sizes, torch.tensor([len(own)])).wait()
         longest = int(sizes.max())
-        parts = torch.empty((self.size, longest), dtype=torch.uint8, device=device)
+        parts = torch.empty((self.size, longest), dtype=torch.uint8)
         self._all_gather(parts, pad(own, (0, longest - len(own)))).wait()
-        return [pickle.loads(part[:size].cpu().numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+        return [pickle.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
 
     @override
     def _all_gather(self, parts: Tensor, part: Tensor) -> Pending:
@@ -110,7 +110,7 @@ class QuorumChannel(BackendChannel):
 
     @override
     def _by_way_of_host(self, device: torch.device) -> bool:
-        return self._is_gloo and device.type != "cpu"
+        return device.type != "cpu"
 
 
 @contextmanager
@@ -126,8 +126,17 @@ class ElasticLocalSteps(LocalSteps):
 
     ::
 
-        group = ProcessGroupGloo(timeout=timedelta(seconds=30))
-        manager = Manager(group, None, None, min_replica_size=1, use_async_quorum=False)
+        group = ProcessGroupGloo(timeout=timedelta(minutes=5))
+        manager = Manager(
+            group,
+            None,
+            None,
+            min_replica_size=1,
+            use_async_quorum=False,
+            max_retries=10,
+            timeout=timedelta(minutes=5),
+            quorum_timeout=timedelta(hours=1),
+        )
         optimizer = ElasticLocalSteps(inner, manager, group, every=16)
         if optimizer.join():  # others had begun
             scheduler.step()
@@ -135,11 +144,14 @@ class ElasticLocalSteps(LocalSteps):
     Every worker is a replica group of torchft, of one process. :meth:`join` is a vote, too, of a worker that has not
     moved: it waits for the others to come to theirs, takes x_0, the outer and an inner state and the number of steps
     from one of them, and goes on with them. A scheduler, and what else must be the same on all workers, goes the same
-    way, if it is registered with the manager (``register_state_dict_fn``) before.
+    way, if it is registered with the manager (``register_state_dict_fn``). Buffers and frozen parameters do not: each
+    worker begins with the same.
 
     Where a worker is lost between two votes, the others vote without it. Where it is lost in a vote, they vote again,
     on what they had moved by. A worker that was cut off, or came too late, goes on from where the others are: its
-    number of steps, ``param_groups[0]["step"]``, jumps, so that it ends when they do.
+    number of steps, ``param_groups[0]["step"]``, jumps, so that it ends when they do. The timeouts of the group and the
+    manager are longer than sending the state takes; that of a quorum, and the lighthouse's for joining, longer than a
+    round of the slowest worker.
 
     Args:
         inner: as of :class:`hf_dlion.LocalSteps`.
@@ -149,19 +161,14 @@ class ElasticLocalSteps(LocalSteps):
         options: those of :class:`hf_dlion.LocalSteps`, but for ``fragments`` and ``delay``.
 
     Raises:
-        ValueError: an argument out of its range; a manager with asynchronous quorums.
+        ValueError: an argument out of its range; a manager with asynchronous quorums or spares; a group that is not
+            gloo.
     """
 
     def __init__(self, inner: Optimizer, manager: Manager, group: ProcessGroup, *, every: int, **options: Any) -> None:
-        if manager._use_async_quorum:
-            raise ValueError(
-                "the manager was made with use_async_quorum=True, so that workers would vote before they know with "
-                "whom. Make it with use_async_quorum=False."
-            )
-        if streamed := {"fragments", "delay", "process_group"} & options.keys():
-            raise ValueError(f"{min(streamed)} of LocalSteps is not for workers that come and go. Leave it out.")
+        _check(manager, group, options)
         self._manager, self._place = manager, QuorumPlace(manager, group)
-        self._joined = self._taken_over = False
+        self._joined = self._taken_over = self._ends_a_step = False
         super().__init__(inner, every=every, process_group=self._place, **options)
         manager.register_state_dict_fn(_KEY, self._take_over, self._hand_over)
 
@@ -173,11 +180,10 @@ class ElasticLocalSteps(LocalSteps):
             Whether they have made steps already. They are at the end of one then, and what follows a step is to be
             done here, too: ``scheduler.step()``.
         """
-        self._joined = True
-        before = self.param_groups[0][STEP]
+        self._joined, self._ends_a_step = True, False
         self._begin()
         self._vote_in_quorum()
-        return bool(self.param_groups[0][STEP] > before)
+        return self._ends_a_step
 
     @override
     @torch.no_grad()
@@ -195,19 +201,31 @@ class ElasticLocalSteps(LocalSteps):
             self._agree(range(len(all_parameters(self))))
 
     def _vote_in_quorum(self) -> None:
-        """Vote with those who are there, until a vote stands."""
+        """Vote with those who are there, until a vote stands.
+
+        Raises:
+            RuntimeError: this worker could not be joined with others, several times in a row.
+        """
         parameters, bad = [local(parameter) for parameter in all_parameters(self)], self._bad_gradient
         everything, held = range(len(parameters)), self._changing()
-        before = [tensor.clone() for tensor in held]
+        before, failures = [tensor.clone() for tensor in held], 0
         while True:
             self._taken_over = False
             self._place.find()
             self.state_changed()  # it may be of others
             if self._taken_over:
+                self._go_back(everything)
                 bad, held = -1, self._changing()
                 before = [tensor.clone() for tensor in held]
-            self._bad_gradient = bad
-            if self._manager.errored() is None:  # else one was lost while they were joined
+            self._bad_gradient, error = bad, self._manager.errored()
+            failures = 0 if error is None else failures + 1
+            if failures == _MOST_FAILURES:
+                raise RuntimeError(
+                    f"this worker could not be joined with the others, {failures} times in a row: {error}. Is every "
+                    "machine reached by its host name from the others, and is what is registered with the manager as "
+                    "good as it should be?"
+                )
+            if error is None:  # else one was lost while they were joined
                 self._try_to_vote(everything, before[: len(parameters)])
             if self._manager.should_commit():
                 break
@@ -223,6 +241,8 @@ class ElasticLocalSteps(LocalSteps):
         self._number, self._part, self._holding = self.schedule.number(self.param_groups[0][STEP]), indices, False
         try:
             self._take_part(displacements, None, self._overflow())
+            if (channel := self._current_plan().channel) is not None:  # else one would keep what another has not got
+                channel.gather_integers([self.param_groups[0][STEP]], torch.device("cpu"))
         except WorkerLostError as error:
             logger.warning("a vote failed, and is held again with the workers that are left: %s", error)
             self._manager.report_error(error)
@@ -240,9 +260,50 @@ class ElasticLocalSteps(LocalSteps):
             held.pop(OWN, None)
         for group in state["param_groups"]:
             group.pop(WORKER, None)
-        return state
+        return state | {_OPTIONS: self._described()}
 
     def _take_over(self, state: dict[str, Any]) -> None:
-        self.load_state_dict(state)
-        self._go_back(range(len(all_parameters(self))))
-        self._taken_over = True
+        """Take what another one has handed over.
+
+        Raises:
+            ValueError: it is of another method or options, or of another model.
+        """
+        theirs, own = state[_OPTIONS], self._described()
+        for name in {**own, **theirs}:
+            if theirs.get(name) != own.get(name):
+                raise ValueError(
+                    f"{name} is {own.get(name)!r} here, and {theirs.get(name)!r} on the workers that this one was to "
+                    "join. Make it the same."
+                )
+        made = self.param_groups[0][STEP]
+        self.load_state_dict({name: value for name, value in state.items() if name != _OPTIONS})
+        now = self.param_groups[0][STEP]
+        if now < made:
+            logger.warning("this worker had made %d steps, and goes on from the %d of the others", made, now)
+        self._taken_over, self._ends_a_step = True, self.between_votes
+
+    def _described(self) -> dict[str, Any]:
+        return {"method": self.method, **self.options()}
+
+
+def _check(manager: Manager, group: ProcessGroup, options: Mapping[str, Any]) -> None:
+    """Raise ValueError where workers could not come and go."""
+    if manager._use_async_quorum:
+        raise ValueError(
+            "the manager was made with use_async_quorum=True, so that workers would vote before they know with whom. "
+            "Make it with use_async_quorum=False."
+        )
+    if manager._replica_world_size_mode != WorldSizeMode.DYNAMIC:
+        raise ValueError(
+            "the manager was made with a fixed number of workers, and spares, which have no vote. Make it with "
+            "world_size_mode=WorldSizeMode.DYNAMIC."
+        )
+    if "gloo" not in group.getBackendName():
+        raise ValueError(
+            f"the group is {group.getBackendName()}, which does not say in time that a worker was lost. Make it a "
+            "torchft.process_group.ProcessGroupGloo, which a GPU's tensors reach by way of the host's memory."
+        )
+    if streamed := {"fragments", "delay", "process_group"} & options.keys():
+        raise ValueError(f"{min(streamed)} of LocalSteps is not for workers that come and go. Leave it out.")
+    if options.get("exchange") == "hierarchical":
+        raise ValueError("exchange='hierarchical' is not for workers that come and go. Leave it out.")

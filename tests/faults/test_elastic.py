@@ -111,18 +111,32 @@ def test_the_example_runs(tmp_path: Path, lighthouse: str) -> None:
 
 
 def test_what_is_refused() -> None:
+    from torchft.manager import WorldSizeMode
+
     from hf_dlion.integrations.torchft import ElasticLocalSteps
 
-    def made(asynchronous: bool = False, **options: Any) -> ElasticLocalSteps:
-        manager = SimpleNamespace(_use_async_quorum=asynchronous, register_state_dict_fn=lambda *_: None)
+    def made(
+        asynchronous: bool = False, backend: str = "torchft-gloo", mode: Any = WorldSizeMode.DYNAMIC, **options: Any
+    ) -> ElasticLocalSteps:
+        manager: Any = SimpleNamespace(
+            _use_async_quorum=asynchronous, _replica_world_size_mode=mode, register_state_dict_fn=lambda *_: None
+        )
+        group: Any = SimpleNamespace(getBackendName=lambda: backend)
         parameter = torch.nn.Parameter(torch.ones(3))
         parameter.grad = torch.ones(3)
-        group: Any = None
-        return ElasticLocalSteps(torch.optim.SGD([parameter]), manager, group, every=4, **options)
+        return ElasticLocalSteps(torch.optim.SGD([parameter]), manager, group, **{"every": 4} | options)
 
     with pytest.raises(ValueError, match="use_async_quorum=True.*Make it with use_async_quorum=False"):
         made(asynchronous=True)
     with pytest.raises(ValueError, match="delay of LocalSteps is not for workers that come and go. Leave it out"):
         made(delay=2)
+    with pytest.raises(ValueError, match="'hierarchical' is not for workers that come and go"):
+        made(exchange="hierarchical")
+    with pytest.raises(ValueError, match="fixed number of workers, and spares"):
+        made(mode=WorldSizeMode.FIXED_WITH_SPARES)
+    with pytest.raises(ValueError, match="the group is torchft-nccl.*Make it a torchft.process_group.ProcessGroupGloo"):
+        made(backend="torchft-nccl")
     with pytest.raises(RuntimeError, match="has not joined the others. Call join"):
         made().step()
+    with pytest.raises(ValueError, match="every is 4 here, and 8 on the workers that this one was to join"):
+        made()._take_over(made(every=8)._hand_over())
