@@ -99,6 +99,7 @@ def test_others_go_on_where_workers_are_killed_and_one_comes(
     assert "is held again with the workers that are left" in logs
 
 
+@pytest.mark.slow
 def test_the_example_runs(tmp_path: Path, lighthouse: str) -> None:
     command = [sys.executable, "examples/elastic_loop.py", "--lighthouse", lighthouse, "--pause", "0"]
     workers = [
