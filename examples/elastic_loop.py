@@ -1,4 +1,4 @@
-"""A loop whose workers come and go, without a restart of the others. It needs torchft: pip install 'hf-dlion[elastic]'.
+"""A loop whose workers come and go, without a restart of the others. It needs torchft: pip install '.[elastic]'.
 
     torchft_lighthouse --min_replicas 1
     python examples/elastic_loop.py --lighthouse http://localhost:29510

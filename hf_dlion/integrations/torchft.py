@@ -126,22 +126,13 @@ class ElasticLocalSteps(LocalSteps):
 
     ::
 
-        group = ProcessGroupGloo(timeout=timedelta(minutes=5))
-        manager = Manager(
-            group,
-            None,
-            None,
-            min_replica_size=1,
-            use_async_quorum=False,
-            max_retries=10,
-            timeout=timedelta(minutes=5),
-            quorum_timeout=timedelta(hours=1),
-        )
         optimizer = ElasticLocalSteps(inner, manager, group, every=16)
         if optimizer.join():  # others had begun
             scheduler.step()
 
-    Every worker is a replica group of torchft, of one process. :meth:`join` is a vote, too, of a worker that has not
+    ``examples/elastic_loop.py`` has all of it. Every worker is a replica group of torchft, of one process.
+
+    :meth:`join` is a vote, too, of a worker that has not
     moved: it waits for the others to come to theirs, takes x_0, the outer and an inner state and the number of steps
     from one of them, and goes on with them. A scheduler, and what else must be the same on all workers, goes the same
     way, if it is registered with the manager (``register_state_dict_fn``). Buffers and frozen parameters do not: each
@@ -226,7 +217,7 @@ class ElasticLocalSteps(LocalSteps):
                     "good as it should be?"
                 )
             if error is None:  # else one was lost while they were joined
-                self._try_to_vote(everything, before[: len(parameters)])
+                self._try_to_vote(before[: len(parameters)])
             if self._manager.should_commit():
                 break
             torch._foreach_copy_(held, before)
@@ -234,15 +225,13 @@ class ElasticLocalSteps(LocalSteps):
         for group in self.param_groups:
             group[SINCE] = 0
 
-    def _try_to_vote(self, indices: Sequence[int], own: Sequence[Tensor]) -> None:
+    def _try_to_vote(self, own: Sequence[Tensor]) -> None:
         """A vote on how far this worker has come; the manager is told if another one is lost meanwhile."""
-        displacements = self._displacements(dict(enumerate(own)))
-        self._go_back(indices)
-        self._number, self._part, self._holding = self.schedule.number(self.param_groups[0][STEP]), indices, False
+        made = self.param_groups[0][STEP]
         try:
-            self._take_part(displacements, None, self._overflow())
+            self._exchange_votes(dict(enumerate(own)), made)
             if (channel := self._current_plan().channel) is not None:  # else one would keep what another has not got
-                channel.gather_integers([self.param_groups[0][STEP]], torch.device("cpu"))
+                channel.gather_integers([made], torch.device("cpu"))
         except WorkerLostError as error:
             logger.warning("a vote failed, and is held again with the workers that are left: %s", error)
             self._manager.report_error(error)

@@ -383,11 +383,15 @@ class LocalSteps(CodedMean):
     def _vote_on(self, indices: Sequence[int], made: int) -> None:
         """Vote on these parameters, which become x_0."""
         parameters = all_parameters(self)
-        displacements = self._displacements({index: local(parameters[index]) for index in indices})
+        self._exchange_votes({index: local(parameters[index]) for index in indices}, made)
+        self._agree(indices)
+
+    def _exchange_votes(self, own: Mapping[int, Tensor], made: int) -> None:
+        """Move from x_0 by what is decided on how far this worker's own parameters, by index, have come from there."""
+        displacements, indices = self._displacements(own), list(own)
         self._go_back(indices)
         self._number, self._part, self._holding = self.schedule.number(made), indices, False
         self._take_part(displacements, None, self._overflow())
-        self._agree(indices)
 
     def _depart(self, made: int) -> None:
         """Send the votes on what has been kept for it after so many steps."""

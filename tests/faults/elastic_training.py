@@ -133,7 +133,7 @@ def train(worker: int, folder: Path, steps: int, awaits: dict[str, list[str]], d
         scheduler.step()
         if not optimizer.between_votes:
             votes.append((made + 1, optimizer.workers, [p.detach().clone() for p in model.parameters()]))
-            torch.save({"votes": votes, "bytes": optimizer.ledger.sent_bytes}, folder / f"votes_{worker}.tmp")
+            torch.save(votes, folder / f"votes_{worker}.tmp")
             os.replace(folder / f"votes_{worker}.tmp", folder / f"votes_{worker}.pt")
             (folder / f"at_{made + 1}").touch()
     manager.shutdown()

@@ -42,7 +42,7 @@ def start(worker: int, folder: Path, lighthouse: str, **how: Any) -> subprocess.
 
 
 def votes_of(worker: int, folder: Path) -> Votes:
-    return torch.load(folder / f"votes_{worker}.pt", weights_only=True)["votes"]
+    return torch.load(folder / f"votes_{worker}.pt", weights_only=True)
 
 
 def as_virtual_workers(workers: int, steps: int) -> Votes:
@@ -141,3 +141,24 @@ def test_what_is_refused() -> None:
         made().step()
     with pytest.raises(ValueError, match="every is 4 here, and 8 on the workers that this one was to join"):
         made()._take_over(made(every=8)._hand_over())
+
+
+def test_one_that_cannot_be_joined_ends_alone() -> None:
+    from torchft.manager import WorldSizeMode
+
+    from hf_dlion.integrations.torchft import ElasticLocalSteps
+
+    manager: Any = SimpleNamespace(
+        _use_async_quorum=False,
+        _replica_world_size_mode=WorldSizeMode.DYNAMIC,
+        register_state_dict_fn=lambda *_: None,
+        start_quorum=lambda: None,
+        participating_rank=lambda: 0,
+        num_participants=lambda: 1,
+        errored=lambda: "no route to host",
+        should_commit=lambda: False,
+    )
+    group: Any = SimpleNamespace(getBackendName=lambda: "torchft-gloo")
+    optimizer = ElasticLocalSteps(torch.optim.SGD([torch.nn.Parameter(torch.ones(3))]), manager, group, every=4)
+    with pytest.raises(RuntimeError, match="could not be joined with the others, 3 times in a row: no route to host"):
+        optimizer.join()
