@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import pickle
@@ -72,10 +73,10 @@ def run_to_their_ends(
         function, workers, args, timeout, start: as there.
         collective_timeout: seconds that the process group gives a collective; None is ``timeout``.
     """
-    # A fork server imports torch once, and forks before any thread has started.
+    # A fork server imports once what workers need, and forks before any thread has started but pyarrow's allocator's.
     context: Any = multiprocessing.get_context(start)
     if start == "forkserver":
-        context.set_forkserver_preload(["tests.harness", "hf_dlion", "transformers"])
+        context.set_forkserver_preload(["tests.harness", "torch._dynamo", "hf_dlion.trainer.trainer"])
     with tempfile.TemporaryDirectory() as folder:
         processes, pipes = [], []
         for rank in range(workers):
@@ -126,6 +127,7 @@ def _work(
     pipe: Connection,
 ) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # a Trainer collects garbage after each training, and would search all that was imported
     try:
         dist.init_process_group(
             "gloo",

@@ -165,7 +165,7 @@ class Study:
 
     def _check_method(self, label: str) -> None:
         optim = self.optim(label)
-        alone = self.virtual and not self.settings(label).get("local_steps")
+        alone = self.virtual and not self._exchanges_anyway(label)
         if optim not in METHODS and (alone or not is_of_transformers(optim)):
             known = ", ".join(METHODS) + ("" if alone else ", nor a name of transformers")
             raise StudyError(f"methods: {label!r} has optim={optim!r}, which is not one of {known}.")
@@ -220,7 +220,12 @@ class Study:
 
     def counts_bytes(self, label: str) -> bool:
         """Whether a run of it says what a worker sent, as those of this package's optimizers do."""
-        return self.optim(label) in METHODS or bool(self.settings(label).get("local_steps"))
+        return self.optim(label) in METHODS or self._exchanges_anyway(label)
+
+    def _exchanges_anyway(self, label: str) -> bool:
+        """Whether the workers exchange votes whatever the optimizer."""
+        settings = self.settings(label)
+        return bool(settings.get("local_steps") or settings.get("gradient_votes"))
 
     def seeds_of(self, label: str) -> list[int]:
         seeds: list[int] = self.methods[label].get("seeds", self.seeds)

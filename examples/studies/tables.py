@@ -73,13 +73,17 @@ def bits_table(runs: Sequence[Mapping[str, Any]]) -> str | None:
     for (label, workers), (run, *_) in grouped(runs, "method", "workers").items():
         settings, sent, received = run["settings"], run["bits_sent"], run["bits_received"]
         every = int(settings.get("local_steps", 0))
-        if not (every or settings["optim"] in PREDICTED) or sent is None or workers == 1:
+        voted = settings.get("gradient_votes")
+        if not (every or voted or settings["optim"] in PREDICTED) or sent is None or workers == 1:
             continue
         drop = float(settings.get("drop_share", DROP_SHARE))
         votes = {"tie": settings.get("vote_tie", "auto"), "exchange": settings.get("vote_exchange", "auto")}
         if every:
             paper = None
             wire = local_bits(settings.get("outer_aggregation", "mavo"), workers, every, **votes)
+        elif voted:
+            paper = None
+            wire = wire_bits(f"dlion_{voted}", workers, exchange=votes["exchange"])
         else:
             paper = paper_bits(settings["optim"], workers, drop)
             wire = wire_bits(settings["optim"], workers, **votes, drop_share=drop)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks import shares
 from common import gpt2_models
 
-ROOT = Path(__file__).parents[3]
+from ..command import run_module
 
 
 @pytest.mark.parametrize("name", shares.SIZES)
@@ -30,8 +28,7 @@ def test_models_are_those_of_pretrain_gpt2(name: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "examples.benchmarks.gpu", "--output", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = run_module("examples.benchmarks.gpu", "--output", str(tmp_path))
     assert done.returncode == 2
     assert "there is no GPU" in done.stderr
 
@@ -39,8 +36,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["checks", "orthogonal"])
 def test_the_share_is_measured(name: str, tmp_path: Path) -> None:
     few = ["--models", "gpt2-tiny", "--rows", "1", "--length", "16", "--steps", "4", "--output", str(tmp_path)]
-    command = [sys.executable, "-m", f"examples.benchmarks.{name}", *few]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = run_module(f"examples.benchmarks.{name}", *few)
     assert done.returncode == 0, done.stderr
     (found,) = json.loads((tmp_path / "results.json").read_text())["models"]
     assert 0 < found["share_median"] < 1

@@ -10,6 +10,7 @@ import torch
 
 from hf_dlion.trainer.methods import METHODS
 from studies.bits import local_bits, paper_bits, wire_bits
+from studies.tables import bits_table
 from tests.harness import run_workers
 from tests.optim.test_methods import one_group
 
@@ -61,3 +62,12 @@ def test_local_steps_by_their_formula() -> None:
     assert sum(local_bits("mavo", 4, 1, tie="zero")) == pytest.approx(2.25 + 0.1875)
     assert sum(local_bits("avg", 3, 16)) == pytest.approx((2 + 1 / 6) / 16)
     assert sum(local_bits("mean", 4, 64)) == pytest.approx(48 / 64)
+
+
+@pytest.mark.parametrize(("aggregation", "predicted"), [("avg", 3.0), ("mavo", 2.25)])
+def test_votes_on_gradients_have_their_row(aggregation: str, predicted: float) -> None:
+    settings = {"optim": "adamw_torch", "gradient_votes": aggregation}
+    run = {"method": "x", "workers": 4, "settings": settings, "bits_sent": 3.3, "bits_received": 3.3}
+    table = bits_table([run])
+    assert table is not None
+    assert f"= {predicted:.3f} | 3.300 | 3.300 | {3.3 / predicted:.3f} |" in table

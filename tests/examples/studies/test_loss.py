@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import yaml
 from studies import runs
 from studies.study import Study
 
-ROOT = Path(__file__).parents[3]
+from ..command import ROOT, run_module
 
 # Its loss is lowest at a learning rate of 0.2, and differs by seed.
 SCRIPT = """
@@ -80,9 +79,7 @@ class Bench:
         return path
 
     def compare(self, *words: str) -> subprocess.CompletedProcess[str]:
-        path = self.written()
-        command = [sys.executable, "-m", "examples.studies.run", str(path), "--output", str(self.output), *words]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+        return run_module("examples.studies.run", str(self.written()), "--output", str(self.output), *words)
 
     @property
     def summary(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from studies.cells import StudyError
 from studies.paper import PAPER
 from studies.study import Study
 
-ROOT = Path(__file__).parents[3]
+from ..command import ROOT, run_module
 
 # Obeys the contract of train_vit.py. Best at a learning rate of 3e-4; fails, or stays, where files beside it say so.
 SCRIPT = """
@@ -80,16 +80,16 @@ class Bench:
         path.write_text(yaml.safe_dump(self.study, sort_keys=False))
         return path
 
-    def command(self, *words: str) -> list[str]:
-        path = self.written()
-        return [sys.executable, "-m", "examples.studies.run", str(path), "--output", str(self.output), *words]
+    def words(self, *words: str) -> list[str]:
+        return [str(self.written()), "--output", str(self.output), *words]
 
     def compare(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self.command(*words), cwd=ROOT, capture_output=True, text=True, timeout=100)
+        return run_module("examples.studies.run", *self.words(*words))
 
     def begin(self, *words: str) -> subprocess.Popen[str]:
         pipe = subprocess.PIPE
-        return subprocess.Popen(self.command(*words), cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+        command = [sys.executable, "-m", "examples.studies.run", *self.words(*words)]
+        return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -370,6 +370,7 @@ UNEQUAL = [{"optim": "dgc", "learning_rates": rates} for rates in ([1, 2], [1, 2
             {"virtual": False, "methods": {"adamw_torch": None}},
             "adamw_torch has no learning rate",
         ),
+        ({"methods": {"adamw_torch": {"gradient_votes": "avg"}}}, "adamw_torch has no learning rate"),
         ({"virtual": False, "methods": {"sgd": {"learning_rate": 1}}}, "sgd has no weight_decay"),
         ({"workers": []}, "dlion_mavo has no workers; write workers: .2, 4."),
         ({"methods": {"dlion_mavo": {"workers": "all"}}}, "dlion_mavo: workers='all' is not a list of numbers"),
