@@ -21,7 +21,7 @@ from hf_dlion.optim.signum import DistributedSignum
 from hf_dlion.optim.workers import WorkersOptimizer
 from tests.harness import run_workers
 
-STEPS = 20
+STEPS = 8
 LR, DECAY = 1e-2, 0.1
 REST = [(7,), (1, 9), (33, 5), (5,)]  # of which some ranks hold nothing
 # Worked on in place and staged, in whole replicas and in shards, from odd places on.
