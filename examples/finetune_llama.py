@@ -8,7 +8,7 @@ Two processes on the CPU; the model is a path or a hub id, the data a JSON or JS
         --per_device_train_batch_size 4 --max_steps 500
 
 With `--optim adamw_torch`, and a learning rate for it, gradients are averaged as ever: the baseline. On GPUs,
-leave `--use_cpu` away and take `one_node_gpus.yaml` or `several_nodes.yaml`:
+leave out `--use_cpu` and take `one_node_gpus.yaml` or `several_nodes.yaml`:
 
     accelerate launch --config_file examples/launch/one_node_gpus.yaml examples/finetune_llama.py \\
         --config examples/recipes/llama_7b_alpaca.yaml --model meta-llama/Llama-2-7b-hf

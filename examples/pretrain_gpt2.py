@@ -7,7 +7,7 @@ Two processes on the CPU, on the source of Python's own standard library (nothin
         --per_device_train_batch_size 4 --max_steps 1200
 
 With `--optim adamw_torch`, and a learning rate for it, gradients are averaged as ever: the baseline. On GPUs,
-leave `--use_cpu` away and take `one_node_gpus.yaml` or `several_nodes.yaml`:
+leave out `--use_cpu` and take `one_node_gpus.yaml` or `several_nodes.yaml`:
 
     accelerate launch --config_file examples/launch/one_node_gpus.yaml examples/pretrain_gpt2.py \\
         --config examples/recipes/gpt2_350m_openwebtext.yaml
