@@ -30,13 +30,15 @@ class DirectedBallots(Ballots):
     Attributes:
         directions: flat, by parameter; of hidden matrices, from their first bucket to their last.
         squares: by parameter, the sum of squared levels 2c - n of the decisions so far.
-        waiting: buckets that are decided, but have a matrix that is not yet decided as a whole.
+        decided: numbers of the buckets that are decided; with early votes, in the order in which they were sent.
+        waiting: those of them that have a matrix that is not yet decided as a whole.
         packed: by parameter, in how many buckets its direction was packed.
         undirected: of a sharded replica, the hidden matrices whose directions are still to be made, in order.
     """
 
     directions: dict[int, Tensor] = field(default_factory=dict)
     squares: dict[int, Tensor] = field(default_factory=dict)
+    decided: set[int] = field(default_factory=set)
     waiting: list[tuple[Bucket, Decision]] = field(default_factory=list)
     packed: dict[int, int] = field(default_factory=dict)
     undirected: list[int] = field(default_factory=list)
@@ -152,18 +154,23 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         decision: Decision,
         ballots: DirectedBallots,  # type: ignore[override]
     ) -> None:
-        """A matrix is scaled by the rms of its whole decision, so its buckets wait for the last one of them."""
+        """A matrix is scaled by the rms of its whole decision, so its buckets wait until all of them are decided."""
         if decision.highest > 1:
             for index, square in plan.views.squares(bucket, decision).items():
                 ballots.squares[index] = ballots.squares.get(index, 0) + square
+        ballots.decided.add(bucket.number)
         ballots.waiting.append((bucket, decision))
         if plan.shards is not None and decision.highest > 1:
             if len(ballots.waiting) < len(plan.buckets):
                 return  # each rank of the replica has other buckets: they add up the squares when all are decided
             self._sum_squares(plan, plan.shards, ballots.squares)
-            bucket = plan.buckets[-1]
-        while ballots.waiting and self._is_decided(plan, *ballots.waiting[0], bucket):
-            self._update(plan, *ballots.waiting.pop(0), ballots)
+        waiting = ballots.waiting.copy()
+        ballots.waiting.clear()
+        for one in waiting:
+            if self._is_decided(plan, *one, ballots.decided):
+                self._update(plan, *one, ballots)
+            else:
+                ballots.waiting.append(one)
 
     @override
     def _step_alone(self, plan: VotePlan, inputs: StepInputs, hypers: Tensor) -> None:
@@ -240,12 +247,12 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         sums = shards.sum(torch.stack([squares.get(index, zero) for index in hidden]))
         squares.update(zip(hidden, sums, strict=True))
 
-    def _is_decided(self, plan: VotePlan, bucket: Bucket, decision: Decision, latest: Bucket) -> bool:
+    def _is_decided(self, plan: VotePlan, bucket: Bucket, decision: Decision, decided: set[int]) -> bool:
         """Whether the squares of all hidden matrices in the bucket are known, or need not be."""
         if decision.highest == 1:
             return True
-        ends = (plan.buckets_of[index][-1] for index in bucket.parameters if self._is_hidden(plan, index))
-        return max(ends, default=0) <= latest.number
+        hidden = (index for index in bucket.parameters if self._is_hidden(plan, index))
+        return all(decided.issuperset(plan.buckets_of[index]) for index in hidden)
 
     def _update(self, plan: VotePlan, bucket: Bucket, decision: Decision, ballots: DirectedBallots) -> None:
         plain = torch.full((1,), UPDATE_RMS, device=plan.views.device)

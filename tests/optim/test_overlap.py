@@ -155,7 +155,7 @@ def train(rank: int, make: Make, event: Event, micro_batches: int, options: dict
 
 def small_buckets() -> list[int]:
     """Buckets of four blocks; a list that gets the number of each bucket that is sent early."""
-    layout.MIN_BUCKET_BLOCKS, layout.DIRECT_BLOCKS = 4, 2
+    layout.MIN_BUCKET_BLOCKS, layout.DIRECT_BLOCKS, layout.SEGMENT_BLOCKS = 4, 2, 2  # matrices in several buckets
     sent: list[int] = []
     send = EarlyVotes._send_early
 
