@@ -219,6 +219,21 @@ def test_a_bad_gradient() -> None:
         assert all_bad.startswith("rank 0: the gradient of weights.4 has a NaN or Inf")
 
 
+def test_after_an_error_workers_take_their_turns_anew() -> None:
+    parameter = torch.nn.Parameter(torch.ones(300))
+    votes = VirtualGradients(iter([("weight", parameter)]), 2)
+    for value in (torch.nan, 1.0):
+        for rank in range(2):
+            parameter.grad = torch.full_like(parameter, value)
+            votes.take_turn(rank)
+        if value != value:
+            with pytest.raises(FloatingPointError, match="rank 0: the gradient of weight"):
+                votes.decide()
+    votes.decide()
+    assert parameter.grad is not None
+    assert parameter.grad.isfinite().all()
+
+
 def scaled_steps(rank: int) -> tuple[list[float], torch.Tensor]:
     """A gradient scaler, with an overflow on rank 1 in the second step: scale after each step, and the weights."""
     model = Model()

@@ -220,7 +220,7 @@ class LocalSteps(CodedMean):
             return
         made = self.param_groups[0][STEP]
         if flight := self._flight(self.param_groups[0]):
-            self._land(*flight)
+            self._land(flight[0])
         for group in self.param_groups:
             group[SINCE] = 0
         self._vote_on(range(len(all_parameters(self))), made)
@@ -292,7 +292,7 @@ class LocalSteps(CodedMean):
         super().load_state_dict(own)
         self.inner.load_state_dict(state_dict["inner"])
         self.inner.param_groups = self.param_groups
-        self._sent = {}
+        self._sent, self._bad_gradient = {}, -1
         for index, parameter in enumerate(all_parameters(self)):
             saved = own["state"].get(index, {})
             if OWN in saved:
@@ -315,11 +315,12 @@ class LocalSteps(CodedMean):
         for index, name, tensor in super().saved_tensors(groups):
             if name in names and (between or name != ANCHOR):
                 yield index, name, tensor
+        _, flying = (between and self._flight(groups[0])) or (0, ())
+        parameters = [local(parameter).detach() for parameter in all_parameters(self)]
+        self._sent = {i: self._sent[i] if i in self._sent else parameters[i].clone() for i in flying}
         if between:
-            parameters = [local(parameter).detach() for parameter in all_parameters(self)]
             yield from ((index, OWN, parameter) for index, parameter in enumerate(parameters))
-            _, flying = self._flight(groups[0]) or (0, ())
-            yield from ((i, SENT, self._sent.setdefault(i, torch.empty_like(parameters[i]))) for i in flying)
+            yield from ((index, SENT, sent) for index, sent in self._sent.items())
 
     @override
     def forget_own(self, index: int, name: str, tensor: Tensor) -> None:
@@ -359,7 +360,7 @@ class LocalSteps(CodedMean):
         group = self.param_groups[0]
         if flight := self._flight({STEP: made - 1, SINCE: group[SINCE] - 1}):
             if made == flight[0] + self.schedule.delay:
-                self._land(*flight)
+                self._land(flight[0])
             elif self._running is None:
                 self._depart(flight[0])
             elif made == flight[0] + (1 + self.schedule.delay) // 2:
@@ -402,11 +403,11 @@ class LocalSteps(CodedMean):
             self._sent = {}
             raise
 
-    def _land(self, made: int, indices: Sequence[int]) -> None:
+    def _land(self, made: int) -> None:
         """Let the votes sent after so many steps have their effect; what was moved by since then is kept."""
         if self._running is None:
             self._depart(made)
-        indices = [index for index in indices if index in self._sent]  # none, where sending has failed
+        indices = list(self._sent)  # none, where sending has failed
         plan, parameters = self._current_plan(), all_parameters(self)
         since = {index: local(parameters[index]).float() - self._sent[index].float() for index in indices}
         self._go_back(indices)

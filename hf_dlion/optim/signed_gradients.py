@@ -224,9 +224,11 @@ class VirtualGradients:
     @torch.no_grad()
     def decide(self) -> None:
         """Give each parameter that a worker has a gradient for what the workers decide."""
-        voted = [i for i in range(len(self.parameters)) if any(turn[i] is not None for turn in self._turns)]
+        turns = self._turns
+        self.forget_turns()  # should there be an error
+        voted = [i for i in range(len(self.parameters)) if any(turn[i] is not None for turn in turns)]
         for bucket in self._buckets(voted):
-            of_workers = [self._flat(turn, bucket) for turn in self._turns]
+            of_workers = [self._flat(turn, bucket) for turn in turns]
             parts = [(index, self.parameters[index].numel()) for index in bucket]
             self._group.run(lambda rank: run(self.members[rank].vote(of_workers[rank], parts)))  # noqa: B023
             pieces = of_workers[0].split([size for _, size in parts])
@@ -235,7 +237,6 @@ class VirtualGradients:
                 parameter.grad = as_laid_out(decided.clone(), parameter.shape, memory_order(parameter))
         for member in self.members:
             member.end_step()
-        self.forget_turns()
 
     @property
     def workers(self) -> int:

@@ -1,7 +1,7 @@
 """What a Trainer saves and resumes from, where each worker has something of its own.
 
-Extension points of transformers 5: ``_save_checkpoint`` and ``_save``, with ``_save_optimizer_and_scheduler``,
-``_load_optimizer_and_scheduler``, ``_save_scaler`` and ``_load_scaler``.
+Extension points of transformers 5: ``save_model``, ``_save_checkpoint`` and ``_save``, with
+``_save_optimizer_and_scheduler``, ``_load_optimizer_and_scheduler``, ``_save_scaler`` and ``_load_scaler``.
 """
 
 from __future__ import annotations
@@ -76,19 +76,22 @@ class CheckpointsMixin(WorkersMixin):
         if self.args.should_save:
             self._delete_older_checkpoints(run)  # type: ignore[attr-defined]
 
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """As the parent; between two votes of local steps, the parameters of the last vote."""
+        with self._voted_parameters():
+            super().save_model(*args, **kwargs)  # type: ignore[misc]
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
         if not (
             self._gradients_stay_local and self.args.save_on_each_node and hasattr(model, "should_save_on_this_rank")
         ):
-            with self._voted_parameters():
-                super()._save(output_dir, state_dict)  # type: ignore[misc]
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
             return
         # Models of transformers 5.23 save themselves on rank 0 only, whatever is_main_process says.
         model.should_save_on_this_rank = lambda is_main_process: is_main_process
         try:
-            with self._voted_parameters():
-                super()._save(output_dir, state_dict)  # type: ignore[misc]
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
         finally:
             del model.should_save_on_this_rank
 
@@ -98,7 +101,8 @@ class CheckpointsMixin(WorkersMixin):
             return
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
-            save_fsdp_model(plugin, self.accelerator, self.model, output_dir, adapter_only=True)
+            with self._voted_parameters():
+                save_fsdp_model(plugin, self.accelerator, self.model, output_dir, adapter_only=True)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 

@@ -196,10 +196,13 @@ class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, Tr
             WorkerLostError: a collective failed; with the ranks that did not answer.
         """
         self._steps_made = 0
+        if self._has_virtual_workers():
+            self._own_optimizer().forget_turns()  # of a training that was stopped, before weights are loaded
         if resume_from_checkpoint:
             resume_from_checkpoint = self._resumed(resume_from_checkpoint)
         with report_lost_workers("training", waits=False) if self._exchanges else nullcontext():
             output: TrainOutput = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+            self._end_round()
         if self._exchanges:
             drain_gloo()  # so that accelerator.end_training() may follow at once
         return output
@@ -218,14 +221,25 @@ class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, Tr
         return epochs, steps_an_epoch, *rest, steps
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
-        if self._gradients_stay_local and self.control.should_training_stop:
-            self._own_optimizer().vote()  # the last round of local steps ends here, however long it is
+        if self.control.should_training_stop:
+            self._end_round()
         # The parent gathers the loss of all ranks here, so they come together; to log() one may come alone.
         if (
             self._exchanges and self.control.should_log and self.state.global_step > self._globalstep_last_logged  # type: ignore[attr-defined]
         ):
             self._observed = self._observations(grad_norm)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)  # type: ignore[misc]
+        if self.control.should_training_stop:  # by what was evaluated
+            self._end_round()
+
+    def _load_best_model(self) -> None:
+        self._end_round()
+        super()._load_best_model()  # type: ignore[misc]
+
+    def _end_round(self) -> None:
+        """The last round of local steps ends where the training does, however long it is."""
+        if self._gradients_stay_local:
+            self._own_optimizer().vote()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the parent, with the traffic and the votes in the logs of training.
@@ -297,9 +311,9 @@ class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, Tr
         """As a training begins: our optimizer gets the model's names for its errors, and counts from here on."""
         optimizer = self._own_optimizer()
         if self._gradient_votes:
-            self._at_start, self._logged, self._logged_bad_gradients = Ledger(), Ledger(), 0
             if self.args.world_size == 1:
                 self._begin_turns()
+            self._count_from_here()
         if not members_of(optimizer):
             return
         if not isinstance(self.accelerator.ddp_handler, LocalGradients):
@@ -312,9 +326,19 @@ class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, Tr
             member.parameter_names = found
         if self._has_virtual_workers():
             optimizer.forget_turns()
-        optimizer.vote_shares()  # those of an earlier training are not for the log of this one
-        self._at_start, self._logged = optimizer.ledger.copy(), optimizer.ledger.copy()
-        self._logged_bad_gradients = optimizer.bad_gradients
+        self._count_from_here()
+
+    def _count_from_here(self) -> None:
+        """What was sent, and which gradients were bad, in an earlier training is not for the log of this one."""
+        source = self._counted = self._source()
+        self._at_start = Ledger() if source is None else source.ledger.copy()
+        self._logged, self._logged_bad_gradients = self._at_start.copy(), getattr(source, "bad_gradients", 0)
+        if source is not None:
+            source.vote_shares()
+
+    def _source(self) -> Any:
+        """What counts bytes, votes and bad gradients; None, where DDP is yet to be given its hook."""
+        return self.voting if self._gradient_votes else self._own_optimizer()
 
     def _check_equally_many(self, steps: int, steps_an_epoch: int) -> None:
         if self.args.world_size == 1:
@@ -333,7 +357,9 @@ class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, Tr
 
     def _observations(self, grad_norm: Any) -> dict[str, float]:
         """A collective over the workers."""
-        source: Any = self.voting or self._own_optimizer()
+        source = self._source()
+        if source is not self._counted:  # DDP has its hook since then
+            self._counted, self._at_start, self._logged, self._logged_bad_gradients = source, Ledger(), Ledger(), 0
         found = self._traffic(source.ledger, source.workers)
         found["bad_gradients"] = source.bad_gradients - self._logged_bad_gradients
         self._logged_bad_gradients = source.bad_gradients

@@ -6,11 +6,13 @@ So it counts batches, steps and epochs as each of as many processes would. Exten
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..optim.signed_gradients import SignedGradients
 from .rounds import Round, in_rounds
 from .workers import WorkersMixin
 
@@ -19,9 +21,12 @@ class VirtualWorkersMixin(WorkersMixin):
     """Gives any Trainer virtual workers; with one worker a process, nothing changes."""
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As the parent; from then on the train loader gives rounds, also where a subclass makes it."""
+        """As the parent; from then on the train loader gives rounds, also where a subclass makes it.
+
+        A search of hyperparameters calls it for each trial.
+        """
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
-        if self._virtual_workers > 1:
+        if self._virtual_workers > 1 and "get_train_dataloader" not in vars(self):
             of_batches = self.get_train_dataloader  # type: ignore[has-type]
             self.get_train_dataloader = lambda: in_rounds(of_batches(), self.accelerator, self._virtual_workers)
 
@@ -36,7 +41,10 @@ class VirtualWorkersMixin(WorkersMixin):
         if voting is not None:
             voting.step = self.state.global_step
         if not isinstance(inputs, Round) and alone is None:
-            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+            # What an epoch leaves over for the next one, DDP would vote on now, and on the sum again then.
+            waits = isinstance(voting, SignedGradients) and not self.accelerator.sync_gradients
+            with model.no_sync() if waits else nullcontext():  # type: ignore[operator]
+                return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         turns, losses = alone or self._own_optimizer(), []
         for rank, batch in enumerate(inputs if isinstance(inputs, Round) else [inputs]):
             items = num_items_in_batch[rank] if isinstance(num_items_in_batch, list) else num_items_in_batch

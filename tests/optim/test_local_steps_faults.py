@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from hf_dlion import DistributedLion
+from hf_dlion import DistributedLion, load_workers, save_workers
 from hf_dlion.optim.local_steps import LocalSteps
 from hf_dlion.optim.virtual import VirtualWorkers
 from tests.harness import run_workers
@@ -177,3 +178,61 @@ def test_inner_optimizers_that_are_refused() -> None:
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LocalSteps(sgd([nn.Parameter(torch.zeros(3))]), **{"every": 2, **options})
+
+
+def streamed(workers: int = 2, **options: Any) -> tuple[list[nn.Parameter], Any]:
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(300)) for _ in range(2)]
+    options = {"every": 4, "fragments": 2, "delay": 2} | options
+    made = VirtualWorkers(parameters, workers, lambda given, **more: LocalSteps(sgd(given), **options, **more))
+    return parameters, made
+
+
+def steps(parameters: list[nn.Parameter], optimizer: Any, numbers: range) -> None:
+    for step in numbers:
+        for rank in range(2):
+            source = torch.Generator().manual_seed(100 * step + rank)
+            for parameter in parameters:
+                parameter.grad = torch.randn(300, generator=source)
+            optimizer.next_worker()
+        optimizer.step()
+
+
+def test_loading_forgets_the_vote_that_is_on_its_way(tmp_path: Path) -> None:
+    """One part's is on its way where another part's was when it was saved."""
+    ours, optimizer = streamed(outer_momentum=0.5)
+    steps(ours, optimizer, range(5))
+    save_workers(tmp_path, optimizer)
+    steps(ours, optimizer, range(5, 7))
+    theirs, fresh = streamed(outer_momentum=0.5)
+    for mine, one_of_both in ((ours, optimizer), (theirs, fresh)):
+        load_workers(tmp_path, one_of_both)
+        steps(mine, one_of_both, range(5, 12))
+        one_of_both.vote()
+    assert all(map(torch.equal, ours, theirs))
+
+
+def test_what_is_saved_after_sending_has_failed_is_defined(tmp_path: Path) -> None:
+    parameters, optimizer = streamed(fragments=1)
+    steps(parameters, optimizer, range(3))
+    for member in optimizer.members:
+        with torch.no_grad():
+            member.param_groups[0]["params"][0][0] = torch.inf
+    with pytest.raises(FloatingPointError):
+        steps(parameters, optimizer, range(3, 4))
+    save_workers(tmp_path, optimizer)
+    for member in optimizer.members:
+        assert all(torch.equal(sent, member.param_groups[0]["params"][i]) for i, sent in member._sent.items())
+
+
+def test_a_group_is_added_while_a_vote_is_on_its_way() -> None:
+    """What was voted on is x_0 of all, and moves by what was decided once, as without the group."""
+    found = []
+    for adds in (False, True):
+        parameters, optimizer = streamed()
+        steps(parameters, optimizer, range(5))
+        if adds:
+            optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(900))]})
+        steps(parameters, optimizer, range(5, 6))
+        found.append([optimizer.members[0].state[parameter]["anchor"].clone() for parameter in parameters])
+    assert all(map(torch.equal, *found))

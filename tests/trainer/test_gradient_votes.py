@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import IterableDataset
 
 from hf_dlion import DistributedLion
 from hf_dlion.trainer.report import run_report
@@ -51,6 +53,36 @@ def test_bitwise_what_virtual_workers_train(tmp_path: Path) -> None:
         assert f'one bit a parameter each (`gradient_votes="{report["gradient_votes"]}"` of hf_dlion)' in card
     for rank, runs in enumerate(everyone):
         assert torch.equal(runs[0][1], summed[1]), rank
+
+
+class Stream(IterableDataset[Any]):
+    """Of rows, without a length: an epoch is a step and a half."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from tiny.rows(24)
+
+
+def twice(rank: int, folder: str, options: dict[str, Any]) -> tuple[torch.Tensor, list[list[dict[str, float]]]]:
+    """The weights after two trainings by one Trainer on a stream, and their logs."""
+    run = tiny.trainer(rank, folder, **OPTIONS | {"gradient_accumulation_steps": 4, "max_grad_norm": 0} | options)
+    run.args.per_device_train_batch_size = run.args._train_batch_size = 2
+    run._train_batch_size = 2
+    run.train_dataset = Stream()
+    logs = []
+    for _ in range(2):
+        run.train()
+        logs.append([entry for entry in run.state.log_history if "bytes_sent_total" in entry])
+    return weights(run.model), logs
+
+
+def test_what_an_epoch_leaves_over_is_not_voted_on_yet_and_logs_begin_anew(tmp_path: Path) -> None:
+    everyone = run_workers(twice, 2, str(tmp_path), {})
+    ours, _ = twice(0, str(tmp_path), {"virtual_workers": 2})
+    for theirs, (first, second) in everyone:
+        assert torch.equal(theirs, ours)
+        assert len(first) == len(second) == 4
+        for before, after in zip(first, second, strict=True):
+            assert after["bytes_sent_total"] == pytest.approx(before["bytes_sent_total"], rel=0.05)
 
 
 def test_noise_is_that_of_the_step_after_resuming(tmp_path: Path) -> None:

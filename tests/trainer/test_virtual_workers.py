@@ -79,3 +79,11 @@ def refused(rank: int, folder: str) -> str:
 
 def test_not_in_several_processes(tmp_path: Path) -> None:
     run_workers(refused, 2, str(tmp_path))
+
+
+def test_each_trial_of_a_search_gives_rounds_of_batches(tmp_path: Path) -> None:
+    run = tiny.trainer(0, tmp_path, virtual_workers=2)
+    rounds = len(run.get_train_dataloader())
+    run.create_accelerator_and_postprocess()  # as a search does for each trial
+    assert len(run.get_train_dataloader()) == rounds
+    run.train()
