@@ -76,10 +76,14 @@ def check_complete(folder: str | Path) -> None:
 
 def _why_incomplete_anywhere(folder: Path) -> str | None:
     """What is wrong with the checkpoint, the same on all ranks; None if nothing."""
-    everyone = _gather((why_incomplete(folder), sorted(path.name for path in folder.glob(ANY_PART))))
-    if wrong := [why for why, _ in everyone if why is not None]:
+    why, there = why_incomplete(folder), sorted(path.name for path in folder.glob(ANY_PART))
+    everyone = _gather((why, [] if why else list(Manifest.read(folder).parts), there))
+    if wrong := [why for why, _, _ in everyone if why is not None]:
         return wrong[0]
-    lost = set(Manifest.read(folder).parts) - {name for _, names in everyone for name in names}
+    parts = everyone[0][1]
+    if any(others != parts for _, others, _ in everyone):
+        return f"{folder} is not of one run on all ranks: their manifests differ. {ELSEWHERE}"
+    lost = set(parts) - {name for _, _, names in everyone for name in names}
     return f"{folder / min(lost)} is missing on all ranks. {ELSEWHERE}" if lost else None
 
 

@@ -43,7 +43,7 @@ class DLionPlugin(BasePlugin):
         Raises:
             ValueError: the YAML asks for another Trainer than that of supervised finetuning or pretraining.
         """
-        if cfg.optimizer not in METHODS and not cfg.get("local_steps"):
+        if cfg.optimizer not in METHODS and not cfg.get("local_steps") and not cfg.get("gradient_votes"):
             return None
         others = [name for name in ("rl", "reward_model", "process_reward_model", "trainer_cls") if cfg.get(name)]
         if others:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..optim.signed_gradients import SignedGradients
 from .rounds import Round, in_rounds
 from .workers import WorkersMixin
 
@@ -42,7 +41,7 @@ class VirtualWorkersMixin(WorkersMixin):
             voting.step = self.state.global_step
         if not isinstance(inputs, Round) and alone is None:
             # What an epoch leaves over for the next one, DDP would vote on now, and on the sum again then.
-            waits = isinstance(voting, SignedGradients) and not self.accelerator.sync_gradients
+            waits = voting is not None and not self.accelerator.sync_gradients
             with model.no_sync() if waits else nullcontext():  # type: ignore[operator]
                 return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         turns, losses = alone or self._own_optimizer(), []

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from .ledger import Ledger
 from .liveness import report_lost_workers
-from .torch_versions import all_gather_single, time_limit
+from .torch_versions import all_gather_single, group_count, time_limit
 
 logger = logging.getLogger(__name__)
 
@@ -152,8 +152,11 @@ class ProcessChannel(BackendChannel):
     def beside(self, places: Sequence[int] | None = None) -> ProcessChannel:
         """A channel of its own to the same workers, or to those at some places. A collective over these.
 
-        Collectives of the two channels can be under way at once, in any order.
+        Collectives of the two channels can be under way at once, in any order. Before one to some of the workers, all
+        workers call :meth:`align_groups`.
         """
+        if places is None:
+            self.align_groups()
         own = self.group or dist.group.WORLD
         assert own is not None
         ranks = dist.get_process_group_ranks(own)
@@ -162,6 +165,17 @@ class ProcessChannel(BackendChannel):
         # Only its members make a group.
         group = dist.new_group(ranks, timeout=time_limit(own), use_local_synchronization=True)
         return ProcessChannel(group, self.ledger)
+
+    def align_groups(self) -> None:
+        """Let all ranks be in as many process groups, as `beside` needs it. A collective over the workers.
+
+        torch looks for the others of a group that only its members make by a name in which that number is.
+        """
+        device = torch.device("cpu" if "cpu" in self._backends else "cuda")
+        count = group_count()
+        counts = ProcessChannel(self.group, Ledger()).gather_integers([count], device)
+        for _ in range(max(other for (other,) in counts) - count):
+            dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
     def all_to_all_uneven(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
         """Part i goes to rank i, and a part of ``lengths[i]`` elements comes from there. One round, waited for.

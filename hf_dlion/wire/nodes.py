@@ -46,6 +46,7 @@ def workers_per_node(channel: Channel, device: torch.device) -> int:
 
 def split_by_node(channel: ProcessChannel, size: int) -> Nodes:
     """The channels of this worker inside its node of so many workers, and across nodes; they share a ledger."""
+    channel.align_groups()
     node, place = divmod(channel.rank, size)
     inside = channel.beside(range(node * size, (node + 1) * size))
     return Nodes(inside, channel.beside(range(place, channel.size, size)))

@@ -1,4 +1,4 @@
-"""What torch names otherwise, or lacks, in versions before 2.13."""
+"""What torch names otherwise, or lacks, in versions before 2.13; and what it does not say."""
 
 from __future__ import annotations
 
@@ -36,3 +36,8 @@ def group_store(group: dist.ProcessGroup) -> Any:
     own: Any = getattr(group, "get_group_store", dist.distributed_c10d._get_default_store)
     store = own()
     return store.clone() if hasattr(store, "clone") else None
+
+
+def group_count() -> int:
+    """Of how many process groups this rank is a member."""
+    return len(dist.distributed_c10d._world.pg_names)

@@ -232,6 +232,21 @@ def test_what_is_not_whole_is_passed_over(how: str, tmp_path: Path) -> None:
         assert "esume from another checkpoint" in message
 
 
+def newest_on_each_node(rank: int, folder: str) -> tuple[str | None, str]:
+    os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    records = what_is_logged()
+    return last_complete_checkpoint(Path(folder, str(rank))), " ".join(records)
+
+
+def test_a_node_that_went_on_alone_has_another_checkpoint_of_the_name(tmp_path: Path) -> None:
+    """Its manifest has one part, that of the node that comes back has two."""
+    for rank, workers in enumerate((1, 2)):
+        write(0, str(tmp_path / str(rank)), {"max_steps": 2, "virtual_workers": workers})
+    (none, said), (nor, _) = run_workers(newest_on_each_node, 2, str(tmp_path))
+    assert none is nor is None
+    assert "is not of one run on all ranks" in said
+
+
 def test_without_a_process_group_every_rank_looks_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(0, str(tmp_path), {"max_steps": 4, "virtual_workers": 2})
     spoil(tmp_path / "checkpoint-4", "a truncated model")

@@ -54,7 +54,8 @@ def test_what_the_plugin_names_is_there(plugin: Any) -> None:
 
 def test_the_trainer_is_mixed_for_our_names_only(plugin: Any) -> None:
     assert plugin.get_trainer_cls(Config(optimizer="adamw_torch", rl="dpo")) is None
-    assert plugin.get_trainer_cls(Config(optimizer="adamw_torch", local_steps=4)) is not None
+    for option in ({"local_steps": 4}, {"gradient_votes": "avg"}):
+        assert plugin.get_trainer_cls(Config(optimizer="adamw_torch", **option)) is not None
     mixed = plugin.get_trainer_cls(Config(optimizer="dlion_mavo"))
     assert mixed.__mro__[1] is DLionTrainerMixin
     with pytest.raises(ValueError, match="optimizer: dlion_mavo with rl: dpo.*mix DLionTrainerMixin into TRL's"):

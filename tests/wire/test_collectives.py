@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from hf_dlion.wire.collectives import ProcessChannel
 from hf_dlion.wire.ledger import Ledger
+from hf_dlion.wire.nodes import split_by_node
 from tests.harness import run_workers
 
 # Without drain_gloo, one run in three fails.
@@ -52,6 +54,24 @@ def everything(rank: int) -> None:
     assert all(map(torch.equal, *received))
     assert detour.gather_integers([rank, 7], torch.device("cpu")) == [[0, 7], [1, 7]]
     assert plain.ledger.sent_bytes < detour.ledger.sent_bytes == plain.ledger.sent_bytes + 16
+
+
+def beside(rank: int, nodes: bool) -> list[list[int]]:
+    """Who is met in channels of their own, where a script has made groups of some ranks."""
+    for ranks in ([0], [0, 2]):
+        dist.new_group(ranks)
+    channel = ProcessChannel(None, Ledger())
+    device = torch.device("cpu")
+    if not nodes:
+        return channel.beside().gather_integers([rank], device)
+    split = split_by_node(channel, 2)
+    return [*split.inside.gather_integers([rank], device), *split.across.gather_integers([rank], device)]
+
+
+def test_channels_beside_others_are_found_whatever_groups_a_script_has_made() -> None:
+    assert run_workers(beside, 3, False, timeout=40) == [[[0], [1], [2]]] * 3
+    found = run_workers(beside, 4, True, timeout=40)
+    assert found == [[[0], [1], [0], [2]], [[0], [1], [1], [3]], [[2], [3], [0], [2]], [[2], [3], [1], [3]]]
 
 
 def test_a_detour_changes_nothing_but_the_way() -> None:
