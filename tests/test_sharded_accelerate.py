@@ -30,6 +30,7 @@ from hf_dlion import (
 )
 from hf_dlion.local_gradients import check_supported
 from hf_dlion.optim.tensors import local
+from hf_dlion.trainer.report import run_report
 from tests.harness import run_workers, what_is_logged
 from tests.trainer.tiny import act_as_launched, arguments, rows
 from tests.trainer.tiny import model as tiny
@@ -195,7 +196,7 @@ def train(rank: int, folder: str, optim: str, local_steps: int) -> dict[str, Any
         run.train(resume_from_checkpoint=checkpoint)
         logs = [entry for entry in run.state.log_history if "grad_norm" in entry]
         found[name] = shards_of(run.model), [entry["grad_norm"] for entry in logs]
-        found["log"] = logs[-1]
+        found["log"], found["report"] = logs[-1], run_report(run)
         optimizer = run.optimizer.optimizer
         states = (optimizer.inner or optimizer).state.values()
         found["state"] = [local(state["exp_avg" if local_steps else "momentum"]).clone() for state in states]
@@ -220,7 +221,11 @@ def test_a_trainer_goes_on_where_it_stopped(optim: str, local_steps: int, tmp_pa
         assert all(map(torch.equal, found["whole"][0], same["whole"][0]))
         assert not all(map(torch.equal, found["state"], same["state"]))
         assert found["log"]["grad_norm"] == other["log"]["grad_norm"]
+        assert (found["report"]["workers"], found["report"]["processes"]) == (2, 4)
         if not local_steps:
+            assert found["report"]["fp32_allreduce_over_sent"] * found["log"]["fp32_allreduce_ratio"] == pytest.approx(
+                1, rel=0.1
+            )
             assert 0.5 < found["log"]["bits_sent_per_param"] < 0.8  # half of a bit, and a small model's padding
             assert 1 / 32 < found["log"]["fp32_allreduce_ratio"] < 1 / 20
         assert found["log"].get("lion_box_distance") == same["log"].get("lion_box_distance")

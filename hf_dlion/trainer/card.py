@@ -148,7 +148,6 @@ def _body(name: str, report: dict[str, Any], datasets: list[str], curve: bool) -
         "bytes of an fp32 all-reduce": _shown(report["bytes_fp32_allreduce"], ",d"),
         "all-reduce over sent": _shown(report["fp32_allreduce_over_sent"], ".1f"),
     }
-    processes = report["workers"] // report["virtual_workers"]
     versions = ", ".join(f"{package} {number}" for package, number in report["versions"].items())
     return "\n".join(
         [
@@ -158,7 +157,7 @@ def _body(name: str, report: dict[str, Any], datasets: list[str], curve: bool) -
             _table("setting", "value", settings),
             _table("result", "value", results),
             f"![Loss over steps]({CURVE})\n" if curve else "",
-            f"On {report['machine']}, with {versions}; in each of {processes} processes:\n",
+            f"On {report['machine']}, with {versions}; in each of {report['processes']} processes:\n",
             f"```bash\n{report['command']}\n```\n",
         ]
     )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from ..optim.tensors import local
 from ..optim.workers import members_of
 from ..wire.ledger import fp32_all_reduce_bytes
 from .arguments import DLionArgumentsMixin
@@ -58,8 +59,9 @@ def run_report(trainer: Trainer, loss_key: str = "eval_loss") -> dict[str, Any]:
         "method": name_of(trainer.optimizer) or method_name(args),
         "gradient_votes": getattr(args, "gradient_votes", None),
         "method_options": method_options(args, trainer.optimizer),
-        "workers": _workers(args),
+        "workers": _workers(trainer),
         "virtual_workers": _virtual_workers(args),
+        "processes": args.world_size,
         "adversaries": getattr(args, "adversaries", 0),
         "trainable_parameters": trainable_parameters(trainer),
         "steps": trainer.state.global_step,
@@ -148,7 +150,7 @@ def _traffic(trainer: Trainer) -> dict[str, Any]:
     ledger = voting.ledger if voting else next((member.ledger for member in members_of(trainer.optimizer)), None)
     sent = ledger.sent_bytes if ledger else None
     steps = ledger.steps if ledger else trainer.state.global_step
-    dense = round(fp32_all_reduce_bytes(trainable_parameters(trainer), _workers(trainer.args)) * steps)
+    dense = round(fp32_all_reduce_bytes(_held_parameters(trainer), _workers(trainer)) * steps)
     return {
         "bytes_counted_steps": steps,
         "bytes_sent": sent,
@@ -162,8 +164,16 @@ def _virtual_workers(args: Any) -> int:
     return int(getattr(args, "virtual_workers", 1))
 
 
-def _workers(args: Any) -> int:
-    return int(args.world_size) * _virtual_workers(args)
+def _workers(trainer: Trainer) -> int:
+    """N; of sharded replicas, each is one."""
+    counted = getattr(trainer, "voting", None) or next(iter(members_of(trainer.optimizer)), None)
+    return int(counted.workers if counted else trainer.args.world_size * _virtual_workers(trainer.args))
+
+
+def _held_parameters(trainer: Trainer) -> int:
+    """How many this process trains: of a sharded replica, those of its shard."""
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    return sum(local(parameter).numel() for parameter in trained)
 
 
 def _device(device: torch.device) -> str:
