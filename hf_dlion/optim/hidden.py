@@ -37,9 +37,9 @@ def hidden_matrices(
     the network. Embeddings, the output head (tied or not; of a model of transformers, whatever is outside its base
     model), norms, biases and other parameters are not. Weights that are several matrices in one are cut: GPT-2's
     ``c_attn``, ``qkv_proj`` (with fewer key heads, too), ``Wqkv``, ``in_proj_weight``, ``gate_up_proj``, experts.
-    Those whose heads alternate (``query_key_value``), or whose gate and up do, stay whole. A low-rank adapter's A and B
-    are hidden matrices. The head of a model that is not of transformers, and has no ``get_output_embeddings``, cannot
-    be told from a layer inside: name it in ``others``.
+    Those whose heads alternate (``query_key_value``, CodeGen's, GPTBigCode's), or whose gate and up do, stay whole. A
+    low-rank adapter's A and B are hidden matrices. The head of a model that is not of transformers, and has no
+    ``get_output_embeddings``, cannot be told from a layer inside: name it in ``others``.
 
     Args:
         model: only parameters that require gradients are taken.
@@ -57,7 +57,10 @@ def hidden_matrices(
     found: dict[int, Split] = {}
     modules = dict(base.named_modules())
     for name, module in modules.items():
-        for parameter, split in _matrices(name.rpartition(".")[2], module, _heads(name, modules), splits or {}):
+        parent, _, last = name.rpartition(".")
+        if _heads_alternate(modules[parent]) and last not in (splits or {}):
+            last = ""  # no name of a weight that is cut
+        for parameter, split in _matrices(last, module, _heads(name, modules), splits or {}):
             found[id(parameter)] = split
     groups: dict[Any, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -247,6 +250,11 @@ def _fused(name: str, outputs: int, module: Any, heads: tuple[int, int] | None) 
         return [outputs]
     size = outputs // (queries + 2 * keys)
     return [queries * size, keys * size, keys * size]
+
+
+def _heads_alternate(attention: nn.Module) -> bool:
+    """Whether the rows of its fused weight are not all queries, then all keys and all values."""
+    return "CodeGenAttention" in _kinds(attention) or getattr(attention, "multi_query", True) is False
 
 
 def _heads(name: str, modules: Mapping[str, nn.Module]) -> tuple[int, int] | None:

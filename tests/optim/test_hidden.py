@@ -9,9 +9,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
 from transformers import (
+    CodeGenConfig,
+    CodeGenForCausalLM,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
     Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -86,6 +90,15 @@ def test_phi_has_fewer_key_heads_in_a_fused_weight() -> None:
     assert matrices[f"{prefix}self_attn.qkv_proj.weight"] == [(16, 16), (8, 16), (8, 16)]
     assert matrices[f"{prefix}mlp.gate_up_proj.weight"] == [(24, 16)] * 2
     assert len(matrices) == 4
+
+
+def test_fused_weights_whose_heads_alternate_stay_whole() -> None:
+    codegen = CodeGenForCausalLM(CodeGenConfig(vocab_size=20, n_embd=16, n_layer=1, n_head=4, rotary_dim=2))
+    assert found(codegen)["transformer.h.0.attn.qkv_proj.weight"] == [(48, 16)]
+    assert found(codegen, splits={"qkv_proj": [24, 24]})["transformer.h.0.attn.qkv_proj.weight"] == [(24, 16)] * 2
+    for multi_query, cut in ((True, [(16, 16), (4, 16), (4, 16)]), (False, [(48, 16)])):
+        config = GPTBigCodeConfig(vocab_size=20, n_embd=16, n_layer=1, n_head=4, multi_query=multi_query)
+        assert found(GPTBigCodeForCausalLM(config))["transformer.h.0.attn.c_attn.weight"] == cut
 
 
 def test_heads_of_classifiers_are_not_hidden() -> None:
