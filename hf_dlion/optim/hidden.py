@@ -57,10 +57,9 @@ def hidden_matrices(
     found: dict[int, Split] = {}
     modules = dict(base.named_modules())
     for name, module in modules.items():
-        parent, _, last = name.rpartition(".")
-        if _heads_alternate(modules[parent]) and last not in (splits or {}):
-            last = ""  # no name of a weight that is cut
-        for parameter, split in _matrices(last, module, _heads(name, modules), splits or {}):
+        attention, _, last = name.rpartition(".")
+        named = last if last in (splits or {}) or not _heads_alternate(modules[attention]) else ""
+        for parameter, split in _matrices(named, module, _heads(name, modules), splits or {}):
             found[id(parameter)] = split
     groups: dict[Any, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -261,6 +262,8 @@ class DLionArgumentsMixin:
         self._check_method()
         self._check_local_steps(name)
         if name not in METHODS:
+            votes = {"vote_tie", "vote_exchange"} if self.outer_aggregation != "mean" else set()
+            self._check_unread({"on_bad_gradient", "check_replicas_steps", "resume_world_size_policy", *votes})
             return
         self._check_options(METHODS[name])
         if self.norm_gradients and "norm_gradients" in METHODS[name].reads(self):
@@ -280,6 +283,7 @@ class DLionArgumentsMixin:
                     "are a hook of DDP, each worker with the whole model and its own, at every step. Leave one of the "
                     "two out."
                 )
+        self._check_unread({"vote_exchange", "on_bad_gradient"})
 
     def _check_virtual_workers(self, name: str) -> None:
         if self.gradient_votes is not None:
@@ -324,12 +328,16 @@ class DLionArgumentsMixin:
         if self.local_steps and self.outer_aggregation != "mean":
             read |= {"vote_tie", "vote_exchange"}
         method.keywords(self)
+        self._check_unread(read, _FOREIGN)
+
+    def _check_unread(self, read: Set[str], refused: Sequence[str] = ()) -> None:
+        """Say which options of methods are not left at their defaults, and are not read."""
         defaults = {each.name: each.default for each in fields(self)}
         changed = [name for name in defaults if getattr(self, name) != defaults[name] and name not in read]
         own = [each.name for each in fields(DLionArgumentsMixin)]
         of_methods = {name for each in METHODS.values() for name in each.reads(self)} & {*own}
-        takes = f"optim={self.optim!r} takes {', '.join(sorted(read & {*of_methods, *_FOREIGN})) or 'none of these'}"
-        for name in _FOREIGN:
+        takes = f"optim={self.optim!r} takes {', '.join(sorted(read & {*of_methods, *refused})) or 'none of these'}"
+        for name in refused:
             if name in changed:
                 raise ValueError(f"{name}={getattr(self, name)!r} would change nothing: {takes}. Leave it out.")
         unread = [f"{name}={getattr(self, name)!r}" for name in own if name in of_methods and name in changed]

@@ -81,6 +81,15 @@ def test_options_of_another_method_are_named(tmp_path: Path) -> None:
     assert len(said) == 1
     tiny.arguments(tmp_path, optim="glion", norm_gradients=True)
     assert said[1].startswith("norm_gradients=True would be for other methods, and changes nothing: optim='glion'")
+    foreign: dict[str, Any] = {"optim": "adamw_torch", "norm_gradients": True, "vote_tie": "zero"}
+    tiny.arguments(tmp_path, **foreign, gradient_votes="avg")
+    tiny.arguments(tmp_path, **foreign, local_steps=4)
+    assert [message.partition(" would be")[0] for message in said[2:]] == [
+        "vote_tie='zero', norm_gradients=True",
+        "norm_gradients=True",
+    ]
+    tiny.arguments(tmp_path, optim="adamw_torch", gradient_votes="mavo", vote_exchange="gather")
+    assert len(said) == 4
 
 
 def test_set_optimizer(tmp_path: Path) -> None:
