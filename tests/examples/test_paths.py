@@ -36,7 +36,7 @@ def _is_module(name: str) -> bool:
 ENTRIES = (
     *("hosts/llamafactory_train.py", "hosts/sentence_transformers_train.py", "hosts/lightning_fit.py"),
     *("studies/run.py", "benchmarks/network.py", "benchmarks/step.py", "benchmarks/checks.py"),
-    *("benchmarks/orthogonal.py", "benchmarks/shards.py"),
+    *("benchmarks/orthogonal.py", "benchmarks/shards.py", "benchmarks/gpu.py"),
 )
 
 
