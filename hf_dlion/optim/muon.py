@@ -30,7 +30,7 @@ class DirectedBallots(Ballots):
     Attributes:
         directions: flat, by parameter; of hidden matrices, from their first bucket to their last.
         squares: by parameter, the sum of squared levels 2c - n of the decisions so far.
-        decided: numbers of the buckets that are decided; with early votes, in the order in which they were sent.
+        decided: numbers of the buckets that are decided; early votes are in another order than that of the numbers.
         waiting: those of them that have a matrix that is not yet decided as a whole.
         packed: by parameter, in how many buckets its direction was packed.
         undirected: of a sharded replica, the hidden matrices whose directions are still to be made, in order.

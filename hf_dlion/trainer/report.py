@@ -146,8 +146,8 @@ def _results(history: list[dict[str, Any]], loss_key: str, per_token: bool) -> d
 
 
 def _traffic(trainer: Trainer) -> dict[str, Any]:
-    voting = getattr(trainer, "voting", None)
-    ledger = voting.ledger if voting else next((member.ledger for member in members_of(trainer.optimizer)), None)
+    counting = _counting(trainer)
+    ledger = counting.ledger if counting else None
     sent = ledger.sent_bytes if ledger else None
     steps = ledger.steps if ledger else trainer.state.global_step
     dense = round(fp32_all_reduce_bytes(_held_parameters(trainer), _workers(trainer)) * steps)
@@ -166,8 +166,13 @@ def _virtual_workers(args: Any) -> int:
 
 def _workers(trainer: Trainer) -> int:
     """N; of sharded replicas, each is one."""
-    counted = getattr(trainer, "voting", None) or next(iter(members_of(trainer.optimizer)), None)
-    return int(counted.workers if counted else trainer.args.world_size * _virtual_workers(trainer.args))
+    counting = _counting(trainer)
+    return int(counting.workers if counting else trainer.args.world_size * _virtual_workers(trainer.args))
+
+
+def _counting(trainer: Trainer) -> Any:
+    """What counts the bytes of this process, and knows N; None with transformers' own exchange."""
+    return getattr(trainer, "voting", None) or next(iter(members_of(trainer.optimizer)), None)
 
 
 def _held_parameters(trainer: Trainer) -> int:
