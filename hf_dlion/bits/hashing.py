@@ -28,6 +28,25 @@ def checksum(tensors: Sequence[Tensor]) -> int:
     return total
 
 
+@torch.no_grad()
+def fingerprint(tensor: Tensor) -> tuple[int, int]:
+    """Two numbers that a tensor hardly has any more when it was scaled, clipped or negated in place.
+
+    They take a tenth of the time of :func:`checksum`: sums of its bits and of its values, each at the memory's rate.
+
+    Args:
+        tensor: of 2 or 4 bytes an element.
+    """
+    flat = tensor.detach().reshape(-1)
+    of_eight = 8 // tensor.element_size()
+    start = min(-flat.storage_offset() % of_eight, len(flat))  # int64 begins at multiples of 8 bytes
+    end = start + (len(flat) - start) // of_eight * of_eight
+    integers = torch.int16 if of_eight == 4 else torch.int32
+    ends = torch.cat([flat[:start], flat[end:]]).view(integers)
+    bits = int(ends.sum()) + (int(flat[start:end].view(torch.int64).sum()) if start < end else 0)
+    return bits, int(flat.sum(dtype=torch.float32).view(torch.int32))
+
+
 def scatter(elements: Tensor, seed: Tensor | int) -> Tensor:
     """A hash of each number: int32, of which each bit is as good as random.
 

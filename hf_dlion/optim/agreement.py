@@ -257,11 +257,14 @@ class Agreement:
             checksum(replica.common) if due else 0,
             digest(replica.describe_layout()) if inputs.changed else 0,
         ]
+        bad = inputs.bad_gradient
         if replica.shards is not None:
-            values = replica.shards.combine(values, replica.parameters[0].device, alike=1)
+            values.append(int(bad == CHANGED_GRADIENT))
+            *values, sent_in_vain = replica.shards.combine(values, replica.parameters[0].device, alike=1)
+            bad = CHANGED_GRADIENT if sent_in_vain else bad
         hyperparameters, compared, changed = values
         present = sum(1 << index for index, gradient in enumerate(inputs.gradients) if gradient is not None)
-        own = Header(hyperparameters, inputs.bad_gradient, compared, changed, present)
+        own = Header(hyperparameters, bad, compared, changed, present)
         packed = own.pack(len(inputs.gradients), replica.parameters[0].device)
         self._unheard = inputs.verdict is not None
         if inputs.verdict is not None:

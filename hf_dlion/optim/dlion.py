@@ -31,9 +31,9 @@ from ..wire.shards import Shards
 from ..wire.shares import VoteShares, shares_of
 from .agreement import StepInputs
 from .launches import LaunchedViews
-from .layout import Bucket, buckets_of
+from .layout import Bucket, buckets_of, fills_several
 from .overlap import BUCKETS, EarlyVotes
-from .sharding import find_shards, lay_out
+from .sharding import find_shards, largest_share, lay_out
 from .states import all_parameters
 from .tensors import local
 from .views import SegmentViews
@@ -152,8 +152,8 @@ class DistributedLion(WorkersOptimizer):
         norm_gradients: divide the gradient of each parameter by its root mean square first, in place, so that all steps
             weigh the same in a momentum. Clipping then changes nothing.
         overlap: send votes while backward still computes other gradients, where that changes no bit: on the CPU, for
-            models of several buckets whose replicas are whole, and if gradients stay as backward leaves them. Keeps the
-            decisions of a step, a bit or two a parameter, until all are known.
+            models of several buckets, if gradients stay as backward leaves them. Those of FSDP2's shards, too, without
+            ``norm_gradients``. Keeps the decisions of a step, a bit or two a parameter, until all are known.
         process_group, on_bad_gradient, check_replicas_steps: as in :class:`hf_dlion.optim.workers.WorkersOptimizer`.
 
     Raises:
@@ -364,7 +364,8 @@ class DistributedLion(WorkersOptimizer):
         exchange = None
         if channel is not None:
             exchange = make_exchange(self.exchange, channel, elements // 32, self.aggregation, self.tie, device)
-        overlaps = self._overlaps and shards is None and device.type == "cpu" and isinstance(channel, ProcessChannel)
+        can_overlap = device.type == "cpu" and isinstance(channel, ProcessChannel) and self._votes_alone(shards)
+        overlaps = self._overlaps and can_overlap
         count = BUCKETS if overlaps else exchange.buckets if exchange else 1
         buckets = lay_out(self.param_groups, shards, count)
         kernels = make_kernels(elements, device)
@@ -381,8 +382,12 @@ class DistributedLion(WorkersOptimizer):
             exchange=exchange,
             group_of=group_of,
             buckets_of=buckets_of(buckets, len(parameters)),
-            overlaps=overlaps and len(buckets) > 1,
+            overlaps=overlaps and fills_several(largest_share(all_parameters(self), shards)),
         )
+
+    def _votes_alone(self, shards: Shards | None) -> bool:
+        """Whether votes on a shard need nothing of the other shards of their replica."""
+        return shards is None or not self.norm_gradients
 
     def _make_views(
         self, buckets: Sequence[Bucket], device: torch.device, group_of: Sequence[int], kernels: Kernels

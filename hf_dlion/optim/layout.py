@@ -166,6 +166,11 @@ def make_buckets(
     return buckets
 
 
+def fills_several(elements: int) -> bool:
+    """Whether so many elements make several buckets, where there should be."""
+    return elements > MIN_BUCKET_BLOCKS * BLOCK
+
+
 def _spans(parameter: int, piece: Piece) -> tuple[list[Span], list[Span]]:
     """What of a piece is worked on in place, and what is staged."""
     size, end = SEGMENT_BLOCKS * BLOCK, piece.start + piece.length

@@ -110,6 +110,10 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         return () if group[ORTHOGONAL] else super()._vote_states(group)
 
     @override
+    def _votes_alone(self, shards: Shards | None) -> bool:
+        return shards is None  # else whole matrices are gathered from them
+
+    @override
     def _plain(self, plan: VotePlan, inputs: StepInputs) -> list[Tensor | None]:
         found = enumerate(inputs.gradients)
         return [None if g is None or self._is_hidden(plan, index) else g for index, g in found]

@@ -22,15 +22,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..bits.hashing import fingerprint
 from ..wire.collectives import ProcessChannel
 from ..wire.conversation import Conversation, side_by_side
 from ..wire.exchange import Ballot, Decision, Exchange
+from ..wire.shards import Shards
 from .agreement import CHANGED_GRADIENT, Agreement, Header, StepInputs
 from .bad_gradients import first_bad_gradient
 from .layout import Bucket
 from .replica import STEP, Layout, layout_of
 from .states import all_parameters
-from .tensors import local_gradient
+from .tensors import local, local_gradient
 from .views import SegmentViews
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,8 @@ BUCKETS = 16
 """Into how many buckets a step's words are cut, if they are not too small then: backward hides all but the last."""
 
 _MOST_CHANGES = 3
+
+_LATE = (-1, -1, -1)
 
 _WHY_NOT = (
     "votes are exchanged after backward, not beside it: gradients change between backward and step(), as clipping and "
@@ -65,6 +69,10 @@ class Plan(Protocol):
     @property
     def buckets_of(self) -> Sequence[Sequence[int]]:
         """By parameter, the numbers of those with a part of it."""
+
+    @property
+    def shards(self) -> Shards | None:
+        """Of a sharded replica."""
 
 
 class Voter(Protocol):
@@ -101,7 +109,8 @@ class Arrivals:
         self._listener = listener
         self._counts = [0] * len(parameters)
         self._expected = [0] * len(parameters)
-        self._seen: dict[int, tuple[int, int]] = {}
+        self._seen: dict[int, tuple[int, int, int]] = {}
+        self._bits: dict[int, tuple[int, int]] = {}
         own = weakref.ref(self)
         self._hooks = [
             parameters[i].register_post_accumulate_grad_hook(partial(_arrived, own, i)) for i in self.watched
@@ -113,14 +122,21 @@ class Arrivals:
         return list(self._seen)
 
     def unchanged(self, indices: Iterable[int]) -> bool:
-        """Whether these gradients are what they were when they were complete; or are not there, and were not."""
+        """Whether these gradients are what they were when they were complete; or are not there, and were not.
+
+        What foreach functions change of shards, as clipping does, is not seen: :meth:`same_bits`.
+        """
         return all(self._seen.get(i) == _identity(self.parameters[i].grad) for i in indices)
+
+    def same_bits(self, indices: Iterable[int]) -> bool:
+        """Whether those of these gradients that are shards have the bits that they had; reads them."""
+        return all(self._bits[i] == _bits(self.parameters[i].grad) for i in indices if i in self._bits)
 
     def next_step(self) -> None:
         """Learn from this step."""
         self._expected = [max(before, now) for before, now in zip(self._expected, self._counts, strict=True)]
         self._counts = [0] * len(self.parameters)
-        self._seen = {}
+        self._seen, self._bits = {}, {}
 
     def close(self) -> None:
         """Watch no longer."""
@@ -135,7 +151,10 @@ class Arrivals:
         # One too many leaves something that no gradient is equal to: it came after the votes.
         self._seen.pop(index, None)
         late = 0 < self._expected[index] < self._counts[index]
-        self._seen[index] = (-1, -1) if late else _identity(self.parameters[index].grad) or (-1, -1)
+        gradient = self.parameters[index].grad
+        self._seen[index] = _LATE if late else _identity(gradient) or _LATE
+        if (bits := _bits(gradient)) is not None:
+            self._bits[index] = bits
         if self._counts[index] == self._expected[index]:
             self._listener(index)
 
@@ -146,8 +165,17 @@ def _arrived(arrivals: weakref.ref[Arrivals], index: int, parameter: Tensor) -> 
         watching.arrived(index)
 
 
-def _identity(gradient: Tensor | None) -> tuple[int, int] | None:
-    return None if gradient is None else (gradient.data_ptr(), gradient._version)
+def _identity(gradient: Tensor | None) -> tuple[int, int, int] | None:
+    if gradient is None:
+        return None
+    held = local(gradient)  # a change in place of a sharded gradient may count for either
+    return held.data_ptr(), gradient._version, held._version
+
+
+def _bits(gradient: Tensor | None) -> tuple[int, int] | None:
+    """Of a shard: what foreach functions change of it, torch does not count."""
+    held = None if gradient is None else local(gradient)
+    return None if held is None or held is gradient else fingerprint(held)
 
 
 class EarlyVotes:
@@ -217,12 +245,13 @@ class EarlyVotes:
         return None
 
     def good_gradients(self) -> Container[int]:
-        """Indices of gradients that were finite when their votes left, and are as they were."""
-        return self._good if self.under_way and self._arrivals.unchanged(self._good) else ()
+        """Indices of gradients that were finite when their votes left, and are as they were; before any is touched."""
+        self._same_bits = self._arrivals.same_bits(self._sent_parameters() if self.agreed else self._arrivals.order)
+        return self._good if self.under_way and self._same_bits and self._arrivals.unchanged(self._good) else ()
 
     def look(self) -> None:
         """At the beginning of a step, before the ranks have agreed: whether gradients are as backward has left them."""
-        self._unchanged = self._arrivals.unchanged(self._arrivals.order)
+        self._unchanged = self._same_bits and self._arrivals.unchanged(self._arrivals.order)
 
     def next_step(self) -> None:
         """After a step: agree with the others, if that is still to be done, and begin to listen for the next one."""
@@ -269,6 +298,7 @@ class EarlyVotes:
         self._sent = 0
         self._checked: set[int] = set()
         self._good: set[int] = set()
+        self._same_bits = True
         self._ballots: Any = None
         self._conversations: queue.SimpleQueue[Conversation[None] | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[tuple[Bucket, Decision] | BaseException | None] = queue.SimpleQueue()
@@ -282,15 +312,17 @@ class EarlyVotes:
             for bucket in self.plan.buckets
         ]
         order = sorted(range(len(ends)), key=lambda number: (ends[number], number))
-        useful = min(ends) < never
-        answers = self._channel.gather_integers([self._unchanged, useful, *order], self.plan.views.device)
-        if all(answer[0] and answer[1] for answer in answers):
+        changed, useless = int(not self._unchanged), int(min(ends) == never)
+        if self.plan.shards is not None:
+            changed, useless = self.plan.shards.combine([changed, useless], self.plan.views.device)
+        answers = self._channel.gather_integers([changed, useless, *order], self.plan.views.device)
+        if not any(answer[0] or answer[1] for answer in answers):
             self._changes = 0
             self._order = [self.plan.buckets[number] for number in answers[0][2:]]
             self._beside = self._beside or self._channel.beside()
             self._exchange.channel = self._beside
             return
-        if all(answer[0] for answer in answers):
+        if not any(answer[0] for answer in answers):
             self.close()
             return
         self._changes += 1
@@ -303,7 +335,8 @@ class EarlyVotes:
         for number in self.plan.buckets_of[index]:
             self._missing[number] -= 1
         while self._sent < len(self._order) and self._missing[self._order[self._sent].number] == 0:
-            if self._ballots is None and layout_of(all_parameters(self._owner())) != self.plan.layout:
+            held = [local(parameter) for parameter in all_parameters(self._owner())]
+            if self._ballots is None and layout_of(held) != self.plan.layout:
                 return  # resized, converted or taken out since the last step: the ranks lay out anew in step()
             self._send_early(self._order[self._sent])
 
@@ -366,9 +399,11 @@ class EarlyVotes:
             return False
         if self._ballots is None:
             return True
-        indices = {index for bucket in self._order[: self._sent] for index in bucket.parameters}
         same = self._settings == self._read_settings() and self._views is self.plan.views.parameters
-        return same and self._arrivals.unchanged(indices)
+        return same and self._same_bits and self._arrivals.unchanged(self._sent_parameters())
+
+    def _sent_parameters(self) -> set[int]:
+        return {index for bucket in self._order[: self._sent] for index in bucket.parameters}
 
     def _read_settings(self) -> list[Any]:
         return [(group[STEP], *group["betas"]) for group in self._owner().param_groups]

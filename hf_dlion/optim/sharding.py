@@ -65,6 +65,13 @@ def shard_sizes(shape: torch.Size, shards: int) -> list[int]:
     return [rows * shape[1:].numel() for rows in shard_rows(shape[0], shards)]
 
 
+def largest_share(parameters: Sequence[Tensor], shards: Shards | None) -> int:
+    """How many elements the shard with most of them has, which is the first; without shards, how many there are."""
+    if shards is None:
+        return sum(parameter.numel() for parameter in parameters)
+    return sum(shard_sizes(parameter.shape, shards.size)[0] for parameter in parameters)
+
+
 def lay_out(groups: Sequence[dict[str, Any]], shards: Shards | None, count: int) -> list[Bucket]:
     """The layout of what this process holds of the parameters of all groups, in about so many buckets.
 

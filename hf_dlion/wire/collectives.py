@@ -162,8 +162,10 @@ class ProcessChannel(BackendChannel):
         ranks = dist.get_process_group_ranks(own)
         if places is not None:
             ranks = [ranks[place] for place in places]
+        config = dist.get_backend_config(own)
+        backend = None if config == dist.get_backend_config() else config
         # Only its members make a group.
-        group = dist.new_group(ranks, timeout=time_limit(own), use_local_synchronization=True)
+        group = dist.new_group(ranks, timeout=time_limit(own), backend=backend, use_local_synchronization=True)
         return ProcessChannel(group, self.ledger)
 
     def align_groups(self) -> None:

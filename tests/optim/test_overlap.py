@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from hf_dlion import DistributedLion, DistributedMuon, hidden_matrices
 from hf_dlion.optim import layout
@@ -18,8 +20,10 @@ from hf_dlion.optim.overlap import EarlyVotes
 from hf_dlion.optim.signum import DistributedSignum
 
 from ..harness import run_workers, what_is_logged
+from .test_sharding import make_mesh
 
 STEPS = 9
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 
 
 class Net(nn.Module):
@@ -53,6 +57,10 @@ def muon(model: nn.Module, **options: Any) -> DistributedLion:
     return DistributedMuon(hidden_matrices(model), 1e-2, weight_decay=0.1, **options)
 
 
+def muon_of_shards(model: nn.Module, **options: Any) -> DistributedLion:
+    return DistributedMuon(hidden_matrices(model, others=["embedding.weight"]), 1e-2, weight_decay=0.1, **options)
+
+
 Make = Callable[..., DistributedLion]
 Event = Callable[[int, int, nn.Module, DistributedLion], None]
 """What happens between the backward passes of a step and the step, on a rank."""
@@ -70,6 +78,21 @@ def clipped(rank: int, step: int, model: nn.Module, optimizer: DistributedLion) 
 def bad(rank: int, step: int, model: nn.Module, optimizer: DistributedLion) -> None:
     if step in (4, 6) and rank == 0:
         next(model.parameters()).grad[0, 0] = float("nan")  # type: ignore[index]
+
+
+def clipped_replica(rank: int, step: int, model: nn.Module, optimizer: DistributedLion) -> None:
+    if step == 5 and rank in (2, 3):  # a collective of the shards
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+
+def scaled_shard(rank: int, step: int, model: nn.Module, optimizer: DistributedLion) -> None:
+    if step == 4 and rank == 2:
+        next(model.parameters()).grad.mul_(-0.5)  # type: ignore[union-attr]
+
+
+def bad_shard(rank: int, step: int, model: nn.Module, optimizer: DistributedLion) -> None:
+    if step in (4, 6) and rank == 1:
+        list(model.parameters())[1].grad.to_local()[0] = float("nan")  # type: ignore[union-attr]
 
 
 def infinite(rank: int, step: int, model: Any, optimizer: DistributedLion) -> None:
@@ -153,6 +176,27 @@ def train(rank: int, make: Make, event: Event, micro_batches: int, options: dict
     return [p.detach().clone() for p in model.parameters()] + state, optimizer
 
 
+def train_sharded(
+    rank: int, mesh: DeviceMesh, make: Make, event: Event, micro_batches: int, options: dict[str, Any]
+) -> tuple[list[Tensor], Any]:
+    """As :func:`train`, of 2 replicas of 2 shards each."""
+    torch.manual_seed(0)
+    model = Net()
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh["dp_shard"])
+    fully_shard(model, mesh=mesh["dp_shard"])
+    optimizer = make(model, process_group=mesh["dp_replicate"].get_group(), **options)
+    for step in range(STEPS):
+        for micro_batch in range(micro_batches):
+            model.set_requires_gradient_sync(micro_batch == micro_batches - 1)
+            backward(model, rank, 10 * step + micro_batch)
+        event(rank, step, model, optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+    state = [optimizer.state[p]["momentum"] for group in optimizer.param_groups for p in group["params"]]
+    return [p.to_local().detach().clone() for p in model.parameters()] + state, optimizer  # type: ignore[attr-defined]
+
+
 def small_buckets() -> list[int]:
     """Buckets of four blocks; a list that gets the number of each bucket that is sent early."""
     layout.MIN_BUCKET_BLOCKS, layout.DIRECT_BLOCKS, layout.SEGMENT_BLOCKS = 4, 2, 2  # matrices in several buckets
@@ -181,6 +225,21 @@ def both_ways(rank: int, cases: list[tuple[Make, Event, int, dict[str, Any]]]) -
         found.append((f"{make.__name__} {event.__name__} {micro_batches} {options}", same, early))
         assert copy.deepcopy(optimizer)._early is None
         assert pickle.loads(pickle.dumps(optimizer))._early is None
+    return found
+
+
+def both_ways_sharded(rank: int, cases: list[tuple[Make, Event, int, dict[str, Any]]]) -> list[tuple[str, bool, int]]:
+    sent, mesh = small_buckets(), make_mesh(2, 2)
+    layout.MIN_BUCKET_BLOCKS = 2
+    found = []
+    for make, event, micro_batches, options in cases:
+        del sent[:]
+        ours, _ = train_sharded(rank, mesh, make, event, micro_batches, options)
+        early = len(sent)
+        plain, _ = train_sharded(rank, mesh, make, event, micro_batches, options | {"overlap": False})
+        assert len(sent) == early
+        same = all(torch.equal(one, other) for one, other in zip(ours, plain, strict=True))
+        found.append((f"{make.__name__} {event.__name__} {micro_batches} {options}", same, early))
     return found
 
 
@@ -219,3 +278,19 @@ def test_clipping_at_every_step_is_noticed_before_anything_is_sent() -> None:
         assert sent == 0
         assert [message for message in said if "norm_gradients" in message] == said
         assert len(said) == (2 if rank == 0 else 0)
+
+
+@pytest.mark.skipif(TORCH < (2, 9), reason="on a CPU torch 2.6 runs no model of FSDP2, and 2.8 sums its gradients")
+def test_shards_end_in_the_same_bits() -> None:
+    cases: list[Any] = [(lion, event, 1, {}) for event in (nothing, scaled_shard, bad_shard, replaced, loaded, betas)]
+    cases += [(lion, nothing, 2, {"aggregation": "avg"}), (signum, clipped_replica, 2, {"tie": "alternate"})]
+    for name, same, early in (case for rank in run_workers(both_ways_sharded, 4, cases, timeout=120) for case in rank):
+        assert same, name
+        assert early > 10, name
+
+
+@pytest.mark.skipif(TORCH < (2, 9), reason="on a CPU torch 2.6 runs no model of FSDP2, and 2.8 sums its gradients")
+def test_what_is_made_whole_from_shards_leaves_after_backward() -> None:
+    cases: list[Any] = [(muon_of_shards, nothing, 1, {}), (lion, nothing, 1, {"norm_gradients": True})]
+    for rank in run_workers(both_ways_sharded, 4, cases):
+        assert all(same and not early for _, same, early in rank), rank

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,21 @@ def test_channels_beside_others_are_found_whatever_groups_a_script_has_made() ->
     assert run_workers(beside, 3, False, timeout=40) == [[[0], [1], [2]]] * 3
     found = run_workers(beside, 4, True, timeout=40)
     assert found == [[[0], [1], [0], [2]], [[0], [1], [1], [3]], [[2], [3], [0], [2]], [[2], [3], [1], [3]]]
+
+
+def of_its_own_backend(rank: int) -> tuple[str, list[list[int]]]:
+    """The backend of a channel beside a group's, where that is not the default group's."""
+
+    def make(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
+        return dist.ProcessGroupGloo(store, rank, size, timeout)
+
+    dist.Backend.register_backend("another", make, devices=["cpu"])
+    beside = ProcessChannel(dist.new_group(backend="another"), Ledger()).beside()
+    return dist.get_backend_config(beside.group), beside.gather_integers([rank], torch.device("cpu"))
+
+
+def test_channels_beside_others_have_their_backend() -> None:
+    assert run_workers(of_its_own_backend, 2, timeout=40) == [("cpu:another", [[0], [1]])] * 2
 
 
 def test_a_detour_changes_nothing_but_the_way() -> None:
