@@ -188,9 +188,6 @@ def run(args: ScriptArguments, state: PartialState) -> None:
     path = folder / f"{args.num_fewshot}shot.json"
     path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(run_table(results))
-    if shared.truncated:
-        cut = f"{shared.truncated} of {shared.asked} prompts and continuations did not fit {shared.max_length} tokens"
-        print(f"{cut}; their prompts were cut at the start.")
     if args.model_card:
         update_model_card(Path(args.model) / CARD, results)
 

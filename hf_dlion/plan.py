@@ -251,7 +251,7 @@ def measured_bandwidth() -> float:
     """Bytes per second read and written by a copy of 64 MiB in this process: the best of eight."""
     import torch
 
-    source = torch.ones(16 << 20)
+    source = torch.ones(16 << 20, dtype=torch.float32)
     target = torch.empty_like(source)
     best = math.inf
     for _ in range(8):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
 import yaml
 from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
@@ -14,6 +15,12 @@ from hf_dlion import DLionTrainingArguments, last_complete_checkpoint
 from .errors import ArgumentsError
 
 TRAINER_STATE = "trainer_state.json"
+
+if int(transformers.__version__.partition(".")[0]) < 5:
+    raise ImportError(
+        f"transformers {transformers.__version__}: the package works with it, but its examples, whose warm-up is a "
+        "share of the steps, need transformers 5. Install that, or start from examples/minimal_loop.py."
+    )
 
 
 def parse_arguments(dataclasses: Sequence[type], doc: str | None, defaults: dict[str, Any]) -> tuple[Any, ...]:

@@ -125,7 +125,8 @@ def _local(path: Path) -> ImageData:
     files = _zipped(path) if path.is_file() else _in_folder(path)
     by_split: dict[str, list[_File]] = {}
     for file in files:
-        if len(file.parts) > 2 and file.parts[-1].lower().endswith(IMAGE_SUFFIXES):
+        hidden = any(part == "__MACOSX" or part.startswith(".") for part in file.parts[-3:])
+        if len(file.parts) > 2 and file.parts[-1].lower().endswith(IMAGE_SUFFIXES) and not hidden:
             by_split.setdefault(file.parts[-3].lower(), []).append(file)
     test = next((name for name in TEST_SPLITS if name in by_split), None)
     if "train" not in by_split or test is None:

@@ -136,7 +136,9 @@ def _text_documents(file: Path, validation_fraction: float) -> Iterator[Document
     except UnicodeDecodeError as error:
         raise DataError(f"--dataset: {file} is not UTF-8 text ({error}). Convert it, or leave it out.") from error
     wanted = int(len(text) * (1 - validation_fraction))
-    cut = text.find("\n", wanted) + 1 or wanted
+    next_line = text.find("\n", wanted) + 1
+    # Without a line that begins behind that, the last line is cut.
+    cut = next_line if text[next_line:].strip() and next_line else wanted
     for part, held_out in ((text[:cut], False), (text[cut:], True)):
         if part.strip():
             yield Document(part, held_out)

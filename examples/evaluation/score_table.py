@@ -61,7 +61,16 @@ def run_table(results: dict[str, Any]) -> str:
 
 def footer(results: dict[str, Any]) -> str:
     data = "the hub's data" if results["data"]["source"] == "hub" else "local files"
-    return f"Percent ± standard error; {setting(results)}, {data}, lm-eval {results['versions']['lm_eval']}."
+    said = f"Percent ± standard error; {setting(results)}, {data}, lm-eval {results['versions']['lm_eval']}."
+    return f"{said} {cut(results)}".rstrip()
+
+
+def cut(results: dict[str, Any]) -> str:
+    """A sentence on prompts that did not fit, which have fewer shots than the title says; nothing if all did."""
+    count = results.get("truncated_requests")
+    if not count:
+        return ""
+    return f"{count} of {results['requests']} prompts were cut at the start, to {results['max_length']} tokens."
 
 
 def read_results(folders: Sequence[str], num_fewshot: int) -> dict[str, dict[str, Any]]:
@@ -131,7 +140,11 @@ def comparison_table(runs: dict[str, dict[str, Any]]) -> str:
     lines = [f"| run | {' | '.join([*titles, 'average'])} |", f"| --- |{' ---: |' * len(columns)}"]
     for row, label in enumerate(runs):
         lines.append(f"| {label} | {' | '.join(column[row] for column in marked)} |")
-    return "\n".join([*lines, "", f"Best **bold**, second <u>underlined</u>. {footer(first)}"])
+    said = {label: cut(results) for label, results in runs.items()}
+    alike = len(set(said.values())) == 1
+    each = [] if alike else [f"{label}: {sentence}" for label, sentence in said.items() if sentence]
+    last = " ".join([footer(first if alike else first | {"truncated_requests": 0}), *each])
+    return "\n".join([*lines, "", f"Best **bold**, second <u>underlined</u>. {last}"])
 
 
 def _mark(column: Sequence[dict[str, Any]]) -> list[str]:

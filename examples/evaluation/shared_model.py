@@ -5,6 +5,8 @@ from typing import Any
 import torch.distributed as dist
 from lm_eval.models.huggingface import HFLM
 
+from .tasks_3shot.definitions import TaskError
+
 # What lm-eval makes of a request: its texts, the tokens of the prompt, those of the continuation.
 Request = tuple[tuple[str, str], list[int], list[int]]
 
@@ -33,6 +35,12 @@ class SharedModel(HFLM):
 
     def _loglikelihood_tokens(self, requests: list[Request], **options: Any) -> list[tuple[float, bool]]:
         self.asked += len(requests)
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > self.max_length:
+            raise TaskError(
+                f"an answer has {longest} tokens, and the model takes {self.max_length}: prompts can be cut, answers "
+                "cannot. Leave its task out of --tasks, or raise --max_length if the model has more positions."
+            )
         length = self.max_length + 1  # the last token of the continuation is not fed to the model
         self.truncated += sum(len(prompt) + len(continuation) > length for _, prompt, continuation in requests)
         if self.workers == 1:

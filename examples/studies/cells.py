@@ -49,7 +49,8 @@ class Cell:
     @property
     def words(self) -> list[str]:
         """The command, but for Python and the output folder."""
-        return [*self.launcher, self.script, *(f"--{key}={value}" for key, value in self.arguments.items())]
+        given = [_option(key, value) for key, value in self.arguments.items() if value is not None]
+        return [*self.launcher, self.script, *(word for option in given for word in option)]
 
     @property
     def stamp(self) -> list[str]:
@@ -58,6 +59,10 @@ class Cell:
 
     def command(self, root: Path) -> list[str]:
         return [sys.executable, *self.words, f"--output_dir={root / self.folder}"]
+
+
+def _option(key: str, value: Any) -> list[str]:
+    return [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
 
 
 @dataclass

@@ -126,12 +126,16 @@ def try_out(device: torch.device) -> None:
     def one(*values: int) -> Tensor:
         return torch.tensor([values], dtype=torch.int64, device=device)
 
-    hypers, number = torch.zeros((1, 6), device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    def zeros(*size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.float32, device=device)
+
+    hypers, number = zeros(1, 6), torch.zeros(1, dtype=torch.int32, device=device)
     blocks, chunks = one(0, 0, 1).int(), one(0, 0).int()
     pieces, verdict, planes = one(0, 1, 0, 0, 0), one(-1)[0], torch.zeros((1, LANES), dtype=torch.int32, device=device)
     zero_votes, totals = torch.zeros(LANES, dtype=torch.bool, device=device), torch.zeros_like(verdict)
-    for dtype in (torch.float32, torch.bfloat16):
-        values, momentum = torch.zeros(1, dtype=dtype, device=device), torch.zeros(1, device=device)
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    for dtype in (torch.float32,) if old else (torch.float32, torch.bfloat16):  # an old one may only lack the latter
+        values, momentum = torch.zeros(1, dtype=dtype, device=device), zeros(1)
         held, given = one(values.data_ptr(), momentum.data_ptr(), 1, 0), one(values.data_ptr())[0]
         vote(blocks, pieces, held, given, hypers, zero_votes, verdict, planes[0], dtype, directed=False)
         apply(blocks, pieces, held, number, hypers, number, momentum, planes, 0, 1, dtype)

@@ -135,7 +135,7 @@ def _eager_apply(
         d = unpack_bits(parts[0]).float()
         for p, part in enumerate(parts[1:], 1):
             d.add_(unpack_bits(part), alpha=1 << p)
-        d.mul_(2).sub_(highest).div_(highest)
+        d.mul_(2).sub_(highest).div_(d.new_full((), highest))  # a GPU multiplies by the inverse of a number
         if scale is not None:
             d.mul_(scale if scales is None else scales[index])
         wide = x.float()

@@ -30,7 +30,7 @@ from .kernels import EAGER, Kernels
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("passes.c")
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-fast-math", "-shared", "-fPIC")
 
 NATIVE_FROM = 1 << 20
 """Parameters from which on compiling, a second the first time on a machine, pays."""
@@ -84,17 +84,19 @@ def _compiled() -> Path:
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     # What -march=native means differs from machine to machine, and a home can be that of several.
     key = hashlib.sha256(repr((SOURCE.read_bytes(), FLAGS, compiler, version, _processor())).encode()).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hf_dlion")
-    library = folder / f"passes-{key[:32]}.so"
-    if library.exists():
-        return library
+    name = f"passes-{key[:32]}.so"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hf_dlion")
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+        if Path(folder, name).exists():
+            return Path(folder, name)
+        own = tempfile.TemporaryDirectory(dir=folder)
+    except (OSError, RuntimeError):  # a home that is not there, or that nothing can be written to
         folder = Path(tempfile.mkdtemp(prefix="hf_dlion_"))
-        library = folder / library.name
-    with tempfile.TemporaryDirectory(dir=folder) as own:
-        made = Path(own, "passes.so")
+        own = tempfile.TemporaryDirectory(dir=folder)
+    library = folder / name
+    with own:
+        made = Path(own.name, "passes.so")
         for threads in (["-fopenmp"], []):  # Apple's clang has no OpenMP
             command = [*compiler, *FLAGS, *threads, str(SOURCE), "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -311,7 +311,7 @@ def _held(parts: Sequence[Any], key: str, shape: torch.Size, shards: Shards | No
     if len(parts) == 1 and list(parts[0].get_slice(key).get_shape()) == [here[rank], *shape[1:]]:
         return parts[0].get_tensor(key)
     first, last, start = sum(here[:rank]), sum(here[: rank + 1]), 0
-    rows = [torch.empty(0, *shape[1:])]
+    rows = [parts[0].get_slice(key)[:0]]
     for part in parts:
         piece = part.get_slice(key)
         height = piece.get_shape()[0]
@@ -390,7 +390,7 @@ def _check_tensors(path: Path, member: WorkersOptimizer, manifest: Manifest) -> 
             found = {key: file.get_slice(key) for key in keys}
             shapes = {key: torch.Size(piece.get_shape()) for key, piece in found.items()}
             dtypes = {piece.get_dtype() for piece in found.values()}
-            scaling = file.get_tensor(SCALER) if shapes.get(SCALER) == (2,) else torch.ones(2)
+            scaling = file.get_tensor(SCALER) if shapes.get(SCALER) == (2,) else torch.ones(2, dtype=torch.float32)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}). {ELSEWHERE}") from error
     if SCALER in shapes:

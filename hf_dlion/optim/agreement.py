@@ -106,7 +106,7 @@ class Header:
         *numbers, present = astuple(self)
         size = 8 * -(-parameters // 64)
         packed = bytearray(struct.pack(f"<{len(numbers)}q", *numbers) + present.to_bytes(size, "little"))
-        return torch.frombuffer(packed, dtype=torch.int32).to(device, non_blocking=True)
+        return torch.frombuffer(packed, dtype=torch.int32).to(device, non_blocking=device.type == "cuda")
 
     @classmethod
     def unpack(cls, headers: Tensor) -> list[Header]:

@@ -79,7 +79,7 @@ class DeepGradientCompression(MeanGradient):
     @override
     def _prepare(self, channel: Channel | None, voters: Sequence[int], inputs: StepInputs) -> Tensor:
         """The factor of local clipping."""
-        zero = torch.zeros((), device=inputs.replica.parameters[0].device)
+        zero = torch.zeros((), dtype=torch.float32, device=inputs.replica.parameters[0].device)
         norms = [zero if gradient is None else gradient.float().norm() for gradient in inputs.gradients]
         norm = torch.stack(norms).norm()
         bound = self.clip / self.workers**0.5

@@ -27,7 +27,7 @@ def magnitudes(displacement: Tensor | None, parameter: Tensor) -> Tensor:
     """The mean magnitude in each block of a flat tensor, in the memory order of its parameter; zeros for None."""
     size, blocks = parameter.numel(), blocks_of(parameter)
     if displacement is None:
-        return torch.zeros(blocks, device=parameter.device)
+        return torch.zeros(blocks, dtype=torch.float32, device=parameter.device)
     sums = pad(displacement, (0, blocks * SCALED - size)).view(blocks, SCALED).abs().sum(1)
     return sums.div_((size - SCALED * torch.arange(blocks, device=parameter.device)).clamp(max=SCALED))
 
@@ -35,7 +35,8 @@ def magnitudes(displacement: Tensor | None, parameter: Tensor) -> Tensor:
 def of_elements(scales: Tensor, span: Span) -> Tensor:
     """The scale of each element of a span, which begins with a block."""
     first = span.start // SCALED
-    return scales[first:].repeat_interleave(SCALED)[: span.length]
+    last = first + -(-span.length // SCALED)
+    return scales[first:last].repeat_interleave(SCALED)[: span.length]
 
 
 def decide(
@@ -59,7 +60,7 @@ def decide(
     ballot = Ballot(words.view(-1), words.new_empty(0), number, 1 - size / (blocks * BLOCK))
     decision = yield from exchange.decide(ballot, lambda headers: voters)
     assert decision is not None
-    level = torch.zeros(blocks * BLOCK, device=displacement.device)
+    level = torch.zeros(blocks * BLOCK, dtype=torch.float32, device=displacement.device)
     for weight, plane in enumerate(decision.planes):
         level.add_(unpack_bits(plane.view(blocks, LANES)).view(-1), alpha=1 << weight)
     return level[:size].mul_(2).sub_(decision.highest).div_(decision.highest)

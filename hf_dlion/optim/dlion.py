@@ -35,7 +35,7 @@ from .layout import Bucket, buckets_of, fills_several
 from .overlap import BUCKETS, EarlyVotes
 from .sharding import find_shards, largest_share, lay_out
 from .states import all_parameters
-from .tensors import local
+from .tensors import device_of_backward, local
 from .views import SegmentViews
 from .workers import (
     Plan,
@@ -364,8 +364,8 @@ class DistributedLion(WorkersOptimizer):
         exchange = None
         if channel is not None:
             exchange = make_exchange(self.exchange, channel, elements // 32, self.aggregation, self.tie, device)
-        can_overlap = device.type == "cpu" and isinstance(channel, ProcessChannel) and self._votes_alone(shards)
-        overlaps = self._overlaps and can_overlap
+        on_cpu = device_of_backward(all_parameters(self)[0]) == "cpu"
+        overlaps = self._overlaps and on_cpu and isinstance(channel, ProcessChannel) and self._votes_alone(shards)
         count = BUCKETS if overlaps else exchange.buckets if exchange else 1
         buckets = lay_out(self.param_groups, shards, count)
         kernels = make_kernels(elements, device)
@@ -409,7 +409,7 @@ def make_kernels(elements: int, device: torch.device) -> Kernels | None:
 
 def _norm(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], shards: Shards | None) -> None:
     """Divide each by its root mean square, in place; zeros stay. Of shards, by that of the whole gradient."""
-    zero = torch.zeros((), device=local(parameters[0]).device)
+    zero = torch.zeros((), dtype=torch.float32, device=local(parameters[0]).device)
     # Zeros for those without, too: all shards have as many, whatever became of the parameters of one of them.
     norms = torch.stack([zero if g is None else torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
     if shards is not None:

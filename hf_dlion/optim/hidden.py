@@ -102,7 +102,7 @@ def begin_direction(
     Returns:
         An empty tensor of its shape; the matrices of its direction; and those of the empty tensor, for the result.
     """
-    result = torch.empty(parameter.shape, device=direction.device)
+    result = torch.empty(parameter.shape, dtype=torch.float32, device=direction.device)
     matrices = matrices_of(as_laid_out(direction, parameter.shape, memory_order(parameter)), group[SPLIT])
     return result, matrices, matrices_of(result, group[SPLIT])
 

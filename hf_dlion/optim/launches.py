@@ -73,7 +73,7 @@ class LaunchedViews(SegmentViews):
         self._good = torch.full((1,), -1, dtype=torch.int64, device=device)
         self._absent: tuple[Container[int], Tensor]
         self._absent = frozenset(), torch.zeros(len(group_of), dtype=torch.int32, device=device)
-        self._ones = torch.ones(len(group_of), device=device)
+        self._ones = torch.ones(len(group_of), dtype=torch.float32, device=device)
         begins = [place_of(index, 0) for index in range(len(group_of))]
         self._begins = torch.tensor(begins, dtype=torch.int32).to(device)
 
@@ -182,7 +182,7 @@ class LaunchedViews(SegmentViews):
         assert not keep  # no vote leaves before the step
         outputs: list[Tensor | None] = [None] * len(self.parameters)
         for index in indices:
-            outputs[index] = torch.empty(len(self.parameters[index]), device=self.device)
+            outputs[index] = torch.empty(len(self.parameters[index]), dtype=torch.float32, device=self.device)
         written = self._addresses(outputs, [torch.float32] * len(outputs))
         given = self._addresses(gradients, [parameter.dtype for parameter in self.parameters], verdict)
         for dtype, of_dtype in self._by_dtype(indices).items():

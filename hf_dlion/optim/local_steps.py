@@ -422,7 +422,7 @@ class LocalSteps(CodedMean):
 
     def _overflow(self) -> Tensor | None:
         """For a vote, where a gradient scaler calls: with one, all may abstain."""
-        return torch.zeros(()) if self.agreement.scaled else None
+        return torch.zeros((), dtype=torch.float32) if self.agreement.scaled else None
 
     @override
     def _decide(self, plan: LocalPlan, inputs: StepInputs) -> None:

@@ -259,7 +259,7 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         return all(decided.issuperset(plan.buckets_of[index]) for index in hidden)
 
     def _update(self, plan: VotePlan, bucket: Bucket, decision: Decision, ballots: DirectedBallots) -> None:
-        plain = torch.full((1,), UPDATE_RMS, device=plan.views.device)
+        plain = torch.full((1,), UPDATE_RMS, dtype=torch.float32, device=plan.views.device)
         scales = [plain] * len(plan.group_of)
         known = [index for index in bucket.parameters if index in ballots.squares]  # none where all of D is 1 or -1
         if known:

@@ -58,7 +58,7 @@ def _adamw(
         [state["exp_avg"] for state in states],
         [state["exp_avg_sq"] for state in states],
         [],
-        [torch.tensor(float(group["step"])) for _ in parameters],
+        [torch.tensor(float(group["step"]), dtype=torch.float32) for _ in parameters],
         amsgrad=False,
         beta1=group["betas"][0],
         beta2=group["betas"][1],

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bits.devices import send_to
 from ..bits.dither import WIDTH, vote_bits
 from ..bits.hashing import digest
 from ..bits.packing import BLOCK, LANES, pack_bits, unpack_bits
@@ -313,8 +314,7 @@ def _rms(flat: Tensor, sizes: Sequence[int]) -> Tensor:
         else torch.linalg.vector_norm(part, dtype=torch.float32)
         for part in flat.split(list(sizes))
     ]
-    roots = torch.tensor([max(size, 1) ** 0.5 for size in sizes])
-    return torch.stack(norms) / roots.to(flat.device, non_blocking=True)
+    return torch.stack(norms) / send_to(flat.device, [max(size, 1) ** 0.5 for size in sizes], torch.float32)
 
 
 def _pieces(parts: Sequence[tuple[int, int]], chunk: int) -> Iterator[tuple[int, int, slice]]:

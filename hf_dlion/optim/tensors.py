@@ -31,6 +31,12 @@ def local(tensor: Tensor) -> Tensor:
         return held
 
 
+def device_of_backward(parameter: Tensor) -> str:
+    """The kind of device on which gradients come to be: where FSDP2 offloads them, another than the parameter's."""
+    kind = _dtensor()
+    return str(parameter.device_mesh.device_type if kind and isinstance(parameter, kind) else parameter.device.type)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, on all ranks of the replica; a collective over them, if it is sharded."""
     kind = _dtensor()

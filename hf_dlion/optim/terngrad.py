@@ -36,7 +36,7 @@ class _Draw:
     def ternary(self, gradient: Tensor, parameter: int) -> Tensor:
         """A part of a parameter's gradient as -1, 0 or 1, int8."""
         clipped = gradient.clamp(-self.bounds[parameter], self.bounds[parameter])
-        drawn = torch.rand(clipped.shape, generator=self.generator, device=clipped.device)
+        drawn = torch.rand(clipped.shape, generator=self.generator, dtype=torch.float32, device=clipped.device)
         # Strictly below: a gradient of zero is never drawn, and one of the scaler's size always is.
         hits = drawn.mul_(self.scalers[parameter]) < clipped.abs()
         return torch.where(hits, torch.sign(clipped), 0).to(torch.int8)
@@ -104,7 +104,7 @@ class TernGrad(MeanGradient):
 
     def _bound(self, gradient: Tensor | None, device: torch.device) -> Tensor:
         if not self.clip or gradient is None or gradient.numel() < 2:
-            return torch.full((), torch.inf, device=device)
+            return torch.full((), torch.inf, dtype=torch.float32, device=device)
         return self.clip * gradient.float().std(correction=0)
 
     @override
@@ -115,6 +115,6 @@ class TernGrad(MeanGradient):
 def _largest(gradient: Tensor | None, device: torch.device) -> Tensor:
     """The largest magnitude; 0 where there is nothing."""
     if gradient is None or not gradient.numel():
-        return torch.zeros((), device=device)
+        return torch.zeros((), dtype=torch.float32, device=device)
     smallest, largest = gradient.aminmax()
     return torch.maximum(-smallest, largest).float()

@@ -203,7 +203,7 @@ class SegmentViews(Views):
             step: rounding depends on it.
             scale: what signs are multiplied by.
         """
-        factor = None if scale == 1.0 else torch.full((1,), scale, device=self.device)
+        factor = None if scale == 1.0 else torch.full((1,), scale, dtype=torch.float32, device=self.device)
         for index in indices:
             gradient, parameter = gradients[index], self.parameters[index]
             assert gradient is not None
@@ -286,7 +286,7 @@ class SegmentViews(Views):
         _copy(found, [staged_gradient[part] for part in slices])
         staged_states, kept, kept_staged = [], [], []
         for cuts in self._state_cuts[id(segment)]:
-            staged = torch.zeros(size, device=self.device)
+            staged = torch.zeros(size, dtype=torch.float32, device=self.device)
             staged_states.append(staged.view(-1, LANES, LANES))
             kept += [cuts[i] for i in present]
             kept_staged += [staged[part] for part in slices]
@@ -305,7 +305,7 @@ def _scale_of(segment: Segment, scales: Sequence[Tensor]) -> Tensor:
     first = scales[segment.spans[0].parameter]
     if all(scales[span.parameter] is first for span in segment.spans):
         return first
-    each = torch.ones(segment.blocks * BLOCK, device=first.device)
+    each = torch.ones(segment.blocks * BLOCK, dtype=torch.float32, device=first.device)
     for span, place in zip(segment.spans, segment.slices, strict=True):
         each[place] = scales[span.parameter]
     return each.view(-1, LANES, LANES)

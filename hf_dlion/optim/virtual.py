@@ -263,7 +263,7 @@ class VirtualWorkers(Optimizer):
     def _tampered(self, gradient: Tensor, generator: torch.Generator) -> Tensor:
         if self._adversary == "flip":
             return -gradient
-        heads = torch.rand(gradient.shape, generator=generator, device=gradient.device) < 0.5
+        heads = torch.rand(gradient.shape, generator=generator, dtype=torch.float32, device=gradient.device) < 0.5
         return torch.where(heads, gradient, -gradient)
 
 

@@ -75,7 +75,7 @@ def run_report(trainer: Trainer, loss_key: str = "eval_loss") -> dict[str, Any]:
         "max_grad_norm": args.max_grad_norm,
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        "precision": {"no": "fp32"}.get(precision := trainer.accelerator.mixed_precision, precision),
         "seed": args.seed,
         "command": shlex.join(sys.argv),
         "versions": {"python": platform.python_version(), **_versions()},

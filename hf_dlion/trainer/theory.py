@@ -112,7 +112,7 @@ def _observe(optimizer: Any) -> dict[str, float]:
 
 def _mean_gradient(optimizer: Any, parameter: Tensor, index: int) -> Tensor:
     """The mean over the workers, float32 of the parameter's shape; a worker without a gradient counts as zero."""
-    total = torch.zeros(parameter.shape, device=parameter.device)
+    total = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
     for gradients in optimizer.gradients:
         if (own := gradients[index]) is not None:
             total += local(own)

@@ -173,7 +173,7 @@ class ProcessChannel(BackendChannel):
 
         torch looks for the others of a group that only its members make by a name in which that number is.
         """
-        device = torch.device("cpu" if "cpu" in self._backends else "cuda")
+        device = torch.device("cpu" if "cpu" in self._backends else next(iter(self._backends)))
         count = group_count()
         counts = ProcessChannel(self.group, Ledger()).gather_integers([count], device)
         for _ in range(max(other for (other,) in counts) - count):
@@ -269,7 +269,7 @@ def _on_host(tensor: Tensor) -> Tensor:
 
 def _land(landing: Tensor, target: Tensor) -> None:
     if landing is not target:
-        target.copy_(landing, non_blocking=True)  # torch keeps pinned memory until it is read
+        target.copy_(landing, non_blocking=target.is_cuda)  # torch keeps pinned memory until it is read
 
 
 @functools.cache

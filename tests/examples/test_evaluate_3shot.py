@@ -336,7 +336,7 @@ def test_two_processes_score_as_one(
     shown = capsys.readouterr().out
     assert done.stdout == shown
     assert "| ARC-Challenge |" in shown
-    assert "did not fit 96 tokens" in shown
+    assert "were cut at the start, to 96 tokens" in shown
     one, two = (json.loads((tmp_path / name / "3shot.json").read_text()) for name in ("one", "two"))
     assert (one.pop("workers"), two.pop("workers")) == (1, 2)
     for key in ("seconds", "command"):
@@ -391,6 +391,7 @@ def _without(source: Path, target: Path, *patterns: str) -> str:
         ({"--data_dir": "EMPTY"}, "no arc_easy/train.jsonl there, which arc_easy needs"),
         ({"--limit": "0"}, "--limit 0: give 1 or more"),
         ({"--batch_size": "0"}, "--batch_size 0"),
+        ({"--max_length": "2"}, "an answer has .* tokens, and the model takes 2"),
         ({"--num_fewshot": "-1"}, "--num_fewshot -1"),
         ({"--num_fewshot": "9"}, "--num_fewshot 9: arc_easy has 9 rows to draw from"),
         ({"--model_card": ""}, "--model_card: no README.md in .*llama"),

@@ -64,6 +64,13 @@ def test_blocks_hold_every_document_of_their_split_once(corpus: Path, tmp_path: 
     assert 20 < len(found[1]) < 60
 
 
+def test_files_of_one_line_are_cut_within_it(tmp_path: Path) -> None:
+    (tmp_path / "article.txt").write_text("a line " * 1000 + "\n")
+    data = load(options(tmp_path, tmp_path / "cache"))
+    train, validation = (32 * len(split) for split in (data.train, data.validation))
+    assert validation / (train + validation) == pytest.approx(0.2, abs=0.05)
+
+
 def test_the_cache_is_used_and_depends_on_the_content(corpus: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     first = load(options(corpus, cache))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def trained(rank: int, folder: str, **options: Any) -> DLionTrainer:
 
 
 def card_of_a_run(rank: int, folder: str) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # as `accelerate launch` leaves it
     trainer = trained(rank, folder)
     trainer.create_model_card(model_name="counts", dataset=["some/dataset", "a folder/of mine"], license="mit")
     return run_report(trainer), trainer.state.log_history
@@ -43,7 +45,7 @@ def test_the_card_says_what_the_run_was(tmp_path: Path) -> None:
     assert (tmp_path / CURVE).stat().st_size > 1000
     sent = [entry["bytes_sent_total"] for entry in log if "bytes_sent_total" in entry][-1]
     parameters = sum(p.numel() for p in tiny.model().parameters())
-    assert (report["workers"], report["bytes_counted_steps"]) == (2, 4)
+    assert (report["workers"], report["bytes_counted_steps"], report["precision"]) == (2, 4, "bf16")
     assert report["bytes_sent"] == sent + 4 * 8  # the last log counted votes after it had counted bytes
     assert report["bytes_fp32_allreduce"] == 4 * fp32_all_reduce_bytes(parameters, 2)
     for row in (

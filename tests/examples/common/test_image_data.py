@@ -49,6 +49,7 @@ def test_folder_and_zip_files_give_the_same(tmp_path: Path) -> None:
     with zipfile.ZipFile(whole, "w") as archive:
         for path in folder.rglob("*.png"):
             archive.write(path, Path("data") / path.relative_to(folder))
+            archive.writestr(str(Path("__MACOSX", "data", path.relative_to(folder).with_name(f"._{path.name}"))), "")
     found = [load(path) for path in (folder, zips, whole)]
     for data in found:
         assert tuple(data.classes) == CLASSES

@@ -70,6 +70,14 @@ def test_a_run_is_a_row_a_task() -> None:
     ]
 
 
+def test_prompts_that_were_cut_are_counted_under_the_table() -> None:
+    some = results(0.5, 0.625, truncated_requests=4, requests=20, max_length=96)
+    said = "4 of 20 prompts were cut at the start, to 96 tokens."
+    assert run_table(some).endswith(f"lm-eval 0.4.13. {said}")
+    assert comparison_table({"a": some, "b": some}).count(said) == 1
+    assert comparison_table({"a": results(0.3, 0.9), "b": some}).endswith(f"lm-eval 0.4.13. b: {said}")
+
+
 def test_the_best_is_bold_and_the_second_underlined() -> None:
     table = comparison_table({"a": results(0.3, 0.9), "b": results(0.5, 0.1), "c": results(0.4, 0.2)})
     assert table.splitlines()[:5] == [

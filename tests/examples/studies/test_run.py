@@ -18,7 +18,7 @@ import yaml
 
 from hf_dlion.trainer.methods import METHODS
 from studies import runs
-from studies.cells import StudyError
+from studies.cells import Cell, StudyError
 from studies.paper import PAPER
 from studies.study import Study
 
@@ -173,6 +173,11 @@ def test_what_is_not_whole_is_run_again(bench: Bench) -> None:
     assert started(changed_run) == [ADAMW.format(2), ADAMW.format(4)]
     assert "its command changed: nothing more before, --shift=2 now" in changed_run.stdout
     assert "Incomplete" not in bench.page
+
+
+def test_lists_are_words_and_none_is_left_out() -> None:
+    cell = Cell("folder", "script.py", {"tasks": ["arc", "boolq"], "limit": None, "seed": 1}, ())
+    assert cell.words == ["script.py", "--tasks", "arc", "boolq", "--seed=1"]
 
 
 def test_a_failure_does_not_stop_the_others(bench: Bench) -> None:
