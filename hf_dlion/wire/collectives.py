@@ -177,7 +177,8 @@ class ProcessChannel(BackendChannel):
         count = group_count()
         counts = ProcessChannel(self.group, Ledger()).gather_integers([count], device)
         for _ in range(max(other for (other,) in counts) - count):
-            dist.new_group([dist.get_rank()], use_local_synchronization=True)
+            # By gloo: if the default group is bound to a device, NCCL asks all ranks of it for a new one.
+            dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
 
     def all_to_all_uneven(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
         """Part i goes to rank i, and a part of ``lengths[i]`` elements comes from there. One round, waited for.
