@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 from hf_dlion.bits import counting
 from hf_dlion.bits.counting import RULES
 from hf_dlion.bits.kernels import EAGER, Kernels
-from hf_dlion.bits.native import load_count, load_passes
+from hf_dlion.bits.native import _compiled, load_count, load_passes
 
 HYPER = torch.tensor([0.9, 1 - 0.9, 0.99, 1 - 0.99, 3e-3, 0.1])
 ZERO_VOTES = torch.arange(32) % 2 == 0
@@ -121,6 +122,16 @@ def test_the_library_is_compiled_once_and_kept(tmp_path: Path) -> None:
     assert len(where) == 3
     assert len(set(where)) == 1
     assert "no-such-compiler" in done.stderr
+
+
+def test_a_home_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert _compiled().is_relative_to(tmp_path)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
