@@ -32,12 +32,12 @@ def checksum(tensors: Sequence[Tensor]) -> int:
 def fingerprint(tensor: Tensor) -> tuple[int, int]:
     """Two numbers that a tensor hardly has any more when it was scaled, clipped or negated in place.
 
-    They take a tenth of the time of :func:`checksum`: sums of its bits and of its values, each at the memory's rate.
+    Of a large one, they take a sixth of the time of :func:`checksum`: sums of its bits and of its values.
 
     Args:
         tensor: of 2 or 4 bytes an element.
     """
-    flat = tensor.detach().reshape(-1)
+    flat = tensor.detach().reshape(-1).contiguous()  # one dimension can have gaps
     of_eight = 8 // tensor.element_size()
     start = min(-flat.storage_offset() % of_eight, len(flat))  # int64 begins at multiples of 8 bytes
     end = start + (len(flat) - start) // of_eight * of_eight

@@ -46,9 +46,9 @@ _LATE = (-1, -1, -1)
 
 _WHY_NOT = (
     "votes are exchanged after backward, not beside it: gradients change between backward and step(), as clipping and "
-    "gradient scalers change them. Without that (max_grad_norm=0, or norm_gradients=True, which makes clipping "
-    "needless) backward hides the exchange."
+    "gradient scalers change them. Without that (max_grad_norm=0%s) backward hides the exchange."
 )
+_IN_ITS_PLACE = ", or norm_gradients=True, which makes clipping needless"  # of shards, it needs whole norms
 
 
 class Plan(Protocol):
@@ -122,15 +122,19 @@ class Arrivals:
         return list(self._seen)
 
     def unchanged(self, indices: Iterable[int]) -> bool:
-        """Whether these gradients are what they were when they were complete; or are not there, and were not.
-
-        What foreach functions change of shards, as clipping does, is not seen: :meth:`same_bits`.
-        """
+        """Whether these gradients are what they were when they were complete; or are not there, and were not."""
         return all(self._seen.get(i) == _identity(self.parameters[i].grad) for i in indices)
 
-    def same_bits(self, indices: Iterable[int]) -> bool:
-        """Whether those of these gradients that are shards have the bits that they had; reads them."""
-        return all(self._bits[i] == _bits(self.parameters[i].grad) for i in indices if i in self._bits)
+    def read_shards(self, indices: Iterable[int]) -> None:
+        """Find out by their bits which of these gradients that are shards have changed.
+
+        torch does not count what foreach functions, as clipping calls them, change of shards; and the gradients of a
+        module share a count, so that it goes up where another one is accumulated.
+        """
+        for index in self._bits.keys() & set(indices):
+            gradient = self.parameters[index].grad
+            if self._seen[index] != _LATE:
+                self._seen[index] = (self._bits[index] == _bits(gradient) and _identity(gradient)) or _LATE
 
     def next_step(self) -> None:
         """Learn from this step."""
@@ -173,7 +177,7 @@ def _identity(gradient: Tensor | None) -> tuple[int, int, int] | None:
 
 
 def _bits(gradient: Tensor | None) -> tuple[int, int] | None:
-    """Of a shard: what foreach functions change of it, torch does not count."""
+    """Of a shard; None for other gradients, and for none."""
     held = None if gradient is None else local(gradient)
     return None if held is None or held is gradient else fingerprint(held)
 
@@ -246,12 +250,12 @@ class EarlyVotes:
 
     def good_gradients(self) -> Container[int]:
         """Indices of gradients that were finite when their votes left, and are as they were; before any is touched."""
-        self._same_bits = self._arrivals.same_bits(self._sent_parameters() if self.agreed else self._arrivals.order)
-        return self._good if self.under_way and self._same_bits and self._arrivals.unchanged(self._good) else ()
+        self._arrivals.read_shards(self._sent_parameters() if self.agreed else self._arrivals.order)
+        return self._good if self.under_way and self._arrivals.unchanged(self._good) else ()
 
     def look(self) -> None:
         """At the beginning of a step, before the ranks have agreed: whether gradients are as backward has left them."""
-        self._unchanged = self._same_bits and self._arrivals.unchanged(self._arrivals.order)
+        self._unchanged = self._arrivals.unchanged(self._arrivals.order)
 
     def next_step(self) -> None:
         """After a step: agree with the others, if that is still to be done, and begin to listen for the next one."""
@@ -271,8 +275,9 @@ class EarlyVotes:
         """Send no votes early any more. On all ranks alike."""
         self.closed = True
         self._arrivals.close()
-        if self._channel.rank == 0 and self._changes == _MOST_CHANGES:
-            logger.warning(_WHY_NOT)
+        shards = self.plan.shards
+        if self._channel.rank == 0 and (shards is None or shards.rank == 0) and self._changes == _MOST_CHANGES:
+            logger.warning(_WHY_NOT, _IN_ITS_PLACE if shards is None else "")
 
     @property
     def agreed(self) -> bool:
@@ -298,7 +303,6 @@ class EarlyVotes:
         self._sent = 0
         self._checked: set[int] = set()
         self._good: set[int] = set()
-        self._same_bits = True
         self._ballots: Any = None
         self._conversations: queue.SimpleQueue[Conversation[None] | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[tuple[Bucket, Decision] | BaseException | None] = queue.SimpleQueue()
@@ -335,10 +339,12 @@ class EarlyVotes:
         for number in self.plan.buckets_of[index]:
             self._missing[number] -= 1
         while self._sent < len(self._order) and self._missing[self._order[self._sent].number] == 0:
-            held = [local(parameter) for parameter in all_parameters(self._owner())]
-            if self._ballots is None and layout_of(held) != self.plan.layout:
+            if self._ballots is None and self._changed_layout():
                 return  # resized, converted or taken out since the last step: the ranks lay out anew in step()
             self._send_early(self._order[self._sent])
+
+    def _changed_layout(self) -> bool:
+        return layout_of([local(parameter) for parameter in all_parameters(self._owner())]) != self.plan.layout
 
     @torch.no_grad()
     def _send_early(self, bucket: Bucket) -> None:
@@ -400,7 +406,7 @@ class EarlyVotes:
         if self._ballots is None:
             return True
         same = self._settings == self._read_settings() and self._views is self.plan.views.parameters
-        return same and self._same_bits and self._arrivals.unchanged(self._sent_parameters())
+        return same and self._arrivals.unchanged(self._sent_parameters())
 
     def _sent_parameters(self) -> set[int]:
         return {index for bucket in self._order[: self._sent] for index in bucket.parameters}

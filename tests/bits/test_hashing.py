@@ -19,3 +19,8 @@ def test_a_tensor_that_was_changed_in_place_has_another_fingerprint(dtype: torch
             assert fingerprint(one) == found
             for changed in (one * 0.5, -one, one.clamp(-0.01, 0.01)):
                 assert (fingerprint(changed) == found) == (length == 0), (start, length)
+
+
+def test_of_what_has_gaps() -> None:
+    assert fingerprint(torch.arange(10.0)[::2]) == fingerprint(torch.arange(0.0, 10.0, 2))
+    assert fingerprint(torch.ones(1).expand(7)) == fingerprint(torch.ones(7))

@@ -188,7 +188,7 @@ def train_sharded(
     optimizer = make(model, process_group=mesh["dp_replicate"].get_group(), **options)
     for step in range(STEPS):
         for micro_batch in range(micro_batches):
-            model.set_requires_gradient_sync(micro_batch == micro_batches - 1)
+            model.set_requires_gradient_sync(event is nothing or micro_batch == micro_batches - 1)
             backward(model, rank, 10 * step + micro_batch)
         event(rank, step, model, optimizer)
         optimizer.step()
