@@ -82,10 +82,11 @@ def results_of(cell: Cell, root: Path) -> dict[str, Any] | None:
 
 
 def run_cells(cells: Sequence[Cell], root: Path, jobs: int = 1) -> dict[str, str]:
-    """Runs the cells that are not finished, in their order, `jobs` at a time; each has its share of the cores.
+    """Runs the cells that are not finished, in their order, `jobs` at a time.
 
-    A cell counts as finished from when its script has ended well. SIGINT, SIGTERM and SIGHUP stop the scripts that run,
-    with their children, and raise KeyboardInterrupt.
+    Each has its share of the cores, unless OMP_NUM_THREADS says how many threads: two studies at once with two threads
+    each take several times as long on two cores. A cell counts as finished from when its script has ended well. SIGINT,
+    SIGTERM and SIGHUP stop the scripts that run, with their children, and raise KeyboardInterrupt.
 
     Returns:
         Of the cells that failed, by folder, what happened and where their output is.
@@ -125,7 +126,7 @@ def _start(cell: Cell, root: Path, jobs: int, count: str) -> _Running:
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        env={"OMP_NUM_THREADS": str(threads)} | os.environ,
         start_new_session=True,  # so that Ctrl-C comes here alone, and the script can be stopped with its children
     )
     return _Running(cell, process, log)
