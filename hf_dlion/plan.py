@@ -57,6 +57,7 @@ class Method:
         bytes_sent: of what DDP sends of a parameter.
         orthogonal: whether it orthogonalises.
         every: steps from one vote to the next.
+        hook: whether a hook of DDP sends, during backward everywhere; others do so on CPUs.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Method:
     bytes_sent: int = 0
     orthogonal: bool = False
     every: int = 1
+    hook: bool = False
 
 
 # Fitted to model_cards/network, at the rate of a copy measured there; update included.
@@ -77,9 +79,9 @@ METHODS = (
     Method("dlion_mavo", _VOTE, "mavo"),
     Method("dlion_avg", _VOTE, "avg"),
     # AdamW, the exchange, and the hook's own 8 ns a parameter, timed once on the same machine.
-    Method("gradient_votes", (200.0, 24.0), "avg"),
-    Method("ddp_fp32", (ALONE, 2.4), bytes_sent=4),
-    Method("ddp_bf16", (ALONE, 5.5), bytes_sent=2),
+    Method("gradient_votes", (200.0, 24.0), "avg", hook=True),
+    Method("ddp_fp32", (ALONE, 2.4), bytes_sent=4, hook=True),
+    Method("ddp_bf16", (ALONE, 5.5), bytes_sent=2, hook=True),
 )
 
 
@@ -100,6 +102,7 @@ class Setting:
         bandwidth: bytes per second that a worker's memory is read and written at, together, by a copy.
         latency: seconds of a round, besides its bytes.
         orthogonal: what orthogonalising adds, as a share of ``compute``.
+        gpu: whether the models are on GPUs.
     """
 
     parameters: float
@@ -109,6 +112,7 @@ class Setting:
     bandwidth: float
     latency: float
     orthogonal: float = 0.0
+    gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,8 +169,8 @@ def predict(method: Method, setting: Setting) -> Prediction:
     """A whole step of each worker, or the average of a round of local steps.
 
     Buckets are complete at even intervals of backward, and what the network takes is hidden behind what is left of it;
-    not so for local steps. Half of the rest is hidden behind the local work, or the other way round, where there are
-    several buckets.
+    not so for local steps, nor, on GPUs, for votes that no hook sends. Half of the rest is hidden behind the local work,
+    or the other way round, where there are several buckets.
     """
     sent = traffic(method, setting.parameters, setting.workers)
     sent_bytes = sent.sent_bytes / method.every
@@ -175,7 +179,7 @@ def predict(method: Method, setting: Setting) -> Prediction:
     local = setting.parameters * (fixed + of_bits * bits) / setting.bandwidth
     network = FRAMES * 8 * sent_bytes / setting.link + sent.buckets * sent.rounds / method.every * setting.latency
     shown = network
-    if method.every == 1:
+    if method.every == 1 and (method.hook or not setting.gpu):
         last = 1 / sent.buckets
         shown = max(last * network, network - (1 - last) * BACKWARD * setting.compute)
     if sent.buckets > 1:
@@ -297,6 +301,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about_tokens = "of a worker's step; the fewer, the more orthogonalising adds to compute (default: %(default)s)"
     add("--tokens", type=int, default=8192, help=about_tokens)
     add("--local_steps", type=int, default=16, metavar="H", help="of the row for local steps (default: %(default)s)")
+    add("--gpu", action="store_true", help="on GPUs votes leave after backward; needs their --bandwidth")
     add("--bandwidth", type=float, metavar="GB/S", help="of a worker's memory, read and written; else a copy is timed")
     add("--latency", type=float, default=0.2, metavar="MS", help="of a round (default: %(default)s)")
     add("--json", action="store_true", help="print JSON")
@@ -319,6 +324,7 @@ def run(options: argparse.Namespace) -> int:
         bandwidth,
         latency=options.latency / 1e3,
         orthogonal=ORTHOGONAL * width / options.tokens,
+        gpu=options.gpu,
     )
     found = report(setting, options.local_steps)
     sys.stdout.write((json.dumps(found, indent=1) if options.json else table(found)) + "\n")
@@ -330,6 +336,8 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value < least:
             raise ValueError(f"--{name} {value:g} is too small; it is at least {least}.")
+    if options.gpu and options.bandwidth is None:
+        raise ValueError("--gpu without --bandwidth: the copy that is timed would be the CPU's. Give the GPU's rate.")
     if options.bandwidth is not None and options.bandwidth <= 0:
         raise ValueError(f"--bandwidth {options.bandwidth:g} is too small; a worker's memory has some.")
 

@@ -101,6 +101,16 @@ def test_a_slow_link_wants_votes_and_a_fast_one_does_not(capsys: pytest.CaptureF
     assert len(fast.splitlines()) == 6 + len(METHODS)
 
 
+def test_on_gpus_only_what_a_hook_sends_hides_behind_backward(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["124M", "--workers", "4", "--link", "1gbit", "--compute", "2", "--json"]
+    cpu, gpu = (json.loads(printed(capsys, *words, *more))["predictions"] for more in ([], ["--gpu"]))
+    seconds = [{one["method"]: one["step_seconds"] for one in each} for each in (cpu, gpu)]
+    waits = {name for name in seconds[0] if seconds[1][name] > seconds[0][name]}
+    assert waits == {"dlion_mavo", "dlion_avg", "dmuon_mavo", "dmuon_avg"}
+    assert plan.main([*words, "--gpu"]) == 2
+    assert "--gpu without --bandwidth" in capsys.readouterr().err
+
+
 def test_a_model_is_counted_from_its_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     GPT2Config().save_pretrained(tmp_path)
     out = printed(capsys, str(tmp_path), "--workers", "2", "--link", "1gbit", "--compute", "1", "--tokens", "1024")
