@@ -169,8 +169,8 @@ def predict(method: Method, setting: Setting) -> Prediction:
     """A whole step of each worker, or the average of a round of local steps.
 
     Buckets are complete at even intervals of backward, and what the network takes is hidden behind what is left of it;
-    not so for local steps, nor, on GPUs, for votes that no hook sends. Half of the rest is hidden behind the local work,
-    or the other way round, where there are several buckets.
+    not so for local steps, nor, on GPUs, for votes that no hook sends. Half of the rest hides behind the local work, or
+    the other way round, where there are several buckets.
     """
     sent = traffic(method, setting.parameters, setting.workers)
     sent_bytes = sent.sent_bytes / method.every
