@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,10 +21,10 @@ from hf_dlion.optim.overlap import EarlyVotes
 from hf_dlion.optim.signum import DistributedSignum
 
 from ..harness import run_workers, what_is_logged
+from .test_sharded_replicas import TORCH
 from .test_sharding import make_mesh
 
 STEPS = 9
-TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 
 
 class Net(nn.Module):
@@ -64,6 +65,12 @@ def muon_of_shards(model: nn.Module, **options: Any) -> DistributedLion:
 Make = Callable[..., DistributedLion]
 Event = Callable[[int, int, nn.Module, DistributedLion], None]
 """What happens between the backward passes of a step and the step, on a rank."""
+
+Case = tuple[Make, Event, int, dict[str, Any]]
+"""A method, an event, the micro-batches of a step, and options of the optimizer."""
+
+Train = Callable[[Make, Event, int, dict[str, Any]], tuple[list[Tensor], Any]]
+"""Of a case, parameters and momenta after some steps, and the optimizer."""
 
 
 def nothing(rank: int, step: int, model: nn.Module, optimizer: DistributedLion) -> None:
@@ -211,37 +218,38 @@ def small_buckets() -> list[int]:
     return sent
 
 
-def both_ways(rank: int, cases: list[tuple[Make, Event, int, dict[str, Any]]]) -> list[tuple[str, bool, int]]:
+def both_ways(train: Train, cases: list[Case], sent: list[int]) -> list[tuple[str, bool, int]]:
     """Of each case, whether it ends in the same bits with and without overlap, and how many buckets left early."""
-    sent = small_buckets()
     found = []
     for make, event, micro_batches, options in cases:
         del sent[:]
-        ours, optimizer = train(rank, make, event, micro_batches, options)
+        ours, _ = train(make, event, micro_batches, options)
         early = len(sent)
-        plain, _ = train(rank, make, event, micro_batches, options | {"overlap": False})
+        plain, _ = train(make, event, micro_batches, options | {"overlap": False})
         assert len(sent) == early
         same = all(torch.equal(one, other) for one, other in zip(ours, plain, strict=True))
         found.append((f"{make.__name__} {event.__name__} {micro_batches} {options}", same, early))
-        assert copy.deepcopy(optimizer)._early is None
-        assert pickle.loads(pickle.dumps(optimizer))._early is None
     return found
 
 
-def both_ways_sharded(rank: int, cases: list[tuple[Make, Event, int, dict[str, Any]]]) -> list[tuple[str, bool, int]]:
+def whole_replicas(rank: int, cases: list[Case]) -> list[tuple[str, bool, int]]:
+    found = both_ways(partial(train, rank), cases, small_buckets())
+    _, optimizer = train(rank, lion, nothing, 1, {})
+    assert optimizer._early is not None
+    assert copy.deepcopy(optimizer)._early is None
+    assert pickle.loads(pickle.dumps(optimizer))._early is None
+    return found
+
+
+def sharded_replicas(rank: int, cases: list[Case]) -> list[tuple[str, bool, int]]:
     sent, mesh = small_buckets(), make_mesh(2, 2)
     layout.MIN_BUCKET_BLOCKS = 2
-    found = []
-    for make, event, micro_batches, options in cases:
-        del sent[:]
-        ours, _ = train_sharded(rank, mesh, make, event, micro_batches, options)
-        early = len(sent)
-        plain, _ = train_sharded(rank, mesh, make, event, micro_batches, options | {"overlap": False})
-        assert len(sent) == early
-        same = all(torch.equal(one, other) for one, other in zip(ours, plain, strict=True))
-        found.append((f"{make.__name__} {event.__name__} {micro_batches} {options}", same, early))
-    return found
+    return both_ways(partial(train_sharded, rank, mesh), cases, sent)
 
+
+models_of_fsdp2 = pytest.mark.skipif(
+    TORCH < (2, 9), reason="on a CPU torch 2.6 runs no model of FSDP2, and 2.8 sums its gradients"
+)
 
 METHODS = [
     (lion, {}),
@@ -261,7 +269,9 @@ def test_all_methods_and_events_end_in_the_same_bits(
 ) -> None:
     cases = [(make, nothing, micro_batches, options) for make, options in METHODS]
     cases += [(spoiled[0], event, 1, spoiled[1]) for event in EVENTS]
-    for name, same, early in (case for rank in run_workers(both_ways, workers, cases, timeout=400) for case in rank):
+    for name, same, early in (
+        case for rank in run_workers(whole_replicas, workers, cases, timeout=400) for case in rank
+    ):
         assert same, name
         assert early > 10, name
 
@@ -280,17 +290,17 @@ def test_clipping_at_every_step_is_noticed_before_anything_is_sent() -> None:
         assert len(said) == (2 if rank == 0 else 0)
 
 
-@pytest.mark.skipif(TORCH < (2, 9), reason="on a CPU torch 2.6 runs no model of FSDP2, and 2.8 sums its gradients")
+@models_of_fsdp2
 def test_shards_end_in_the_same_bits() -> None:
     cases: list[Any] = [(lion, event, 1, {}) for event in (nothing, scaled_shard, bad_shard, replaced, loaded, betas)]
     cases += [(lion, nothing, 2, {"aggregation": "avg"}), (signum, clipped_replica, 2, {"tie": "alternate"})]
-    for name, same, early in (case for rank in run_workers(both_ways_sharded, 4, cases, timeout=120) for case in rank):
+    for name, same, early in (case for rank in run_workers(sharded_replicas, 4, cases, timeout=120) for case in rank):
         assert same, name
         assert early > 10, name
 
 
-@pytest.mark.skipif(TORCH < (2, 9), reason="on a CPU torch 2.6 runs no model of FSDP2, and 2.8 sums its gradients")
+@models_of_fsdp2
 def test_what_is_made_whole_from_shards_leaves_after_backward() -> None:
     cases: list[Any] = [(muon_of_shards, nothing, 1, {}), (lion, nothing, 1, {"norm_gradients": True})]
-    for rank in run_workers(both_ways_sharded, 4, cases):
+    for rank in run_workers(sharded_replicas, 4, cases):
         assert all(same and not early for _, same, early in rank), rank
