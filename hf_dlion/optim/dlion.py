@@ -53,7 +53,7 @@ class VoteOptions(WorkersOptions, total=False):
     """Keyword arguments that all votes have; see :class:`DistributedLion`."""
 
     norm_gradients: bool
-    overlap: bool
+    overlap: bool | None
 
 
 @dataclass(kw_only=True)
@@ -89,7 +89,7 @@ class Ballots:
 
     Attributes:
         inputs: of the step.
-        given: the gradients of the step, as the views take them.
+        given: the gradients of the step, as the views take them; None, where they are given bucket by bucket.
         hypers: for each param group, as the kernels take it.
         zero_votes: bool ``[32]``, what an exact zero votes, by lane.
         voters: whose votes count.
@@ -151,9 +151,10 @@ class DistributedLion(WorkersOptimizer):
             less, between nodes where there are several.
         norm_gradients: divide the gradient of each parameter by its root mean square first, in place, so that all steps
             weigh the same in a momentum. Clipping then changes nothing.
-        overlap: send votes while backward still computes other gradients, where that changes no bit: on the CPU, for
-            models of several buckets, if gradients stay as backward leaves them. Those of FSDP2's shards, too, without
-            ``norm_gradients``. Keeps the decisions of a step, a bit or two a parameter, until all are known.
+        overlap: send votes while backward still computes other gradients, where that changes no bit: for models of
+            several buckets, if gradients stay as backward leaves them. Those of FSDP2's shards, too, without
+            ``norm_gradients``. Keeps the decisions of a step, a bit or two a parameter, until all are known. None does
+            so on the CPU; True on a GPU as well, for replicas that are not sharded, which has not been run yet.
         process_group, on_bad_gradient, check_replicas_steps: as in :class:`hf_dlion.optim.workers.WorkersOptimizer`.
 
     Raises:
@@ -174,7 +175,7 @@ class DistributedLion(WorkersOptimizer):
         tie: str = "zero",
         exchange: str = "auto",
         norm_gradients: bool = False,
-        overlap: bool = True,
+        overlap: bool | None = None,
         **options: Unpack[WorkersOptions],
     ) -> None:
         check_known("aggregation", aggregation, AGGREGATIONS)
@@ -186,7 +187,7 @@ class DistributedLion(WorkersOptimizer):
         self.norm_gradients = norm_gradients
         self.overlap = overlap
         self._early: EarlyVotes | None = None
-        self._overlaps = overlap  # until the ranks find that it does not help
+        self._overlaps = overlap is not False  # until the ranks find that it does not help
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, (), (MOMENTUM,), **options)
 
     @override
@@ -208,7 +209,7 @@ class DistributedLion(WorkersOptimizer):
     @override
     def options(self) -> dict[str, Any]:
         options = {"aggregation": self.aggregation, "tie": self.tie, "exchange": self.exchange}
-        newer = {"norm_gradients": (self.norm_gradients, False), "overlap": (self.overlap, True)}
+        newer = {"norm_gradients": (self.norm_gradients, False), "overlap": (self.overlap is not False, True)}
         # Older checkpoints have no such options.
         changed = {name: value for name, (value, default) in newer.items() if value != default}
         return super().options() | options | changed
@@ -282,7 +283,7 @@ class DistributedLion(WorkersOptimizer):
         hypers = self._hypers(plan)
         if self.norm_gradients:
             _norm(inputs.gradients, all_parameters(self), plan.shards)
-        plan.views.move(inputs.gradients, [hypers[group] for group in plan.group_of], MOMENTUM)
+        plan.views.move(inputs.gradients, hypers, MOMENTUM)
         ballots = self._begin(plan, inputs, hypers)
         for bucket, decision in decisions:
             self._apply(plan, bucket, decision, ballots)
@@ -333,7 +334,7 @@ class DistributedLion(WorkersOptimizer):
         channel = plan.channel
         assert channel is not None
         voters = partial(self.agreement.voters, channel, inputs.replica)
-        given = inputs.gradients if early else plan.views.given(self._plain(plan, inputs), inputs.verdict)
+        given = None if early else plan.views.given(self._plain(plan, inputs), inputs.verdict)
         return self._ballots(plan, Ballots(inputs, given, hypers, zero_votes, voters, early))
 
     def _plain(self, plan: VotePlan, inputs: StepInputs) -> list[Tensor | None]:
@@ -345,7 +346,8 @@ class DistributedLion(WorkersOptimizer):
         return ballots
 
     def _pack(self, plan: VotePlan, bucket: Bucket, ballots: Ballots) -> Tensor:
-        return plan.views.pack(bucket, ballots.given, ballots.hypers, ballots.zero_votes, keep_states=ballots.early)
+        given = plan.views.given(ballots.inputs.gradients, None) if ballots.early else ballots.given
+        return plan.views.pack(bucket, given, ballots.hypers, ballots.zero_votes, keep_states=ballots.early)
 
     def _apply(self, plan: VotePlan, bucket: Bucket, decision: Decision, ballots: Ballots) -> None:
         plan.views.apply(bucket, decision, ballots.hypers, ballots.inputs.step, self.agreement.absent)
@@ -364,8 +366,7 @@ class DistributedLion(WorkersOptimizer):
         exchange = None
         if channel is not None:
             exchange = make_exchange(self.exchange, channel, elements // 32, self.aggregation, self.tie, device)
-        on_cpu = device_of_backward(all_parameters(self)[0]) == "cpu"
-        overlaps = self._overlaps and on_cpu and isinstance(channel, ProcessChannel) and self._votes_alone(shards)
+        overlaps = self._can_overlap(device, shards) and isinstance(channel, ProcessChannel)
         count = BUCKETS if overlaps else exchange.buckets if exchange else 1
         buckets = lay_out(self.param_groups, shards, count)
         kernels = make_kernels(elements, device)
@@ -384,6 +385,11 @@ class DistributedLion(WorkersOptimizer):
             buckets_of=buckets_of(buckets, len(parameters)),
             overlaps=overlaps and fills_several(largest_share(all_parameters(self), shards)),
         )
+
+    def _can_overlap(self, device: torch.device, shards: Shards | None) -> bool:
+        if device_of_backward(all_parameters(self)[0]) == "cpu":
+            return self._overlaps and self._votes_alone(shards)
+        return self._overlaps and self.overlap is True and can_launch(device) and shards is None
 
     def _votes_alone(self, shards: Shards | None) -> bool:
         """Whether votes on a shard need nothing of the other shards of their replica."""

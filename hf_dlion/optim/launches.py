@@ -71,6 +71,7 @@ class LaunchedViews(SegmentViews):
         self._tables: dict[int, _Tables] = {}
         self._chunks: dict[int, Tensor] = {}
         self._good = torch.full((1,), -1, dtype=torch.int64, device=device)
+        self._staying = torch.zeros_like(self._good)
         self._absent: tuple[Container[int], Tensor]
         self._absent = frozenset(), torch.zeros(len(group_of), dtype=torch.int32, device=device)
         self._ones = torch.ones(len(group_of), dtype=torch.float32, device=device)
@@ -108,13 +109,21 @@ class LaunchedViews(SegmentViews):
     ) -> Tensor:
         from ..bits import gpu
 
-        assert not keep_states  # no vote leaves before the step
         words = torch.empty(bucket.blocks * LANES, dtype=torch.int32, device=self.device)
-        tables = self._tables_of(bucket)
+        tables, verdict = self._tables_of(bucket), self._staying if keep_states else given.verdict
         for dtype, directed, blocks in tables.packing:
-            tensors = blocks, tables.pieces, self._held, given.addresses, hypers, zero_votes, given.verdict, words
+            tensors = blocks, tables.pieces, self._held, given.addresses, hypers, zero_votes, verdict, words
             gpu.vote(*tensors, dtype, directed)
         return words
+
+    @override
+    def move(self, gradients: Sequence[Tensor | None], hypers: Tensor, state_name: str) -> None:
+        from ..bits import gpu
+
+        given = self._addresses(gradients, [parameter.dtype for parameter in self.parameters])
+        present = [index for index, gradient in enumerate(gradients) if gradient is not None]
+        for dtype, of_dtype in self._by_dtype(present).items():
+            gpu.move(self._chunks_of(of_dtype), self._held, given.addresses, hypers, dtype)
 
     @override
     def apply(
@@ -179,12 +188,12 @@ class LaunchedViews(SegmentViews):
     ) -> list[Tensor]:
         from ..bits import gpu
 
-        assert not keep  # no vote leaves before the step
         outputs: list[Tensor | None] = [None] * len(self.parameters)
         for index in indices:
             outputs[index] = torch.empty(len(self.parameters[index]), dtype=torch.float32, device=self.device)
         written = self._addresses(outputs, [torch.float32] * len(outputs))
-        given = self._addresses(gradients, [parameter.dtype for parameter in self.parameters], verdict)
+        dtypes = [parameter.dtype for parameter in self.parameters]
+        given = self._addresses(gradients, dtypes, self._staying if keep else verdict)
         for dtype, of_dtype in self._by_dtype(indices).items():
             chunks = self._chunks_of(of_dtype)
             gpu.direct(chunks, self._held, given.addresses, written.addresses, hypers, given.verdict, dtype)

@@ -142,7 +142,8 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         gradients = self._plain(plan, ballots.inputs)
         for index in hidden:
             gradients[index] = ballots.directions.get(index)
-        given = plan.views.given(gradients, ballots.inputs.verdict) if hidden else ballots.given
+        anew = hidden or ballots.early
+        given = plan.views.given(gradients, ballots.inputs.verdict) if anew else ballots.given
         words = plan.views.pack(bucket, given, ballots.hypers, ballots.zero_votes, keep_states=ballots.early)
         for index in hidden:
             ballots.packed[index] = ballots.packed.get(index, 0) + 1

@@ -23,8 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..bits.hashing import fingerprint
-from ..wire.collectives import ProcessChannel
-from ..wire.conversation import Conversation, side_by_side
+from ..bits.streams import Mark, follow, mark, stream_beside
+from ..wire.collectives import Channel, ProcessChannel
+from ..wire.conversation import Conversation, run, side_by_side
 from ..wire.exchange import Ballot, Decision, Exchange
 from ..wire.shards import Shards
 from .agreement import CHANGED_GRADIENT, Agreement, Header, StepInputs
@@ -49,6 +50,9 @@ _WHY_NOT = (
     "gradient scalers change them. Without that (max_grad_norm=0%s) backward hides the exchange."
 )
 _IN_ITS_PLACE = ", or norm_gradients=True, which makes clipping needless"  # of shards, it needs whole norms
+
+
+_Result = tuple[Bucket, Decision, Mark]
 
 
 class Plan(Protocol):
@@ -213,6 +217,9 @@ class EarlyVotes:
         self._channel = channel
         self._world = dist.group.WORLD
         self._beside: ProcessChannel | None = None
+        # NCCL wants one communicator after the other in one order on all ranks: headers follow the votes there.
+        self._headers_last = plan.views.device.type == "cuda"
+        self._stream = stream_beside(plan.views.device)
         if before is not None and (before._world, before._channel.group) == (self._world, channel.group):
             self._beside = before._beside
         self._order: Sequence[Bucket] = ()
@@ -231,19 +238,28 @@ class EarlyVotes:
         Returns:
             The decisions, as they come; None, on all ranks, where votes that were sent do not hold.
         """
+        follow(self._last_packed)
         holds = self._holds(inputs)
-        bad = inputs.bad_gradient if holds or inputs.bad_gradient >= 0 else CHANGED_GRADIENT
-        header = self._agreement.header(replace(inputs, bad_gradient=bad))
-        headers, on_its_way = self._channel.all_gather(header)
-        for bucket in self._order[self._sent :]:
-            self._send(bucket, inputs.gradients if holds else None)
-        self._conversations.put(None)
+        if not holds and inputs.bad_gradient < 0:
+            inputs = replace(inputs, bad_gradient=CHANGED_GRADIENT, verdict=None)
+        header = self._agreement.header(inputs)
+        if self._headers_last:
+            self._send_rest(inputs, holds)
+            self._conversations.put(self._hear(self._exchange.channel, header, mark(header.device)))
+            self._conversations.put(None)
+            decisions: Iterator[tuple[Bucket, Decision]] = iter(list(self._decided()))
+        else:
+            hearing = self._hear(self._channel, header, None)
+            next(hearing)
+            self._send_rest(inputs, holds)
+            self._conversations.put(None)
+            run(hearing)
+            decisions = self._decided()
         self.under_way = False
-        on_its_way.wait()
-        if self._agreement.stands(Header.unpack(headers), len(self.plan.buckets_of)):
+        if self._agreement.stands(self._headers, len(self.plan.buckets_of)):
             self._changes = 0
-            return self._decided()
-        for _ in self._decided():
+            return decisions
+        for _ in decisions:
             pass
         self._changes += 1
         return None
@@ -304,8 +320,10 @@ class EarlyVotes:
         self._checked: set[int] = set()
         self._good: set[int] = set()
         self._ballots: Any = None
+        self._headers: Sequence[Header] = ()
+        self._last_packed = mark(self.plan.views.device)
         self._conversations: queue.SimpleQueue[Conversation[None] | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[tuple[Bucket, Decision] | BaseException | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[_Result | BaseException | None] = queue.SimpleQueue()
 
     def _agree(self) -> None:
         """On an order of the buckets, that in which rank 0's became complete; or not to send early. A collective."""
@@ -348,16 +366,22 @@ class EarlyVotes:
 
     @torch.no_grad()
     def _send_early(self, bucket: Bucket) -> None:
+        follow(self._last_packed)
         views, parameters = self.plan.views, all_parameters(self._owner())
         gradients: list[Tensor | None] = [None] * len(parameters)
         for index in bucket.parameters:
             gradient = local_gradient(parameters[index], type(self._owner()).__name__)
             gradients[index] = None if gradient is None else views.flat(index, gradient)
-        new = [index for index in bucket.parameters if index not in self._checked]
-        if first_bad_gradient([gradients[index] for index in new]) < 0:  # while packing brings them into the cache
-            self._good.update(new)
-        self._checked.update(new)
+        if views.device.type == "cpu":  # while packing brings them into the cache
+            new = [index for index in bucket.parameters if index not in self._checked]
+            if first_bad_gradient([gradients[index] for index in new]) < 0:
+                self._good.update(new)
+            self._checked.update(new)
         self._send(bucket, gradients)
+
+    def _send_rest(self, inputs: StepInputs, holds: bool) -> None:
+        for bucket in self._order[self._sent :]:
+            self._send(bucket, inputs.gradients if holds else None)
 
     def _send(self, bucket: Bucket, gradients: Sequence[Tensor | None] | None) -> None:
         """Hand a bucket over; without gradients, its votes are of no meaning."""
@@ -373,17 +397,27 @@ class EarlyVotes:
         no_header = torch.empty(0, dtype=torch.int32, device=device)
         ballot = Ballot(words, no_header, self._ballots.inputs.step, bucket.padding)
         self._sent += 1
-        self._conversations.put(self._decide(bucket, ballot))
+        self._last_packed = mark(device)
+        self._conversations.put(self._decide(bucket, ballot, self._last_packed))
 
-    def _decide(self, bucket: Bucket, ballot: Ballot) -> Conversation[None]:
+    def _decide(self, bucket: Bucket, ballot: Ballot, packed: Mark) -> Conversation[None]:
+        follow(packed, ballot.words)
         decision = yield from self._exchange.decide(ballot, lambda headers: range(self._channel.size))
         assert decision is not None  # all vote
-        self._results.put((bucket, decision))
+        self._results.put((bucket, decision, mark(ballot.words.device)))
+
+    def _hear(self, channel: Channel, header: Tensor, packed: Mark) -> Conversation[None]:
+        follow(packed, header)
+        headers, on_its_way = channel.all_gather(header)
+        yield
+        on_its_way.wait()
+        self._headers = Header.unpack(headers)
 
     def _talk(self) -> None:
         conversations, results = self._conversations, self._results
         try:
-            side_by_side(iter(conversations.get, None))
+            with self._stream:
+                side_by_side(iter(conversations.get, None))
         except BaseException as error:
             results.put(error)
         else:
@@ -397,7 +431,9 @@ class EarlyVotes:
                 return
             if isinstance(result, BaseException):
                 raise result
-            yield result
+            bucket, decision, counted = result
+            follow(counted, *decision.planes)
+            yield bucket, decision
 
     def _holds(self, inputs: StepInputs) -> bool:
         """Whether what was sent is what would be sent now, and what is still to be sent can be."""

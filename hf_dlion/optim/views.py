@@ -133,10 +133,17 @@ class SegmentViews(Views):
             vote(segment, kernel, given, hypers[segment.group], zero_votes, words[segment.rows])
         return words.view(-1)
 
-    def move(self, gradients: Sequence[Tensor | None], hypers: Sequence[Tensor], state_name: str) -> None:
-        """Update a state of all parameters with a gradient, as the vote would; hypers by parameter."""
-        for state, gradient, hyper in zip(self.states, gradients, hypers, strict=True):
+    def move(self, gradients: Sequence[Tensor | None], hypers: Tensor, state_name: str) -> None:
+        """Update the momentum of all parameters with a gradient, as the vote would.
+
+        Args:
+            gradients: of all parameters, flat.
+            hypers: for each param group, as the kernels take it.
+            state_name: of the momentum.
+        """
+        for state, gradient, group in zip(self.states, gradients, self._group_of, strict=True):
             if gradient is not None:
+                hyper = hypers[group]
                 (self.kernels if len(gradient) >= BLOCK else EAGER).move(gradient, state[state_name], hyper)
 
     def apply(

@@ -90,12 +90,12 @@ class DLionArgumentsMixin:
             "that all steps weigh the same in a momentum. In place of clipping: max_grad_norm is 0 then."
         },
     )
-    overlap_votes: bool = field(
-        default=True,
+    overlap_votes: bool | None = field(
+        default=None,
         metadata={
-            "help": "Of dlion, dsignum and dmuon: send votes while backward still computes other gradients, on CPUs. "
-            "It changes no bit, and needs gradients that nothing changes after backward: max_grad_norm 0, or "
-            "norm_gradients."
+            "help": "Of dlion, dsignum and dmuon: send votes while backward still computes other gradients. It changes "
+            "no bit, and needs gradients that nothing changes after backward: max_grad_norm 0, or norm_gradients. By "
+            "default on CPUs; `true` on GPUs as well, where it has not been run yet; `false` nowhere."
         },
     )
     signum_momentum: float = field(default=0.9, metadata={"help": "Signum's decay of the momentum that is voted on."})

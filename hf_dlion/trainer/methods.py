@@ -97,9 +97,11 @@ def _value(node: ast.expr) -> Any:
 
 
 def _alike(value: Any, default: Any) -> bool:
-    """Whether both are numbers, strings, booleans, or as many numbers."""
+    """Whether both are numbers, strings, booleans, or as many numbers; of None, whether the value is a boolean."""
     if isinstance(default, tuple):
         return isinstance(value, (tuple, list)) and len(value) == len(default) and all(map(_alike, value, default))
+    if default is None:  # neither yes nor no, as overlap_votes
+        return isinstance(value, bool)
     if isinstance(default, (str, bool)):
         return isinstance(value, type(default))
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import sys
+from functools import partial
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -16,8 +18,11 @@ from torch import Tensor
 from hf_dlion import DistributedLion, DistributedMuon
 from hf_dlion.bits import counting, gpu
 from hf_dlion.optim import layout
+from hf_dlion.optim.overlap import EarlyVotes
 from hf_dlion.optim.virtual import VirtualWorkers
+from tests.harness import run_workers
 from tests.kernels import use_kernels
+from tests.optim import test_overlap as overlap
 
 METHODS = {"dlion": DistributedLion, "dmuon": DistributedMuon}
 # Sizes that fill no word, a block and its rest, one that is worked on in place with a rest, and a split matrix.
@@ -166,11 +171,42 @@ def check_all_bad() -> None:
             assert all(state["momentum"].isfinite().all() for m in optimizer.members for state in m.state.values())
 
 
+def early(rank: int, cases: list[overlap.Case]) -> list[tuple[str, bool, int]]:
+    use_kernels("launched")
+    sent = overlap.small_buckets()
+    begin, launch, one_at_a_time = EarlyVotes._start, gpu._launch, Lock()
+
+    def as_on_a_gpu(self: EarlyVotes) -> None:
+        self._headers_last = True
+        begin(self)
+
+    def interpreted(*arguments: Any) -> None:
+        with one_at_a_time:  # the interpreter is not for several threads
+            launch(*arguments)
+
+    EarlyVotes._start, gpu._launch = as_on_a_gpu, interpreted  # type: ignore[method-assign]
+    return overlap.both_ways(partial(overlap.train, rank), cases, sent)
+
+
+def check_early(method: str) -> None:
+    cases: dict[str, list[overlap.Case]] = {
+        "dlion": [
+            (overlap.lion, overlap.bad, 1, {"aggregation": "avg"}),
+            (overlap.signum, overlap.replaced, 2, {"exchange": "sharded"}),
+        ],
+        "dmuon": [(overlap.muon, overlap.infinite, 1, {"tie": "zero"})],
+    }
+    for rank in run_workers(early, 2, cases[method], timeout=280):
+        assert all(same and early > 10 for _, same, early in rank), rank
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "counts":
         gpu.try_out(torch.device("cpu"))
         check_counts()
         check_all_bad()
+    elif sys.argv[1] == "early":
+        check_early(sys.argv[2])
     elif sys.argv[1] == "mixed":
         check_mixed(sys.argv[2])
     else:

@@ -161,14 +161,17 @@ EVENTS = [nothing, clipped, bad, infinite, replaced, skipped, loaded, betas, fro
 
 def backward(model: nn.Module, rank: int, seed: int, blocks: tuple[int, ...] = (0, 1, 2)) -> None:
     tokens = torch.randint(96, (4, 17), generator=torch.Generator().manual_seed(1000 * rank + seed))
+    tokens = tokens.to(next(model.parameters()).device)
     logits = model(tokens[:, :-1], blocks)
     F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
 
 
-def train(rank: int, make: Make, event: Event, micro_batches: int, options: dict[str, Any]) -> tuple[list[Tensor], Any]:
+def train(
+    rank: int, make: Make, event: Event, micro_batches: int, options: dict[str, Any], device: str = "cpu"
+) -> tuple[list[Tensor], Any]:
     """Parameters and momenta after some steps, and the optimizer."""
     torch.manual_seed(0)
-    model = Net()
+    model = Net().to(device)
     optimizer = make(model, **options)
     for step in range(STEPS):
         blocks = (0, 1) if (rank, step) == (0, 3) else (0, 1, 2)
