@@ -41,6 +41,7 @@ from common.pretrained import ALL_LINEAR, DTYPES, add_lora, load_model, load_tok
 from common.response_loss import RESPONSE_LOSS, response_loss, response_sums
 from common.run_results import ReportLastStep, train_and_report
 from hf_dlion import DLionTrainer, DLionTrainingArguments
+from hf_dlion.trainer.methods import METHODS
 
 # Where this script differs from the Trainer: it shows progress and a validation curve without being asked.
 DEFAULTS: dict[str, Any] = {
@@ -72,7 +73,8 @@ class ScriptArguments:
         default="float32",
         metadata={
             "help": "Of the parameters as they are loaded. bfloat16 is for the frozen base of LoRA, whose adapter "
-            "stays in float32: small updates to bfloat16 parameters are lost. To compute in bfloat16, use --bf16.",
+            "stays in float32. Of a whole model, optimizers of transformers lose small updates to it; hf_dlion's round "
+            "at random, and lose none on average. To compute in bfloat16, use --bf16.",
             "choices": list(DTYPES),
         },
     )
@@ -184,8 +186,8 @@ def main() -> None:
     trainer, data = build_trainer(script_args, args)
     if trainer.is_world_process_zero():
         print(f"Prompt: {data.prompt.name}. {data.counts.summary(script_args.max_length)}")
-        if script_args.dtype != "float32" and not script_args.lora_r:
-            print(f"--dtype {script_args.dtype} without LoRA: small updates are lost. Better: float32 with --bf16.")
+        if script_args.dtype == "bfloat16" and not script_args.lora_r and args.optim not in METHODS:
+            print(f"--dtype bfloat16 with {args.optim}: small updates are lost. Better: float32 with --bf16.")
     about: dict[str, Any] = {
         "model": script_args.model,
         "dataset": script_args.dataset,

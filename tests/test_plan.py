@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from dataclasses import replace
@@ -99,6 +100,18 @@ def test_a_slow_link_wants_votes_and_a_fast_one_does_not(capsys: pytest.CaptureF
     fast = printed(capsys, "124M", "--workers", "4", "--link", "400Gbit/s", "--compute", "60")
     assert "Take ddp_fp32: the link is fast enough" in fast
     assert len(fast.splitlines()) == 6 + len(METHODS)
+
+
+def test_what_it_says_to_take_is_no_slower_than_ddp(capsys: pytest.CaptureFixture[str]) -> None:
+    taken = set()
+    for link, compute, workers in itertools.product(("100mbit", "1gbit", "2.5gbit", "10gbit"), ("1", "8"), ("2", "8")):
+        words = ["124M", "--workers", workers, "--link", link, "--compute", compute, "--json"]
+        found = json.loads(printed(capsys, *words))
+        seconds = {one["method"]: one["step_seconds"] for one in found["predictions"]}
+        assert seconds[found["take"]] <= plan.CLOSE * min(seconds["ddp_fp32"], seconds["ddp_bf16"])
+        taken.add(found["take"])
+    assert taken > {"dmuon_mavo", "ddp_fp32"}
+    assert "one worker sends nothing" in printed(capsys, "124M", "--workers", "1", "--link", "1gbit", "--compute", "1")
 
 
 def test_on_gpus_only_what_a_hook_sends_hides_behind_backward(capsys: pytest.CaptureFixture[str]) -> None:

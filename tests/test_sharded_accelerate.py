@@ -110,7 +110,7 @@ def saved_by_accelerate(rank: int, folder: str) -> dict[tuple[str, bool], tuple[
             accelerator, model, optimizer = prepared(rank, 1, state_dict_type=kind)
             said.clear()
             accelerator.load_state(into)
-            warnings = [one for one in said if "Save and load by hf_dlion.save_workers" in one]
+            warnings = [one for one in said if "hf_dlion.load_workers, called after this" in one]
             if ours:
                 load_workers(into, optimizer)
             own = [state["momentum"] for state in optimizer.optimizer.state.values()]

@@ -8,6 +8,8 @@ from .records import runs_of
 from .tables import accuracy_table, adversaries_table, bits_table, loss_table, search_table
 
 THE_SCRIPT_S = "the script's"
+ELSEWHERE = ("learning_rate", "learning_rates", "weight_decay", "workers", "seeds", "use_cpu", "torch_compile")
+"""Options of a method that tables or notes have, or that change nothing."""
 BITS = """## Bits per parameter and step (the paper's Table 1)
 
 The paper counts between a worker and the server. Here the workers are the server together: each one sends its part of
@@ -42,8 +44,20 @@ def _results(summary: Mapping[str, Any]) -> str:
     table = accuracy_table(summary) if summary["study"]["measure"] == "accuracy" else loss_table(summary)
     return (
         f"## {title[0].upper()}{title[1:]}\n\nMean (min to max) over the seeds; number of seeds. One learning rate and "
-        f"weight decay for all runs of a method.\n\n{table}"
+        f"weight decay for all runs of a method.\n\n{table}{_options(summary)}"
     )
+
+
+def _options(summary: Mapping[str, Any]) -> str:
+    """What else the study sets of each method."""
+    labels: dict[str, list[str]] = {}
+    for label, given in summary["study"]["methods"].items():
+        chosen = {name: value for name, value in given.items() if name not in ELSEWHERE and value != label}
+        if chosen:
+            text = ", ".join(f"`{name}={value}`" for name, value in chosen.items())
+            labels.setdefault(text, []).append(f"`{label}`")
+    given = [f"{', '.join(names)} with {text}" for text, names in labels.items()]
+    return f"\n\nOther than by default: {'; '.join(given)}." if given else ""
 
 
 def _adversaries(summary: Mapping[str, Any]) -> str:
@@ -68,7 +82,7 @@ def _scores(summary: Mapping[str, Any]) -> str:
 def _search(summary: Mapping[str, Any]) -> str:
     study, tune = summary["study"], summary["study"]["tune"]
     if summary["search"] is None:
-        return "## Learning rates\n\nThe study's, or the paper's for CIFAR-10 where it gives none; none was searched."
+        return "## Learning rates\n\nThose of the first table are the study's; none was searched in it."
     measure = MEASURES[study["measure"]]
     if tune["factors"]:
         factors = ", ".join(f"{factor:g}" for factor in sorted(tune["factors"]))

@@ -14,7 +14,7 @@ from .runs import Run
 from .study import Study
 
 Groups = Mapping[tuple[Any, ...], Sequence[Mapping[str, Any]]]
-KEPT = ("trainable_parameters", "bytes_sent", "steps", "seconds", "versions", "machine", "command")
+KEPT = ("trainable_parameters", "bytes_sent", "steps", "seconds", "versions", "machine", "command", "dataset_key")
 
 
 def record(study: Study, run: Run, root: Path) -> dict[str, Any] | None:
@@ -46,6 +46,14 @@ def record(study: Study, run: Run, root: Path) -> dict[str, Any] | None:
         "bits_received": _bits(results, "bytes_received"),
         **{key: results.get(key) for key in KEPT},
     }
+
+
+def check_data(records: Sequence[Mapping[str, Any]]) -> None:
+    """Raise StudyError where runs, as far as they say so, are of different data."""
+    first = {one["dataset_key"]: one["folder"] for one in reversed(records) if one["dataset_key"]}
+    if len(first) > 1:
+        found = " and ".join(f"{folder} of data with the key {key[:8]}" for key, folder in first.items())
+        raise StudyError(f"{found} cannot be compared. Move the runs of one of them away, and run them again.")
 
 
 def _bits(results: Mapping[str, Any], key: str) -> float | None:

@@ -25,7 +25,7 @@ from .cells import StudyError, run_cells
 from .page import page
 from .pictures import draw
 from .publishing import publish
-from .records import choose, record
+from .records import check_data, choose, record
 from .restoring import restore
 from .runs import Run
 from .study import Study
@@ -56,13 +56,15 @@ def run_study(study: Study, root: Path, tune: bool, jobs: int | None) -> dict[st
     if jobs is not None:
         failed |= scores.score(study, rates, root, jobs)
     records = {run.folder: record(study, run, root) for run in [*searched, *compared]}
+    done = [found for found in records.values() if found is not None]
+    check_data(done)
     return {
         "title": study.title,
         "study": asdict(study),
         "learning_rates": rates,
         "weight_decays": {label: float(study.settings(label)["weight_decay"]) for label in study.methods},
         "search": search,
-        "runs": [found for found in records.values() if found is not None],
+        "runs": done,
         "ordinary": [run.folder for run in ordinary],
         "attacked": [run.folder for run in attacked],
         "scores": scores.tables(study, root),

@@ -124,8 +124,8 @@ class DistributedLion(WorkersOptimizer):
     is left alone.
 
     The state is a float32 momentum for each parameter, of whatever dtype; it differs between the workers. bfloat16
-    and float16 parameters are updated in float32. An update of lr is less than half a unit in the last place of most
-    bfloat16 parameters, so these are rounded at random, without bias and the same on every rank; float16 to nearest.
+    and float16 parameters are updated in float32. An update below half a unit in a bfloat16 parameter's last place
+    would be lost, so these are rounded at random, without bias and the same on every rank; float16 to nearest.
 
     The passes over the parameters are compiled at the first step: on a CPU from C, for 1 million parameters or more,
     if that works on all ranks; on a GPU by Triton. Memory beyond parameters, gradients and momentum is bounded by

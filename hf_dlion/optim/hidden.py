@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -28,7 +28,7 @@ def hidden_matrices(
     model: nn.Module,
     *,
     decayed: Container[str] | None = None,
-    others: Container[str] = (),
+    others: Iterable[str] = (),
     splits: Mapping[str, Sequence[int]] | None = None,
 ) -> list[dict[str, Any]]:
     """The param groups of a model for :class:`DistributedMuon` and :class:`GlobalMuon`.
@@ -44,13 +44,17 @@ def hidden_matrices(
     Args:
         model: only parameters that require gradients are taken.
         decayed: names of the parameters that weight decay is for; None: those of two dimensions or more.
-        others: names of parameters that are no hidden matrices, whatever they look like.
+        others: names of parameters that are no hidden matrices, whatever they look like; as of ``named_parameters``.
         splits: by the last part of a module's name, the sizes of the matrices in its weight, along its outputs.
 
     Returns:
         Groups of named parameters with the entries ``orthogonal`` and ``split``; those without decay have a
         ``weight_decay`` of 0.
+
+    Raises:
+        ValueError: the model has no parameter of a name in ``others``.
     """
+    plain = _known({others} if isinstance(others, str) else set(others), model)
     base = _base_model(model)
     inside = {id(parameter) for parameter in base.parameters()}
     outside = {id(parameter) for parameter in _embeddings_and_head(model)}
@@ -66,7 +70,7 @@ def hidden_matrices(
         if not parameter.requires_grad:
             continue
         key = id(parameter)
-        hidden = key in found and key in inside and key not in outside and name not in others
+        hidden = key in found and key in inside and key not in outside and name not in plain
         split = found[key] if hidden else ()
         decays = parameter.dim() > 1 if decayed is None else name in decayed
         group = groups.setdefault((not hidden, split, not decays), {"params": [], ORTHOGONAL: hidden, SPLIT: split})
@@ -74,6 +78,15 @@ def hidden_matrices(
         if not decays:
             group["weight_decay"] = 0.0
     return [groups[key] for key in sorted(groups)]
+
+
+def _known(others: set[str], model: nn.Module) -> set[str]:
+    if unknown := others.difference(name for name, _ in model.named_parameters(remove_duplicate=False)):
+        raise ValueError(
+            f"others has {', '.join(map(repr, sorted(unknown)))}, and the model has no parameter of that name. Names "
+            "are those of model.named_parameters(), such as head.weight."
+        )
+    return others
 
 
 def matrices_of(weight: Tensor, split: Split) -> list[Tensor]:

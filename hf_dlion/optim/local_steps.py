@@ -114,6 +114,7 @@ class LocalSteps(CodedMean):
         check_replicas_steps: as in :class:`hf_dlion.optim.workers.WorkersOptimizer`, rounded up to whole rounds.
 
     Raises:
+        TypeError: ``inner`` is no optimizer.
         ValueError: an argument out of its range; an inner optimizer of several workers in one process, or one that has
             local steps itself.
     """
@@ -519,8 +520,11 @@ def _members_to_take_in(inner: Optimizer) -> Sequence[WorkersOptimizer]:
     """The one worker of an inner optimizer of this package, none of others.
 
     Raises:
-        ValueError: the optimizer cannot be an inner one.
+        TypeError: it is no optimizer.
+        ValueError: it cannot be an inner one.
     """
+    if not isinstance(inner, Optimizer):
+        raise TypeError(f"LocalSteps takes an optimizer, which steps between the votes, not a {type(inner).__name__}.")
     members = members_of(inner)
     if len(members) > 1 or any(member.inner is not None for member in members):
         raise ValueError(

@@ -25,7 +25,7 @@ WORKER = "worker"
 
 _OF_ANOTHER = (
     "worker %d of %d has loaded the %s of worker %d: the state differs between the workers, and whoever saved it kept "
-    "that of one. Save and load by hf_dlion.save_workers and load_workers, beside accelerate's save_state."
+    "that of one. hf_dlion.load_workers, called after this, puts its own in its place, if save_workers has saved it."
 )
 
 

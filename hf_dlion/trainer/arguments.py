@@ -69,7 +69,7 @@ class DLionArgumentsMixin:
         metadata={
             "help": "What a majority vote of an even number of workers does where it is split: `zero` leaves the "
             "parameter (but for its decay), as the paper does; `alternate` takes alternating signs, and sends one bit "
-            "less per parameter on the way back; `auto`: `alternate` for dmuon, `zero` for the others.",
+            "less per parameter on the way back; `auto`: `alternate` for dmuon and with local_steps, else `zero`.",
             "choices": ["auto", *TIES],
         },
     )

@@ -107,7 +107,8 @@ def _how(report: dict[str, Any]) -> str:
             f"every {every} steps they {do} how far they have come."
         )
     if method in METHODS:
-        return f'Trained with `optim="{method}"` of hf_dlion ({METHODS[method].summary}), as in {_PAPER}.'
+        source = {"dlion": f", as in {_PAPER}", "dmuon": f", after {_PAPER}"}.get(method.partition("_")[0], "")
+        return f'Trained with `optim="{method}"` of hf_dlion ({METHODS[method].summary}){source}.'
     if votes:
         return (
             f'Trained with `optim="{method}"` of transformers on gradients that the workers voted on, one bit a '

@@ -147,6 +147,9 @@ def test_plain_modules() -> None:
         "qkv.weight": [(8, 8)] * 3,
     }
     assert "qkv.weight" not in found(model, others={"qkv.weight"})
+    assert "qkv.weight" not in found(model, others="qkv.weight")
+    with pytest.raises(ValueError, match="others has 'qkv', and the model has no parameter of that name"):
+        found(model, others=["qkv", "words.weight"])
     assert found(model, splits={"qkv": [20, 4]})["qkv.weight"] == [(20, 8), (4, 8)]
     model["qkv"].weight.requires_grad_(False)
     assert "qkv.weight" not in found(model)

@@ -155,6 +155,8 @@ def test_inner_optimizers_that_are_refused() -> None:
         LocalSteps(VirtualWorkers(params, 2, DistributedLion), every=2)
     with pytest.raises(ValueError, match="LocalSteps around a LocalSteps: its inner optimizer"):
         LocalSteps(LocalSteps(sgd(params), every=2), every=2)
+    with pytest.raises(TypeError, match="LocalSteps takes an optimizer, .* not a generator"):
+        LocalSteps((param for param in params), every=2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="LocalSteps around a WithModes: its parameters are others for training"):
         LocalSteps(WithModes(params), every=2)
 

@@ -214,6 +214,19 @@ def test_a_script_that_does_not_evaluate(bench: Bench) -> None:
     assert "its log has no eval_accuracy" in done.stderr
 
 
+def test_runs_of_different_data_are_not_compared(bench: Bench) -> None:
+    keyed = SCRIPT.replace('"steps": 10,', '"steps": 10, "dataset_key": str(given.seed) * 64,')
+    (bench.folder / "script.py").write_text(keyed)
+    bench.study["methods"] = {"dlion_mavo": {"seeds": [1]}}
+    assert bench.compare().returncode == 0
+    assert {run["dataset_key"] for run in bench.summary["runs"]} == {64 * "1"}
+    bench.study["methods"]["dlion_mavo"]["seeds"] = [1, 2]
+    done = bench.compare()
+    assert done.returncode == 1
+    assert "seed_1 of data with the key 11111111" in done.stderr
+    assert "cannot be compared" in done.stderr
+
+
 def test_the_search(bench: Bench) -> None:
     bench.study["tune"] = {"factors": [30, 1, 10], "workers": 2, "seed": 2, "epochs": 1}
     bench.study["methods"]["terngrad"] = {"seeds": [1]}  # from 1e-3 on: best at the first
