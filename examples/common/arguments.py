@@ -31,8 +31,12 @@ def parse_arguments(dataclasses: Sequence[type], doc: str | None, defaults: dict
     recipe_parser.add_argument("--config")
     recipe = recipe_parser.parse_known_args()[0].config
     if recipe is not None:
-        known = vars(parser.parse_known_args([])[0])
-        parser.set_defaults(**_read_recipe(recipe, set(known)))
+        choices = {action.dest: action.choices or () for action in parser._actions if action.dest != "help"}
+        given = _read_recipe(recipe, set(choices))
+        # YAML takes a bare no for false.
+        parser.set_defaults(
+            **{name: "no" if value is False and "no" in choices[name] else value for name, value in given.items()}
+        )
     return tuple(parser.parse_args_into_dataclasses(look_for_args_file=False))
 
 

@@ -26,7 +26,7 @@ from ..bits.hashing import fingerprint
 from ..bits.streams import Mark, follow, mark, stream_beside
 from ..wire.collectives import Channel, ProcessChannel
 from ..wire.conversation import Conversation, run, side_by_side
-from ..wire.exchange import Ballot, Decision, Exchange
+from ..wire.exchange import Ballot, Decision, Exchange, VoteStatistics
 from ..wire.shards import Shards
 from .agreement import CHANGED_GRADIENT, Agreement, Header, StepInputs
 from .bad_gradients import first_bad_gradient
@@ -261,13 +261,16 @@ class EarlyVotes:
             return decisions
         for _ in decisions:
             pass
+        if self._statistics is not None:
+            self._exchange.statistics = self._statistics
         self._changes += 1
         return None
 
     def good_gradients(self) -> Container[int]:
         """Indices of gradients that were finite when their votes left, and are as they were; before any is touched."""
         self._arrivals.read_shards(self._sent_parameters() if self.agreed else self._arrivals.order)
-        return self._good if self.under_way and self._arrivals.unchanged(self._good) else ()
+        same = list(map(id, all_parameters(self._owner()))) == list(map(id, self._arrivals.parameters))
+        return self._good if self.under_way and same and self._arrivals.unchanged(self._good) else ()
 
     def look(self) -> None:
         """At the beginning of a step, before the ranks have agreed: whether gradients are as backward has left them."""
@@ -320,6 +323,7 @@ class EarlyVotes:
         self._checked: set[int] = set()
         self._good: set[int] = set()
         self._ballots: Any = None
+        self._statistics: VoteStatistics | None = None
         self._headers: Sequence[Header] = ()
         self._last_packed = mark(self.plan.views.device)
         self._conversations: queue.SimpleQueue[Conversation[None] | None] = queue.SimpleQueue()
@@ -389,6 +393,7 @@ class EarlyVotes:
         if self._ballots is None:
             self._settings, self._views = self._read_settings(), self.plan.views.parameters
             self._ballots = self._owner().begin_ballots(self.plan)
+            self._statistics = self._exchange.statistics.copy()
             threading.Thread(target=self._talk, name="votes", daemon=True).start()
         if gradients is None:
             words = torch.zeros(bucket.blocks * 32, dtype=torch.int32, device=device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -72,6 +73,12 @@ class VoteStatistics:
         self.ties = torch.zeros((), dtype=torch.int64, device=self.device)
         self.unanimous = torch.zeros_like(self.ties)
         self.counted, self.padding = 0, 0.0
+
+    def copy(self) -> VoteStatistics:
+        """Of what was counted until now."""
+        copied = copy(self)
+        copied.ties, copied.unanimous = self.ties.clone(), self.unanimous.clone()
+        return copied
 
     def add(self, found: Tally, sample: range, padding_share: float) -> None:
         """Of one part: its sample, and the share of padding in its bucket."""

@@ -280,6 +280,14 @@ def test_a_recipe_with_a_wrong_choice_is_an_error(tmp_path: Path) -> None:
         build([*make_files(tmp_path), "--config", str(recipe)])
 
 
+def test_a_bare_no_in_a_recipe_is_no(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("save_strategy: no\nbf16: no\nmodel: some/model\n")
+    monkeypatch.setattr(sys, "argv", ["x", "--config", str(recipe), "--use_cpu", "--output_dir", str(tmp_path)])
+    _, args = parse_arguments([ScriptArguments, DLionTrainingArguments], "doc", DEFAULTS)
+    assert (args.save_strategy, args.bf16) == ("no", False)
+
+
 @pytest.mark.parametrize("recipe", sorted((ROOT / "examples/recipes").glob("llama*.yaml")), ids=lambda p: p.stem)
 def test_recipes_are_read(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     argv = ["finetune_llama.py", "--config", str(recipe), "--use_cpu", "--output_dir", str(tmp_path)]

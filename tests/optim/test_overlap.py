@@ -156,7 +156,14 @@ def taken_out(rank: int, step: int, model: nn.Module, optimizer: DistributedLion
         hook = optimizer.register_step_post_hook(take)
 
 
+def infinite_and_moved_up(rank: int, step: int, model: Any, optimizer: DistributedLion) -> None:
+    infinite(rank, step, model, optimizer)
+    if step == 5:  # an infinite gradient has the number of one that was finite
+        del optimizer.param_groups[0]["params"][:2]
+
+
 EVENTS = [nothing, clipped, bad, infinite, replaced, skipped, loaded, betas, frozen, resized, taken_out]
+EVENTS += [infinite_and_moved_up]
 
 
 def backward(model: nn.Module, rank: int, seed: int, blocks: tuple[int, ...] = (0, 1, 2)) -> None:
@@ -238,6 +245,8 @@ def both_ways(train: Train, cases: list[Case], sent: list[int]) -> list[tuple[st
 def whole_replicas(rank: int, cases: list[Case]) -> list[tuple[str, bool, int]]:
     found = both_ways(partial(train, rank), cases, small_buckets())
     _, optimizer = train(rank, lion, nothing, 1, {})
+    _, again = train(rank, lion, clipped, 1, {})
+    assert again.plan.exchange.statistics.counted == optimizer.plan.exchange.statistics.counted > 0
     assert optimizer._early is not None
     assert copy.deepcopy(optimizer)._early is None
     assert pickle.loads(pickle.dumps(optimizer))._early is None
