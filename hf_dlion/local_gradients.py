@@ -174,6 +174,7 @@ _inner: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 def _keep_local(module: DistributedDataParallel) -> None:
     check_hook_is_free(module, "keep_gradients_local")
     module.require_backward_grad_sync = False
+    module.static_graph = False  # its first backward would call a reducer that was not prepared
     module.register_comm_hook(None, noop_hook)  # where accelerate's trigger_sync_in_backward turns it on again
     module.register_forward_pre_hook(refuse_join)
     kept = module.module.state_dict(keep_vars=True)

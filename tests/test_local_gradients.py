@@ -59,16 +59,19 @@ def test_an_accelerate_loop(accumulation: int) -> None:
     run_workers(accelerate_loop, 2, accumulation)
 
 
-def ddp_module(rank: int) -> None:
-    model = DistributedDataParallel(torch.nn.Linear(5, 2, bias=False))
+def ddp_module(rank: int, static_graph: bool) -> None:
+    model = DistributedDataParallel(torch.nn.Linear(5, 2, bias=False), static_graph=static_graph)
     keep_gradients_local(model)
     before = own_gradient(model.module, rank, 1)
-    model(inputs(rank)).pow(2).mean().backward()
-    assert torch.allclose(model.module.weight.grad, before, atol=1e-6)
+    for _ in range(3):
+        model.zero_grad()
+        model(inputs(rank)).pow(2).mean().backward()
+        assert torch.allclose(model.module.weight.grad, before, atol=1e-6)
 
 
-def test_a_ddp_module() -> None:
-    run_workers(ddp_module, 2)
+@pytest.mark.parametrize("static_graph", [False, True])
+def test_a_ddp_module(static_graph: bool) -> None:
+    run_workers(ddp_module, 2, static_graph)
 
 
 def forgotten(rank: int) -> str:

@@ -75,7 +75,8 @@ def load_inner(inner: Optimizer, workers: Sequence[Sequence[Any]], held: Held) -
     for key in dict.fromkeys(key for parts in sources for key in _tensors(parts[0])):
         index, name = _place(key)
         found = [held(parts, key, index) for parts in sources if key in _tensors(parts[0])]
-        value = found[0] if len(found) == 1 else torch.stack(found).mean(0)
+        # A tensor of safetensors is a mapping of the file, which may not outlive the training.
+        value = found[0].clone() if len(found) == 1 else torch.stack(found).mean(0)
         whole = value.shape != local(parameters[index]).shape
         state.setdefault(index, {})[name] = value if whole else placed_as(parameters[index], value)
     for parts in reversed(sources):

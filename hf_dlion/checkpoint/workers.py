@@ -266,8 +266,12 @@ def _plain(group: dict[str, Any]) -> dict[str, Any]:
     return numbers | {"params": len(group["params"])}
 
 
+_NOT_TAKEN_OVER = ("params", "fused", "foreach", "capturable", "differentiable")
+"""The latter say how torch computes, and not what."""
+
+
 def _taken_over(group: dict[str, Any], saved: dict[str, Any]) -> list[str]:
-    return [name for name in _plain(group) if name in saved and name != "params"]
+    return [name for name in _plain(group) if name in saved and name not in _NOT_TAKEN_OVER]
 
 
 def _as_before(value: Any, before: Any) -> Any:

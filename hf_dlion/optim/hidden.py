@@ -58,13 +58,7 @@ def hidden_matrices(
     base = _base_model(model)
     inside = {id(parameter) for parameter in base.parameters()}
     outside = {id(parameter) for parameter in _embeddings_and_head(model)}
-    found: dict[int, Split] = {}
-    modules = dict(base.named_modules())
-    for name, module in modules.items():
-        attention, _, last = name.rpartition(".")
-        named = last if last in (splits or {}) or not _heads_alternate(modules[attention]) else ""
-        for parameter, split in _matrices(named, module, _heads(name, modules), splits or {}):
-            found[id(parameter)] = split
+    found = _splits_in(base, splits or {})
     groups: dict[Any, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -78,6 +72,17 @@ def hidden_matrices(
         if not decays:
             group["weight_decay"] = 0.0
     return [groups[key] for key in sorted(groups)]
+
+
+def _splits_in(base: nn.Module, splits: Mapping[str, Sequence[int]]) -> dict[int, Split]:
+    """By id, the parameters that are matrices, whatever their place."""
+    modules, found = dict(base.named_modules()), dict[int, Split]()
+    for name, module in modules.items():
+        attention, _, last = name.rpartition(".")
+        named = last if last in splits or not _heads_alternate(modules[attention]) else ""
+        for parameter, split in _matrices(named, module, _heads(name, modules), splits):
+            found[id(parameter)] = split
+    return found
 
 
 def _known(others: set[str], model: nn.Module) -> set[str]:

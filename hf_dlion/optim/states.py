@@ -160,6 +160,19 @@ def all_parameters(optimizer: HasGroups) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def warn_of_frozen(parameters: Sequence[Tensor], rank: int) -> None:
+    """On rank 0, where most of what an optimizer was given is not trained."""
+    elements = sum(parameter.numel() for parameter in parameters)
+    frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
+    if rank == 0 and 2 * frozen > elements:
+        logger.warning(
+            "of %d parameters that the optimizer was given, %d require no gradient, and cost momenta and votes all the "
+            "same. Give it the others: [p for p in model.parameters() if p.requires_grad].",
+            elements,
+            frozen,
+        )
+
+
 def _place_as_parameters(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     parameters = all_parameters(optimizer)
     for index, state in state_dict["state"].items():

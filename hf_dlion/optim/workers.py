@@ -23,7 +23,7 @@ from ..wire.shares import VoteShares
 from .agreement import ON_BAD_GRADIENT, Agreement, Judged, LayoutChangedError, StepInputs
 from .renamed import renamed_keywords
 from .replica import STEP, Layout, Replica, layout_of
-from .states import StatefulOptimizer, all_parameters, check_layout
+from .states import StatefulOptimizer, all_parameters, check_layout, warn_of_frozen
 from .tensors import check_parameter, local, local_gradient
 from .views import Views
 
@@ -79,8 +79,7 @@ class WorkersOptimizer(StatefulOptimizer):
         local_state_names: keys of a parameter's state that each worker has for itself.
         process_group: the workers; None is the default group. Or this one's place among virtual workers.
         on_bad_gradient: what becomes of a step where a worker's gradient has a NaN or Inf: ``"abstain"``, that worker
-            is left out of it, and its state stays; or ``"raise"``, all ranks raise. With a gradient scaler, that worker
-            is left out.
+            is left out of it, and its state stays, as always with a gradient scaler; or ``"raise"``, all ranks raise.
         check_replicas_steps: compares a checksum of the parameters over the ranks every so many steps; 0: never.
 
     Attributes:
@@ -257,6 +256,7 @@ class WorkersOptimizer(StatefulOptimizer):
     def _current_plan(self) -> Plan:
         plan, layout = self._plan, layout_of([local(parameter) for parameter in all_parameters(self)])
         if plan is None or plan.workers != self.workers or (plan.channel is None and plan.layout != layout):
+            warn_of_frozen(all_parameters(self), self.rank)
             check_layout(replica_of(self), [self.state.get(parameter, {}) for parameter in all_parameters(self)])
             plan = self._plan = self._make_plan(make_channel(self.process_group, self.ledger))
             plan.layout = layout

@@ -7,6 +7,7 @@ Extension points of transformers 5: ``save_model``, ``_save_checkpoint`` and ``_
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from ..checkpoint.complete import check_complete, newest_complete
-from ..checkpoint.manifest import CheckpointError, has_workers, written_by_others
+from ..checkpoint.manifest import ANY_PART, MANIFEST, CheckpointError, has_workers, written_by_others
 from ..checkpoint.workers import load_workers, remove_manifest, save_workers
 from .workers import WorkersMixin
 
@@ -80,6 +81,11 @@ class CheckpointsMixin(WorkersMixin):
         """As the parent; between two votes of local steps, the parameters of the last vote."""
         with self._voted_parameters():
             super().save_model(*args, **kwargs)  # type: ignore[misc]
+
+    def _checkpoint_push_skip_names(self, checkpoint_folder: str) -> set[str]:
+        """As the parent, of sentence-transformers: what is not for the hub; and no worker's state."""
+        skipped: set[str] = super()._checkpoint_push_skip_names(checkpoint_folder)  # type: ignore[misc]
+        return skipped | {MANIFEST, *(path.name for path in Path(checkpoint_folder).glob(ANY_PART))}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from copy import copy
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from .card import write_card
 from .checkpoints import CheckpointsMixin
 from .clipping import ClippingMixin
 from .methods import METHODS, Method, in_local_steps, local_steps_options, method_of
+from .overrides import on_class_too, split_by_hidden
 from .theory import LionTheoryCallback
 from .transformers_versions import TrainerVersionsMixin
 from .virtual import VirtualWorkersMixin
@@ -127,13 +129,19 @@ class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, Tr
         self._check_optimizer()
         return optimizer
 
-    @classmethod
-    def get_optimizer_cls_and_kwargs(cls, args: Any, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
-        """As the parent, with our names too."""
+    @on_class_too
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
+        """As the parent, with our names too; with these, in the param groups that an override of the parent's makes."""
+        parent = super().get_optimizer_cls_and_kwargs  # type: ignore[misc]
         if args.optim not in METHODS:
-            return super().get_optimizer_cls_and_kwargs(args, model)  # type: ignore[misc]
+            return parent(args, model)
         method = METHODS[args.optim]
         options = {"on_bad_gradient": args.on_bad_gradient, "check_replicas_steps": args.check_replicas_steps}
+        if isinstance(self, Trainer) and parent is not Trainer.get_optimizer_cls_and_kwargs:
+            neutral = copy(args)
+            neutral.optim, neutral.optim_args = "adamw_torch", None
+            of_parent = parent(neutral, model)[1]
+            options |= {name: of_parent[name] for name in ("params", "optimizer_dict") if name in of_parent}
         return method.optimizer, {**method.keywords(args), **options}
 
     def _completed(self, given: tuple[Any, dict[str, Any]] | None, model: nn.Module) -> Any:
@@ -143,8 +151,9 @@ class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, Tr
         if self._named_ours or method is not None:
             self._refuse_loaded_in_shards()
         keywords = dict(keywords)  # the parent takes some out
-        if method is not None and method.takes_hidden_matrices and "params" not in keywords:
-            keywords["params"] = self._hidden_groups(model)
+        if method is not None and method.takes_hidden_matrices and (given is None or "params" not in keywords):
+            made_by_parent = keywords.pop("optimizer_dict", keywords.pop("params", None)) if given is None else None
+            keywords["params"] = self._hidden_groups(model, made_by_parent)
         if self._virtual_workers == 1:
             return given if method is None else (made, {"process_group": voting_group(self.accelerator), **keywords})
         if self._local_steps:
@@ -175,9 +184,12 @@ class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, Tr
                 "examples/launch/sharded_replicas.yaml."
             )
 
-    def _hidden_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+    def _hidden_groups(self, model: nn.Module, given: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+        """Of all parameters, or of param groups that are given."""
         decayed = set(self.get_decay_parameter_names(model))  # type: ignore[attr-defined]
         groups = hidden_matrices(model, decayed=decayed)
+        if given is not None:
+            return split_by_hidden(given, groups)
         return [{"weight_decay": self.args.weight_decay, **group} for group in groups]
 
     def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any, **kwargs: Any) -> nn.Module:

@@ -60,6 +60,18 @@ def test_a_refused_group_is_not_added() -> None:
     assert len(optimizer.param_groups) == 1
 
 
+def test_parameters_that_are_mostly_frozen(caplog: pytest.LogCaptureFixture) -> None:
+    frozen, trained = torch.nn.Parameter(torch.ones(30), requires_grad=False), torch.nn.Parameter(torch.ones(5))
+    for given, warnings in (([frozen, trained], 1), ([trained], 0)):
+        caplog.clear()
+        optimizer = DistributedLion(given)
+        for _ in range(2):
+            trained.grad = torch.ones(5)
+            optimizer.step()
+        assert caplog.text.count("require no gradient") == warnings
+    assert "Give it the others" not in caplog.text
+
+
 def test_sparse_gradient() -> None:
     embedding = torch.nn.Embedding(5, 4, sparse=True)
     optimizer = DistributedLion(embedding.parameters())

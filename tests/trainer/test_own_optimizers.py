@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.optim import AdamW, Optimizer
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_dlion import DistributedLion, DistributedMuon, DLionTrainer
+from hf_dlion import DistributedLion, DistributedMuon, DLionTrainer, DLionTrainerMixin
 from hf_dlion.optim.virtual import VirtualWorkers
 from hf_dlion.trainer.report import run_report
 from tests.harness import run_workers
@@ -166,6 +166,36 @@ def test_the_getter_can_be_built_upon(tmp_path: Path) -> None:
     assert (optimizer.tie, optimizer.param_groups[0]["orthogonal"]) == ("zero", True)
     adam, _ = DLionTrainer.get_optimizer_cls_and_kwargs(tiny.arguments(tmp_path, optim=DEFAULT))
     assert issubclass(adam, AdamW)
+
+
+@pytest.mark.parametrize("optim", ["dlion_mavo", "dmuon_mavo", "adamw_torch"])
+@pytest.mark.parametrize("key", ["params", "optimizer_dict"])
+def test_groups_that_a_parent_makes_on_its_instance(optim: str, key: str, tmp_path: Path) -> None:
+    """As sentence-transformers, whose losses have weights, and rates for some names."""
+    extra = torch.nn.Parameter(torch.ones(3, 4))
+
+    class Parent(Trainer):
+        rate = 1e-5
+
+        def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> Made:
+            made, options = super().get_optimizer_cls_and_kwargs(args, model)
+            groups = [
+                {"params": [extra], "lr": self.rate},
+                {"params": list(self.model.parameters()), "weight_decay": 0.5},
+            ]
+            return made, options | {key: groups}
+
+    class Own(DLionTrainerMixin, Parent):
+        pass
+
+    args = tiny.arguments(tmp_path, optim=optim, optim_args="tie=zero" if optim != "adamw_torch" else None)
+    optimizer: Any = Own(model=tiny.model(), args=args, train_dataset=tiny.rows()).create_optimizer()
+    own = [group for group in optimizer.param_groups if any(one is extra for one in group["params"])]
+    assert [(len(group["params"]), group["lr"]) for group in own] == [(1, 1e-5)]
+    assert {group["weight_decay"] for group in optimizer.param_groups if group is not own[0]} == {0.5}
+    kinds = [group.get("orthogonal") for group in optimizer.param_groups]
+    assert set(kinds) == ({True, False} if optim == "dmuon_mavo" else {None})
+    assert optim == "adamw_torch" or optimizer.tie == "zero"
 
 
 @pytest.mark.parametrize("optim", ["dlion_mavo", DEFAULT])
