@@ -19,6 +19,9 @@ from ..trainer.trainer import DLionTrainerMixin
 _TYPES = get_type_hints(DLionArgumentsMixin)
 OPTIONS = [field.name for field in fields(DLionArgumentsMixin) if field.name != "optim"]
 
+_TRAINERS = ("rl", "reward_model", "process_reward_model", "kd_trainer", "trainer_cls")
+_GROUPS = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio")
+
 DLionInput = create_model("DLionInput", **{name: (_TYPES[name] | None, None) for name in OPTIONS})
 
 
@@ -41,16 +44,23 @@ class DLionPlugin(BasePlugin):
         """Axolotl's Trainer with our mixin; None, which leaves the choice to Axolotl, with an optimizer of its own.
 
         Raises:
-            ValueError: the YAML asks for another Trainer than that of supervised finetuning or pretraining.
+            ValueError: the YAML asks for another Trainer than that of supervised finetuning or pretraining, or for
+                param groups beside those of a method.
         """
         if cfg.optimizer not in METHODS and not cfg.get("local_steps") and not cfg.get("gradient_votes"):
             return None
-        others = [name for name in ("rl", "reward_model", "process_reward_model", "trainer_cls") if cfg.get(name)]
+        others = [name for name in _TRAINERS if cfg.get(name)]
         if others:
             raise ValueError(
                 f"optimizer: {cfg.optimizer} with {others[0]}: {cfg[others[0]]}. The plugin has the Trainer of "
                 "pretraining and supervised finetuning only. For preferences and rewards, mix DLionTrainerMixin into "
                 "TRL's Trainer, or take an optimizer of transformers."
+            )
+        of_groups = [name for name in _GROUPS if cfg.get(name)]
+        if of_groups and cfg.optimizer in METHODS and METHODS[cfg.optimizer].takes_hidden_matrices:
+            raise ValueError(
+                f"optimizer: {cfg.optimizer} with {of_groups[0]}: {cfg[of_groups[0]]}. That method has param groups of "
+                "its own, for hidden matrices, and these would have no effect. Leave it out, or take dlion."
             )
         from axolotl.core.trainers import AxolotlTrainer  # once all plugins are registered: it merges their arguments
 

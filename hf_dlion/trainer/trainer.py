@@ -137,6 +137,8 @@ class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, Tr
             return parent(args, model)
         method = METHODS[args.optim]
         options = {"on_bad_gradient": args.on_bad_gradient, "check_replicas_steps": args.check_replicas_steps}
+        if isinstance(self, Trainer):
+            options["process_group"] = voting_group(self.accelerator)
         if isinstance(self, Trainer) and parent is not Trainer.get_optimizer_cls_and_kwargs:
             neutral = copy(args)
             neutral.optim, neutral.optim_args = "adamw_torch", None
@@ -155,7 +157,10 @@ class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, Tr
             made_by_parent = keywords.pop("optimizer_dict", keywords.pop("params", None)) if given is None else None
             keywords["params"] = self._hidden_groups(model, made_by_parent)
         if self._virtual_workers == 1:
-            return given if method is None else (made, {"process_group": voting_group(self.accelerator), **keywords})
+            # It asks for class and keywords itself, if it is given none, and may make param groups of its own.
+            asks = given is None and "process_group" in keywords and "params" not in keywords
+            as_it_is = method is None or asks
+            return given if as_it_is else (made, {"process_group": voting_group(self.accelerator), **keywords})
         if self._local_steps:
             made = in_local_steps(self._inner(made, keywords, method), local_steps_options(self.args))
         elif method is None:

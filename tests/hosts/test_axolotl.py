@@ -56,6 +56,10 @@ def test_the_trainer_is_mixed_for_our_names_only(plugin: Any) -> None:
     assert plugin.get_trainer_cls(Config(optimizer="adamw_torch", rl="dpo")) is None
     for option in ({"local_steps": 4}, {"gradient_votes": "avg"}):
         assert plugin.get_trainer_cls(Config(optimizer="adamw_torch", **option)) is not None
+    for option in ({"kd_trainer": True}, {"embedding_lr": 1e-5}):
+        with pytest.raises(ValueError, match=f"optimizer: dmuon_mavo with {next(iter(option))}"):
+            plugin.get_trainer_cls(Config(optimizer="dmuon_mavo", **option))
+    assert plugin.get_trainer_cls(Config(optimizer="dlion_mavo", embedding_lr=1e-5)) is not None
     mixed = plugin.get_trainer_cls(Config(optimizer="dlion_mavo"))
     assert mixed.__mro__[1] is DLionTrainerMixin
     with pytest.raises(ValueError, match="optimizer: dlion_mavo with rl: dpo.*mix DLionTrainerMixin into TRL's"):
