@@ -137,7 +137,7 @@ class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, Tr
             return parent(args, model)
         method = METHODS[args.optim]
         options = {"on_bad_gradient": args.on_bad_gradient, "check_replicas_steps": args.check_replicas_steps}
-        if isinstance(self, Trainer):
+        if isinstance(self, Trainer) and self._virtual_workers == 1:
             options["process_group"] = voting_group(self.accelerator)
         if isinstance(self, Trainer) and parent is not Trainer.get_optimizer_cls_and_kwargs:
             neutral = copy(args)
