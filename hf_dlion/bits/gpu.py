@@ -87,15 +87,17 @@ def squares(blocks: Tensor, pieces: Tensor, planes: Tensor, totals: Tensor, high
 
 
 def direct(
-    chunks: Tensor, held: Tensor, given: Tensor, outputs: Tensor, hypers: Tensor, verdict: Tensor, dtype: torch.dtype
+    chunks: Tensor,
+    held: Tensor,
+    given: Tensor,
+    outputs: Tensor | None,
+    hypers: Tensor,
+    verdict: Tensor,
+    dtype: torch.dtype,
 ) -> None:
-    """Write directions, float32, to ``outputs``, addresses by parameter; and move momenta on, as :func:`vote` does."""
-    _launch(_direct, len(chunks), chunks, held, given, outputs, hypers, verdict, TYPES[dtype])
-
-
-def move(chunks: Tensor, held: Tensor, given: Tensor, hypers: Tensor, dtype: torch.dtype) -> None:
-    """Move momenta on with gradients, as :func:`vote` does."""
-    _launch(_move, len(chunks), chunks, held, given, hypers, TYPES[dtype])
+    """Write directions, float32, to ``outputs``, addresses by parameter or None; move momenta on, as :func:`vote`."""
+    tensors = chunks, held, given, given if outputs is None else outputs, hypers, verdict
+    _launch(_direct, len(chunks), *tensors, TYPES[dtype], outputs is not None)
 
 
 def step(
@@ -145,7 +147,7 @@ def try_out(device: torch.device) -> None:
         vote(blocks, pieces, held, given, hypers, zero_votes, verdict, planes[0], dtype, directed=False)
         apply(blocks, pieces, held, number, hypers, number, momentum, planes, 0, 1, dtype)
         direct(chunks, held, given, one(momentum.data_ptr())[0], hypers, verdict, dtype)
-        move(chunks, held, given, hypers, dtype)
+        direct(chunks, held, given, None, hypers, verdict, dtype)
         step(chunks, held, given, hypers, number, 0, 1.0, dtype)
     squares(blocks, pieces, planes, totals, 1)
     tally([planes[0]], "zero", 0, range(1))
@@ -292,7 +294,7 @@ def _levels(planes, width, block, PLANES: tl.constexpr):
 
 
 @triton.jit
-def _direct(chunks, held, given, outputs, hypers, verdict, TYPE: tl.constexpr):
+def _direct(chunks, held, given, outputs, hypers, verdict, TYPE: tl.constexpr, WRITES: tl.constexpr):
     parameter = tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
     start = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * _BLOCK
     at = tl.arange(0, _BLOCK)
@@ -301,21 +303,10 @@ def _direct(chunks, held, given, outputs, hypers, verdict, TYPE: tl.constexpr):
     hyper = hypers + 6 * tl.load(held + 4 * parameter + 3)
     g = tl.load(_from(tl.load(given + parameter), start, TYPE) + at, inside, 0.0).to(tl.float32)
     m = tl.load(momentum, inside, 0.0)
-    output = _from(tl.load(outputs + parameter), start, tl.float32) + at
-    tl.store(output, _mixed(hyper, hyper + 1, m, g), inside)
+    if WRITES:
+        output = _from(tl.load(outputs + parameter), start, tl.float32) + at
+        tl.store(output, _mixed(hyper, hyper + 1, m, g), inside)
     tl.store(momentum, _mixed(hyper + 2, hyper + 3, m, g), inside & (tl.load(verdict) < 0))
-
-
-@triton.jit
-def _move(chunks, held, given, hypers, TYPE: tl.constexpr):
-    parameter = tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
-    start = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * _BLOCK
-    at = tl.arange(0, _BLOCK)
-    inside = start + at < tl.load(held + 4 * parameter + 2)
-    momentum = _from(tl.load(held + 4 * parameter + 1), start, tl.float32) + at
-    hyper = hypers + 6 * tl.load(held + 4 * parameter + 3)
-    g = tl.load(_from(tl.load(given + parameter), start, TYPE) + at, inside, 0.0).to(tl.float32)
-    tl.store(momentum, _mixed(hyper + 2, hyper + 3, tl.load(momentum, inside, 0.0), g), inside)
 
 
 @triton.jit(do_not_specialize=["step"])

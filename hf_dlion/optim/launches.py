@@ -123,7 +123,8 @@ class LaunchedViews(SegmentViews):
         given = self._addresses(gradients, [parameter.dtype for parameter in self.parameters])
         present = [index for index, gradient in enumerate(gradients) if gradient is not None]
         for dtype, of_dtype in self._by_dtype(present).items():
-            gpu.move(self._chunks_of(of_dtype), self._held, given.addresses, hypers, dtype)
+            chunks = self._chunks_of(of_dtype)
+            gpu.direct(chunks, self._held, given.addresses, None, hypers, given.verdict, dtype)
 
     @override
     def apply(

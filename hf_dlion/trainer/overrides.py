@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MethodType
 from typing import Any
 
@@ -24,18 +24,19 @@ class on_class_too:
         return MethodType(self.__func__, owner if instance is None else instance)
 
 
-def split_by_hidden(groups: Sequence[Mapping[str, Any]], hidden: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def split_by_hidden(groups: Iterable[Any], hidden: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Param groups, cut so that each has hidden matrices of one kind, or none.
 
     Args:
-        groups: with parameters, or names and parameters.
+        groups: with parameters, or names and parameters; or these alone.
         hidden: as of ``hidden_matrices``; parameters in none of these are no hidden matrices.
     """
     kinds: dict[int, tuple[bool, Any]] = {}
     for group in hidden:
         kinds |= {id(_parameter(one)): (group[ORTHOGONAL], group[SPLIT]) for one in group["params"]}
     cut: list[dict[str, Any]] = []
-    for group in groups:
+    groups = list(groups)
+    for group in groups if isinstance(groups[0], Mapping) else [{"params": groups}]:
         parts: dict[tuple[bool, Any], list[Any]] = {}
         for one in group["params"]:
             parts.setdefault(kinds.get(id(_parameter(one)), (False, ())), []).append(one)

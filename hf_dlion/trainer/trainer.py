@@ -137,14 +137,17 @@ class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, Tr
             return parent(args, model)
         method = METHODS[args.optim]
         options = {"on_bad_gradient": args.on_bad_gradient, "check_replicas_steps": args.check_replicas_steps}
-        if isinstance(self, Trainer) and self._virtual_workers == 1:
-            options["process_group"] = voting_group(self.accelerator)
-        if isinstance(self, Trainer) and parent is not Trainer.get_optimizer_cls_and_kwargs:
+        keywords = {**method.keywords(args), **options}
+        if not isinstance(self, Trainer):
+            return method.optimizer, keywords
+        if self._virtual_workers == 1:
+            keywords["process_group"] = voting_group(self.accelerator)
+        if parent is not Trainer.get_optimizer_cls_and_kwargs:
             neutral = copy(args)
             neutral.optim, neutral.optim_args = "adamw_torch", None
             of_parent = parent(neutral, model)[1]
-            options |= {name: of_parent[name] for name in ("params", "optimizer_dict") if name in of_parent}
-        return method.optimizer, {**method.keywords(args), **options}
+            keywords |= {name: of_parent[name] for name in ("params", "optimizer_dict") if name in of_parent}
+        return method.optimizer, keywords
 
     def _completed(self, given: tuple[Any, dict[str, Any]] | None, model: nn.Module) -> Any:
         """Class and keywords of our optimizers, with what they need to know of the model, and as virtual workers."""
@@ -154,13 +157,14 @@ class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, Tr
             self._refuse_loaded_in_shards()
         keywords = dict(keywords)  # the parent takes some out
         if method is not None and method.takes_hidden_matrices and (given is None or "params" not in keywords):
-            made_by_parent = keywords.pop("optimizer_dict", keywords.pop("params", None)) if given is None else None
-            keywords["params"] = self._hidden_groups(model, made_by_parent)
+            of_parent = None if given else keywords.pop("optimizer_dict", keywords.pop("params", None))
+            keywords["params"] = self._hidden_groups(model, of_parent)
         if self._virtual_workers == 1:
-            # It asks for class and keywords itself, if it is given none, and may make param groups of its own.
+            # The parent asks for both itself, if it is given none, and may make param groups of its own.
             asks = given is None and "process_group" in keywords and "params" not in keywords
-            as_it_is = method is None or asks
-            return given if as_it_is else (made, {"process_group": voting_group(self.accelerator), **keywords})
+            if method is None or asks:
+                return given
+            return made, {"process_group": voting_group(self.accelerator), **keywords}
         if self._local_steps:
             made = in_local_steps(self._inner(made, keywords, method), local_steps_options(self.args))
         elif method is None:
@@ -189,7 +193,7 @@ class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, Tr
                 "examples/launch/sharded_replicas.yaml."
             )
 
-    def _hidden_groups(self, model: nn.Module, given: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    def _hidden_groups(self, model: nn.Module, given: Any) -> list[dict[str, Any]]:
         """Of all parameters, or of param groups that are given."""
         decayed = set(self.get_decay_parameter_names(model))  # type: ignore[attr-defined]
         groups = hidden_matrices(model, decayed=decayed)

@@ -54,6 +54,7 @@ def test_the_card_says_what_the_run_was(tmp_path: Path) -> None:
         "| workers | 2 |",
         "| `tie` | `zero` |",
         "| data | some/dataset, a folder/of mine |",
+        "as in [Liu et al., NeurIPS 2024]",
     ):
         assert row in card.text
     assert report["command"] in card.text

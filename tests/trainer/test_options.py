@@ -25,6 +25,7 @@ def optimizer(folder: Path, **options: Any) -> Any:
     [
         ("dlion_mavo", "betas=(0.5, 0.6),tie=alternate", {"betas": (0.5, 0.6), "tie": "alternate"}),
         ("dlion_avg", "exchange='gather'", {"exchange": "gather"}),
+        ("dlion_avg", "overlap=True", {"overlap": True}),
         ("dsignum_mavo", "momentum=0.5", {"betas": (0.5, 0.5)}),
         ("dmuon_mavo", "hidden_betas=(0.5,0.6)", {"hidden_betas": (0.5, 0.6)}),
         ("gadamw", "eps=1e-6", {"eps": 1e-6}),

@@ -154,6 +154,25 @@ def test_a_class_gets_what_it_needs_to_know(way: str, tmp_path: Path) -> None:
     assert (optimizer.defaults["lr"], optimizer.members[0].tie) == (2e-3, "zero")
 
 
+def test_what_sentence_transformers_does_not_upload(tmp_path: Path) -> None:
+    class Parent(Trainer):
+        def _checkpoint_push_skip_names(self, checkpoint_folder: str) -> set[str]:
+            return {"optimizer.pt"}
+
+    class Own(DLionTrainerMixin, Parent):
+        pass
+
+    args = tiny.arguments(
+        tmp_path, optim="dlion_mavo", virtual_workers=2, max_steps=1, save_strategy="steps", save_steps=1
+    )
+    trainer = Own(model=tiny.model(), args=args, train_dataset=tiny.rows())
+    trainer.train()
+    folder = tmp_path / "checkpoint-1"
+    uploaded = {path.name for path in folder.iterdir()} - trainer._checkpoint_push_skip_names(str(folder))
+    assert "model.safetensors" in uploaded
+    assert not [name for name in uploaded if name.startswith(("worker_", "hf_dlion"))]
+
+
 def test_the_getter_can_be_built_upon(tmp_path: Path) -> None:
     class Own(DLionTrainer):
         @staticmethod
