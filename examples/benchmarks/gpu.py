@@ -4,8 +4,9 @@
 
 The parameters are those of GPT-2 of 124 M, 355 M and 1.5 B, in float32 and in bfloat16. Of `dlion_mavo`, the check of
 the gradients, the vote, a worker's share of the count, and the update are timed one by one, with the decision of 4
-workers. `alone` is a whole `step()` of one worker, by the clock. Memory is what a step allocates at its peak. Writes
-`results.json`, with every time.
+workers; once with the gaps in which the GPU waits for the host, once their kernels alone, by the profiler. `alone` is a
+whole `step()` of one worker, by the clock. Memory is what a step allocates at its peak. Writes `results.json`, with
+every time.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from hf_dlion import DistributedLion
 from hf_dlion.optim.bad_gradients import first_bad_gradient
@@ -68,6 +70,14 @@ def milliseconds_of_steps(optimizer: torch.optim.Optimizer) -> list[float]:
         torch.cuda.synchronize()
         found.append(1e3 * (time.perf_counter() - start))
     return found[WARMUP:]
+
+
+def milliseconds_of_kernels(work: Callable[[], Any]) -> float:
+    """Of the GPU, for one repetition, without the gaps in which it waits for the host."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    return sum(one.device_time_total for one in profiler.key_averages()) / 1e3
 
 
 def copy_rate() -> float:
@@ -125,6 +135,7 @@ def measure(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> dict[str, Any]
     size, width = sum(parameter.numel() for parameter in held), held[0].element_size()
     adamw = torch.optim.AdamW(held, lr=1e-6, fused=True)
     times = {"adamw_fused": milliseconds(adamw.step), "adamw_fused alone": milliseconds_of_steps(adamw)}
+    kernels = {"adamw_fused": milliseconds_of_kernels(adamw.step)}
     del adamw
     parts = Parts(held)
     bytes_moved = {
@@ -135,6 +146,7 @@ def measure(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> dict[str, Any]
     }
     for name in bytes_moved:
         times[name] = milliseconds(getattr(parts, name))
+        kernels[name] = milliseconds_of_kernels(getattr(parts, name))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     parts.vote()
@@ -142,7 +154,13 @@ def measure(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> dict[str, Any]
     memory = (torch.cuda.max_memory_allocated() - before) / 2**20
     del parts
     times["dlion alone"] = milliseconds_of_steps(DistributedLion(held, lr=1e-6))
-    return {"parameters": size, "milliseconds": times, "bytes": bytes_moved, "mebibytes_at_peak": memory}
+    return {
+        "parameters": size,
+        "milliseconds": times,
+        "milliseconds_of_kernels": kernels,
+        "bytes": bytes_moved,
+        "mebibytes_at_peak": memory,
+    }
 
 
 def main() -> None:
@@ -167,16 +185,17 @@ def main() -> None:
             case = results["cases"][f"{name}, {dtype_name}"] = measure(SIZES[name], dtype)
             torch.cuda.empty_cache()
             medians = {key: statistics.median(times) for key, times in case["milliseconds"].items()}
-            local = sum(medians[part] for part in case["bytes"])
+            local, of_kernels = sum(medians[part] for part in case["bytes"]), case["milliseconds_of_kernels"]
+            share = sum(of_kernels[part] for part in case["bytes"]) / of_kernels["adamw_fused"]
             shares = ", ".join(
                 f"{part} {medians[part]:.3f} ({moved / (medians[part] / 1e3) / rate:.0%})"
                 for part, moved in case["bytes"].items()
             )
             print(
                 f"{name}, {dtype_name}: {local:.3f} ms, {local / medians['adamw_fused']:.2f} times fused AdamW "
-                f"({medians['adamw_fused']:.3f}); ms and share of a copy's rate: {shares}; one worker alone "
-                f"{medians['dlion alone']:.3f} ms by the clock, AdamW {medians['adamw_fused alone']:.3f}; "
-                f"{case['mebibytes_at_peak']:.1f} MiB at the peak",
+                f"({medians['adamw_fused']:.3f}), {share:.2f} of kernels alone; ms and share of a copy's rate: "
+                f"{shares}; one worker alone {medians['dlion alone']:.3f} ms by the clock, AdamW "
+                f"{medians['adamw_fused alone']:.3f}; {case['mebibytes_at_peak']:.1f} MiB at the peak",
                 flush=True,
             )
     args.output.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,14 @@ def can_launch(device: torch.device) -> bool:
     return True
 
 
+def alignment(*numbers: int) -> int:
+    """Of addresses in bytes, and lengths and starts in elements: 16 if all are multiples of it, or else 1.
+
+    With 16, a thread of a GPU can read several elements at a time.
+    """
+    return 1 if any(number % 16 for number in numbers) else 16
+
+
 def send_to(device: torch.device, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
     """Numbers as a tensor on a device; a GPU gets them in their turn, without being waited for."""
     pinned = device.type == "cuda"

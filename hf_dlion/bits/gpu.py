@@ -12,8 +12,9 @@ there, and where its segment begins in the bucket.
 A launch without words has a program for each 1024 elements of a parameter; ``chunks``, int32 ``[n, 2]``, tells it the
 parameter, and the number of the chunk.
 
-Importing this module needs Triton. An address says nothing of alignment, so a thread reads single elements, and a warp
-whole rows.
+``align`` is the ``devices.alignment`` of all addresses, and of lengths and starts in pieces, or of parameters' lengths.
+
+Importing this module needs Triton.
 """
 
 from __future__ import annotations
@@ -28,13 +29,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .counting import Tally
-from .devices import send_to
+from .devices import alignment, send_to
 from .packing import BLOCK, LANES
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 _ROWS: tl.constexpr = tl.constexpr(LANES)
 _BLOCK: tl.constexpr = tl.constexpr(BLOCK)
+_WORDS: tl.constexpr = tl.constexpr(128)
+_READ: tl.constexpr = tl.constexpr(4096)
+_PARTS: tl.constexpr = tl.constexpr(256)
+_WARPS, _WARPS_OF_A_BLOCK = 4, 2
+"""On an H200, programs of several blocks, or of more warps for a block, took 5 to 60 % more time."""
 
 
 def vote(
@@ -48,13 +54,15 @@ def vote(
     words: Tensor,
     dtype: torch.dtype,
     directed: bool,
+    align: int,
 ) -> None:
     """Write the packed signs of directions into ``words``; unless these are given, as float32, move momenta on.
 
     ``verdict``, int64 ``[1]``, is -1, or else momenta stay as they are.
     """
     tensors = blocks, pieces, held, given, hypers, zero_votes, verdict, words
-    _launch(_vote, len(blocks), *tensors, tl.float32 if directed else TYPES[dtype], directed)
+    given_as = tl.float32 if directed else TYPES[dtype]
+    _launch(_vote, len(blocks), *tensors, given_as, directed, align, warps=_WARPS_OF_A_BLOCK)
 
 
 def apply(
@@ -69,6 +77,7 @@ def apply(
     step: int,
     highest: int,
     dtype: torch.dtype,
+    align: int,
 ) -> None:
     """The update by a decision, whose planes are int32 ``[P, W]``.
 
@@ -76,9 +85,8 @@ def apply(
     """
     tensors = blocks, pieces, held, absent, hypers, places, scales, planes
     exact = highest & highest - 1 == 0  # a power of 2, whose reciprocal is exact
-    _launch(
-        _apply, len(blocks), *tensors, step, planes.shape[1], highest, 1 / highest, exact, len(planes), TYPES[dtype]
-    )
+    sizes = step, planes.shape[1], highest, 1 / highest, exact, len(planes)
+    _launch(_apply, len(blocks), *tensors, *sizes, TYPES[dtype], align, warps=_WARPS_OF_A_BLOCK)
 
 
 def squares(blocks: Tensor, pieces: Tensor, planes: Tensor, totals: Tensor, highest: int) -> None:
@@ -94,10 +102,11 @@ def direct(
     hypers: Tensor,
     verdict: Tensor,
     dtype: torch.dtype,
+    align: int,
 ) -> None:
     """Write directions, float32, to ``outputs``, addresses by parameter or None; move momenta on, as :func:`vote`."""
     tensors = chunks, held, given, given if outputs is None else outputs, hypers, verdict
-    _launch(_direct, len(chunks), *tensors, TYPES[dtype], outputs is not None)
+    _launch(_direct, len(chunks), *tensors, TYPES[dtype], outputs is not None, align)
 
 
 def step(
@@ -109,9 +118,10 @@ def step(
     step: int,
     scale: float,
     dtype: torch.dtype,
+    align: int,
 ) -> None:
     """A whole step of Lion, for one worker, its signs times ``scale``; ``places``, int32, by parameter."""
-    _launch(_step, len(chunks), chunks, held, given, hypers, places, step, scale, TYPES[dtype])
+    _launch(_step, len(chunks), chunks, held, given, hypers, places, step, scale, TYPES[dtype], align)
 
 
 def tally(votes: Sequence[Tensor], rule: str, step: int, sample: range) -> Tally:
@@ -120,11 +130,24 @@ def tally(votes: Sequence[Tensor], rule: str, step: int, sample: range) -> Tally
     planes = voters.bit_length() if rule == "avg" else 2 if rule == "zero" and voters % 2 == 0 else 1
     decided = torch.empty((planes, words), dtype=torch.int32, device=device)
     sums = torch.zeros(2, dtype=torch.int64, device=device)
-    cast = [vote.contiguous() for vote in votes]
-    addresses = send_to(device, [vote.data_ptr() for vote in cast], torch.int64)
     sizes = words, step & 1, sample.stop, sample.step
-    _launch(_tally, -(-words // _WORDS.value), addresses, decided, sums, *sizes, voters, rule, planes)
+    _launch(_tally, -(-words // _WORDS.value), torch.stack(list(votes)), decided, sums, *sizes, voters, rule, planes)
     return Tally(list(decided), sums[0], sums[1])
+
+
+def first_bad(gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """The index of the first gradient with a NaN or Inf, int64 ``[1]``; -1 if there is none."""
+    dense = [None if gradient is None else _dense(gradient) for gradient in gradients]
+    rows: dict[tuple[torch.dtype, int], list[tuple[int, int, int]]] = {}
+    for index, gradient in enumerate(dense):
+        if gradient is not None:
+            place = gradient.data_ptr(), gradient.numel()
+            rows.setdefault((gradient.dtype, alignment(*place)), []).append((*place, index))
+    verdict = torch.full((1,), -1, dtype=torch.int64, device=device)
+    for (dtype, align), those in rows.items():
+        table = send_to(device, those, torch.int64)
+        _launch(_first_bad, len(those) * _PARTS.value, table, verdict, TYPES[dtype], align)
+    return verdict
 
 
 def try_out(device: torch.device) -> None:
@@ -144,24 +167,27 @@ def try_out(device: torch.device) -> None:
     for dtype in (torch.float32,) if old else (torch.float32, torch.bfloat16):  # an old one may only lack the latter
         values, momentum = torch.zeros(1, dtype=dtype, device=device), zeros(1)
         held, given = one(values.data_ptr(), momentum.data_ptr(), 1, 0), one(values.data_ptr())[0]
-        vote(blocks, pieces, held, given, hypers, zero_votes, verdict, planes[0], dtype, directed=False)
-        apply(blocks, pieces, held, number, hypers, number, momentum, planes, 0, 1, dtype)
-        direct(chunks, held, given, one(momentum.data_ptr())[0], hypers, verdict, dtype)
-        direct(chunks, held, given, None, hypers, verdict, dtype)
-        step(chunks, held, given, hypers, number, 0, 1.0, dtype)
+        vote(blocks, pieces, held, given, hypers, zero_votes, verdict, planes[0], dtype, directed=False, align=1)
+        apply(blocks, pieces, held, number, hypers, number, momentum, planes, 0, 1, dtype, align=1)
+        direct(chunks, held, given, one(momentum.data_ptr())[0], hypers, verdict, dtype, align=1)
+        direct(chunks, held, given, None, hypers, verdict, dtype, align=1)
+        step(chunks, held, given, hypers, number, 0, 1.0, dtype, align=1)
+        first_bad([values], device)
     squares(blocks, pieces, planes, totals, 1)
     tally([planes[0]], "zero", 0, range(1))
 
 
-def _launch(kernel: Any, programs: int, first: Tensor, *others: Any) -> None:
+def _dense(tensor: Tensor) -> Tensor:
+    """The same elements without gaps, in any order."""
+    channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return tensor if channels_last else tensor.contiguous()
+
+
+def _launch(kernel: Any, programs: int, first: Tensor, *others: Any, warps: int = _WARPS) -> None:
     # Triton launches on the current GPU, whichever has the tensors. A multiplication and an addition that become one
     # instruction would be rounded once, where all other implementations round twice.
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-        kernel[(programs,)](first, *others, num_warps=_WARPS, enable_fp_fusion=False)
-
-
-_WARPS = 4
-_WORDS: tl.constexpr = tl.constexpr(128)
+        kernel[(programs,)](first, *others, num_warps=warps, enable_fp_fusion=False)
 
 
 @triton.jit
@@ -170,8 +196,9 @@ def _rows_and_lanes():
 
 
 @triton.jit
-def _from(address, start, TYPE: tl.constexpr):
-    return address.to(tl.pointer_type(TYPE)) + start
+def _from(address, start, TYPE: tl.constexpr, ALIGN: tl.constexpr):
+    """A pointer to an element of a tensor."""
+    return tl.multiple_of(address.to(tl.pointer_type(TYPE)), ALIGN) + start
 
 
 @triton.jit
@@ -196,7 +223,19 @@ def _store(pointer, updated, elements, place, step, inside, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _vote(blocks, pieces, held, given, hypers, zero_votes, verdict, words, TYPE: tl.constexpr, DIRECTED: tl.constexpr):
+def _vote(
+    blocks,
+    pieces,
+    held,
+    given,
+    hypers,
+    zero_votes,
+    verdict,
+    words,
+    TYPE: tl.constexpr,
+    DIRECTED: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
     entry = blocks + 3 * tl.program_id(0)
     block = tl.load(entry)
     rows, lanes = _rows_and_lanes()
@@ -207,14 +246,14 @@ def _vote(blocks, pieces, held, given, hypers, zero_votes, verdict, words, TYPE:
         piece = pieces + 5 * p
         parameter = tl.load(piece + 2)
         address = tl.load(given + parameter)
-        start = tl.load(piece + 3)
-        at = place - tl.load(piece).to(tl.int32)
-        inside = (at >= 0) & (at < tl.load(piece + 1).to(tl.int32)) & (address != 0)
-        g = tl.load(_from(address, start, TYPE) + at, inside, 0.0).to(tl.float32)
+        start = tl.multiple_of(tl.load(piece + 3), ALIGN)
+        at, inside = _inside(place, piece, ALIGN)
+        inside &= address != 0
+        g = tl.load(_from(address, start, TYPE, ALIGN) + at, inside, 0.0).to(tl.float32)
         if DIRECTED:
             direction = tl.where(inside, g, direction)
         else:
-            momentum = _from(tl.load(held + 4 * parameter + 1), start, tl.float32) + at
+            momentum = _from(tl.load(held + 4 * parameter + 1), start, tl.float32, ALIGN) + at
             m = tl.load(momentum, inside, 0.0)
             hyper = hypers + 6 * tl.load(held + 4 * parameter + 3)
             direction = tl.where(inside, _mixed(hyper, hyper + 1, m, g), direction)
@@ -222,6 +261,13 @@ def _vote(blocks, pieces, held, given, hypers, zero_votes, verdict, words, TYPE:
         p += 1
     votes = (direction > 0) | ((direction == 0) & (tl.load(zero_votes + lanes) != 0))
     tl.store(words + block * _ROWS + tl.arange(0, _ROWS), tl.sum(votes.to(tl.int32) << rows, 0))
+
+
+@triton.jit
+def _inside(place, piece, ALIGN: tl.constexpr):
+    """Of places in a bucket: where in the piece, and whether in it."""
+    at = place - tl.multiple_of(tl.load(piece).to(tl.int32), ALIGN)
+    return at, (at >= 0) & (at < tl.multiple_of(tl.load(piece + 1).to(tl.int32), ALIGN))
 
 
 @triton.jit(do_not_specialize=["step"])
@@ -241,12 +287,10 @@ def _apply(
     EXACT: tl.constexpr,
     PLANES: tl.constexpr,
     TYPE: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     entry = blocks + 3 * tl.program_id(0)
-    block = tl.load(entry)
-    rows, lanes = _rows_and_lanes()
-    place = block * _BLOCK + rows * _ROWS + lanes
-    level = _levels(planes, width, block, PLANES)
+    level, place = _levels(planes, width, tl.load(entry), PLANES)
     decision = (2 * level - highest).to(tl.float32)
     if EXACT:
         decision *= inverse
@@ -256,9 +300,10 @@ def _apply(
     while p < tl.load(entry + 2):  # the interpreter of Triton 3.6 has no range over tensors with NumPy 2.4
         piece = pieces + 5 * p
         parameter = tl.load(piece + 2)
-        at = place - tl.load(piece).to(tl.int32)
-        inside = (at >= 0) & (at < tl.load(piece + 1).to(tl.int32)) & (tl.load(absent + parameter) == 0)
-        pointer = _from(tl.load(held + 4 * parameter), tl.load(piece + 3), TYPE) + at
+        at, inside = _inside(place, piece, ALIGN)
+        inside &= tl.load(absent + parameter) == 0
+        start = tl.multiple_of(tl.load(piece + 3), ALIGN)
+        pointer = _from(tl.load(held + 4 * parameter), start, TYPE, ALIGN) + at
         hyper = hypers + 6 * tl.load(held + 4 * parameter + 3)
         x = tl.load(pointer, inside, 0.0).to(tl.float32)
         updated = x - tl.load(hyper + 4) * (decision * tl.load(scales + parameter) + tl.load(hyper + 5) * x)
@@ -270,15 +315,11 @@ def _apply(
 @triton.jit
 def _squares(blocks, pieces, planes, totals, width, highest, PLANES: tl.constexpr):
     entry = blocks + 3 * tl.program_id(0)
-    block = tl.load(entry)
-    rows, lanes = _rows_and_lanes()
-    place = block * _BLOCK + rows * _ROWS + lanes
-    level = _levels(planes, width, block, PLANES)
+    level, place = _levels(planes, width, tl.load(entry), PLANES)
     p = tl.load(entry + 1)
     while p < tl.load(entry + 2):
         piece = pieces + 5 * p
-        at = place - tl.load(piece).to(tl.int32)
-        inside = (at >= 0) & (at < tl.load(piece + 1).to(tl.int32))
+        _, inside = _inside(place, piece, 1)
         each = tl.where(inside, 2 * level - highest, 0)
         tl.atomic_add(totals + tl.load(piece + 2), tl.sum(tl.sum(each * each, 1).to(tl.int64), 0))
         p += 1
@@ -286,39 +327,45 @@ def _squares(blocks, pieces, planes, totals, width, highest, PLANES: tl.constexp
 
 @triton.jit
 def _levels(planes, width, block, PLANES: tl.constexpr):
+    """Levels of a decision, and their places in the bucket."""
     rows, lanes = _rows_and_lanes()
     level = tl.zeros((_ROWS, _ROWS), tl.int32)
     for plane in tl.static_range(PLANES):
         level += ((tl.load(planes + plane * width + block * _ROWS + lanes) >> rows) & 1) << plane
-    return level
+    return level, block * _BLOCK + rows * _ROWS + lanes
 
 
 @triton.jit
-def _direct(chunks, held, given, outputs, hypers, verdict, TYPE: tl.constexpr, WRITES: tl.constexpr):
+def _chunk(chunks, held, ALIGN: tl.constexpr):
+    """Of a program: its parameter, where it begins in it, and which of its elements are there."""
     parameter = tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
     start = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * _BLOCK
     at = tl.arange(0, _BLOCK)
-    inside = start + at < tl.load(held + 4 * parameter + 2)
-    momentum = _from(tl.load(held + 4 * parameter + 1), start, tl.float32) + at
+    return parameter, start, at, start + at < tl.multiple_of(tl.load(held + 4 * parameter + 2), ALIGN)
+
+
+@triton.jit
+def _direct(
+    chunks, held, given, outputs, hypers, verdict, TYPE: tl.constexpr, WRITES: tl.constexpr, ALIGN: tl.constexpr
+):
+    parameter, start, at, inside = _chunk(chunks, held, ALIGN)
+    momentum = _from(tl.load(held + 4 * parameter + 1), start, tl.float32, ALIGN) + at
     hyper = hypers + 6 * tl.load(held + 4 * parameter + 3)
-    g = tl.load(_from(tl.load(given + parameter), start, TYPE) + at, inside, 0.0).to(tl.float32)
+    g = tl.load(_from(tl.load(given + parameter), start, TYPE, ALIGN) + at, inside, 0.0).to(tl.float32)
     m = tl.load(momentum, inside, 0.0)
     if WRITES:
-        output = _from(tl.load(outputs + parameter), start, tl.float32) + at
+        output = _from(tl.load(outputs + parameter), start, tl.float32, ALIGN) + at
         tl.store(output, _mixed(hyper, hyper + 1, m, g), inside)
     tl.store(momentum, _mixed(hyper + 2, hyper + 3, m, g), inside & (tl.load(verdict) < 0))
 
 
 @triton.jit(do_not_specialize=["step"])
-def _step(chunks, held, given, hypers, places, step, scale, TYPE: tl.constexpr):
-    parameter = tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
-    start = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * _BLOCK
-    at = tl.arange(0, _BLOCK)
-    inside = start + at < tl.load(held + 4 * parameter + 2)
-    pointer = _from(tl.load(held + 4 * parameter), start, TYPE) + at
-    momentum = _from(tl.load(held + 4 * parameter + 1), start, tl.float32) + at
+def _step(chunks, held, given, hypers, places, step, scale, TYPE: tl.constexpr, ALIGN: tl.constexpr):
+    parameter, start, at, inside = _chunk(chunks, held, ALIGN)
+    pointer = _from(tl.load(held + 4 * parameter), start, TYPE, ALIGN) + at
+    momentum = _from(tl.load(held + 4 * parameter + 1), start, tl.float32, ALIGN) + at
     hyper = hypers + 6 * tl.load(held + 4 * parameter + 3)
-    g = tl.load(_from(tl.load(given + parameter), start, TYPE) + at, inside, 0.0).to(tl.float32)
+    g = tl.load(_from(tl.load(given + parameter), start, TYPE, ALIGN) + at, inside, 0.0).to(tl.float32)
     m = tl.load(momentum, inside, 0.0)
     x = tl.load(pointer, inside, 0.0).to(tl.float32)
     direction = _mixed(hyper, hyper + 1, m, g)
@@ -326,6 +373,23 @@ def _step(chunks, held, given, hypers, places, step, scale, TYPE: tl.constexpr):
     tl.store(momentum, _mixed(hyper + 2, hyper + 3, m, g), inside)
     updated = x - tl.load(hyper + 4) * (decision * scale + tl.load(hyper + 5) * x)
     _store(pointer, updated, (start + at).to(tl.int32), tl.load(places + parameter), step, inside, TYPE)
+
+
+@triton.jit
+def _first_bad(rows, verdict, TYPE: tl.constexpr, ALIGN: tl.constexpr):
+    """A row is the address of a gradient, its length and its index; _PARTS programs read it together."""
+    entry = rows + 3 * (tl.program_id(0) // _PARTS)
+    address = tl.load(entry)
+    length = tl.multiple_of(tl.load(entry + 1), ALIGN)
+    start = (tl.program_id(0) % _PARTS).to(tl.int64) * _READ
+    at = tl.arange(0, _READ)
+    bad = tl.zeros((_READ,), tl.int32)
+    while start < length:
+        x = tl.load(_from(address, start, TYPE, ALIGN) + at, start + at < length, 0.0).to(tl.float32)
+        bad |= (~(tl.abs(x) < float("inf"))).to(tl.int32)
+        start += _PARTS * _READ
+    first = verdict.to(tl.pointer_type(tl.uint64), bitcast=True)  # where -1 is the largest
+    tl.atomic_min(first, tl.load(entry + 2).to(tl.uint64), mask=tl.sum(bad, 0) > 0)
 
 
 @triton.jit(do_not_specialize=["words", "step", "stop", "every"])
@@ -337,7 +401,7 @@ def _tally(
     bits = tl.arange(0, 32)[None, :]
     count = tl.zeros((_WORDS, 32), tl.int32)
     for voter in range(VOTERS):
-        word = tl.load(tl.load(votes + voter).to(tl.pointer_type(tl.int32)) + place, inside, 0)
+        word = tl.load(votes + voter * words + place, inside, 0)
         count += (word[:, None] >> bits) & 1
     tied = 2 * count == VOTERS
     looked = (inside & (place < stop) & (place % every == 0))[:, None]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..bits.devices import send_to
+from ..bits.devices import can_launch, send_to
 
 
 def first_bad_gradient(gradients: Sequence[Tensor | None]) -> int:
@@ -33,6 +33,10 @@ def verdict_on(gradients: Sequence[Tensor | None], device: torch.device) -> Tens
     ]
     if not present:
         return torch.full((1,), -1, dtype=torch.int64, device=device)
+    if can_launch(device):
+        from ..bits.gpu import first_bad
+
+        return first_bad(gradients, device)
     bad = ~torch.stack(list(torch._foreach_norm([gradient for _, gradient in present], float("inf")))).isfinite()
     none = len(gradients)
     first = torch.where(bad, send_to(device, [index for index, _ in present], torch.int64), none).amin()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ..bits.devices import send_to
+from ..bits.devices import alignment, send_to
 from ..bits.packing import BLOCK, LANES
 from ..bits.rounding import place_of
 from ..wire.exchange import Decision
@@ -24,14 +24,15 @@ class _Tables:
 
     Attributes:
         pieces: all of its pieces.
-        packing: the dtype, whether directions are given, and the blocks, of each launch that packs.
-        applying: the dtype and the blocks of each launch that applies.
+        packing: the dtype, whether directions are given, the alignment of pieces, and the blocks, of each launch that
+            packs.
+        applying: the dtype, the alignment of pieces, and the blocks, of each launch that applies.
         places: by piece, ``place_of`` what its segment begins with.
     """
 
     pieces: Tensor
-    packing: list[tuple[torch.dtype, bool, Tensor]]
-    applying: list[tuple[torch.dtype, Tensor]]
+    packing: list[tuple[torch.dtype, bool, int, Tensor]]
+    applying: list[tuple[torch.dtype, int, Tensor]]
     places: Tensor
 
 
@@ -43,11 +44,13 @@ class _Addressed:
         tensors: those.
         addresses: int64, by parameter; 0 where there is none.
         verdict: int64 ``[1]``; unless it is -1, momenta stay as they are.
+        align: ``devices.alignment`` of the addresses.
     """
 
     tensors: list[Tensor | None]
     addresses: Tensor
     verdict: Tensor
+    align: int
 
 
 class LaunchedViews(SegmentViews):
@@ -88,6 +91,7 @@ class LaunchedViews(SegmentViews):
                 for parameter, state, group in zip(self.parameters, self.states, self._group_of, strict=True)
             ]
             self._held = send_to(self.device, rows, torch.int64)
+            self._align = alignment(*(address for row in rows for address in row[:2]))
 
     @override
     def given(self, gradients: Sequence[Tensor | None], verdict: Tensor | None) -> Any:
@@ -111,9 +115,9 @@ class LaunchedViews(SegmentViews):
 
         words = torch.empty(bucket.blocks * LANES, dtype=torch.int32, device=self.device)
         tables, verdict = self._tables_of(bucket), self._staying if keep_states else given.verdict
-        for dtype, directed, blocks in tables.packing:
+        for dtype, directed, align, blocks in tables.packing:
             tensors = blocks, tables.pieces, self._held, given.addresses, hypers, zero_votes, verdict, words
-            gpu.vote(*tensors, dtype, directed)
+            gpu.vote(*tensors, dtype, directed, min(align, self._align, given.align))
         return words
 
     @override
@@ -122,9 +126,9 @@ class LaunchedViews(SegmentViews):
 
         given = self._addresses(gradients, [parameter.dtype for parameter in self.parameters])
         present = [index for index, gradient in enumerate(gradients) if gradient is not None]
-        for dtype, of_dtype in self._by_dtype(present).items():
-            chunks = self._chunks_of(of_dtype)
-            gpu.direct(chunks, self._held, given.addresses, None, hypers, given.verdict, dtype)
+        for (dtype, align), chosen in self._by_dtype(present).items():
+            chunks = self._chunks_of(chosen)
+            gpu.direct(chunks, self._held, given.addresses, None, hypers, given.verdict, dtype, min(align, given.align))
 
     @override
     def apply(
@@ -145,9 +149,9 @@ class LaunchedViews(SegmentViews):
             self._absent = absent, send_to(self.device, rows, torch.int32)
         left_alone = self._absent[1]
         factors = self._ones if scales is None else torch.cat(list(scales))
-        for dtype, blocks in tables.applying:
+        for dtype, align, blocks in tables.applying:
             tensors = blocks, tables.pieces, self._held, left_alone, hypers, tables.places, factors, planes
-            gpu.apply(*tensors, step, decision.highest, dtype)
+            gpu.apply(*tensors, step, decision.highest, dtype, min(align, self._align))
 
     @override
     def squares(self, bucket: Bucket, decision: Decision) -> dict[int, Tensor]:
@@ -155,7 +159,7 @@ class LaunchedViews(SegmentViews):
 
         tables, planes = self._tables_of(bucket), _stacked(decision)
         totals = torch.zeros(len(self._group_of), dtype=torch.int64, device=self.device)
-        for _, directed, blocks in tables.packing:
+        for _, directed, _, blocks in tables.packing:
             if directed:
                 gpu.squares(blocks, tables.pieces, planes, totals, decision.highest)
         return {i: totals[i] for i in bucket.parameters if not self._state_names[self._group_of[i]]}
@@ -172,9 +176,9 @@ class LaunchedViews(SegmentViews):
         from ..bits import gpu
 
         given = self._addresses(gradients, [parameter.dtype for parameter in self.parameters])
-        for dtype, of_dtype in self._by_dtype(indices).items():
-            chunks = self._chunks_of(of_dtype)
-            gpu.step(chunks, self._held, given.addresses, hypers, self._begins, step, scale, dtype)
+        for (dtype, align), chosen in self._by_dtype(indices).items():
+            tensors = self._chunks_of(chosen), self._held, given.addresses, hypers, self._begins
+            gpu.step(*tensors, step, scale, dtype, min(align, given.align))
 
     @override
     def directions(
@@ -195,16 +199,18 @@ class LaunchedViews(SegmentViews):
         written = self._addresses(outputs, [torch.float32] * len(outputs))
         dtypes = [parameter.dtype for parameter in self.parameters]
         given = self._addresses(gradients, dtypes, self._staying if keep else verdict)
-        for dtype, of_dtype in self._by_dtype(indices).items():
-            chunks = self._chunks_of(of_dtype)
-            gpu.direct(chunks, self._held, given.addresses, written.addresses, hypers, given.verdict, dtype)
+        for (dtype, align), chosen in self._by_dtype(indices).items():
+            tensors = self._chunks_of(chosen), self._held, given.addresses, written.addresses, hypers, given.verdict
+            gpu.direct(*tensors, dtype, min(align, given.align, written.align))
         return [written.tensors[index] for index in indices]  # type: ignore[misc]
 
-    def _by_dtype(self, indices: Sequence[int]) -> dict[torch.dtype, list[int]]:
-        found: dict[torch.dtype, list[int]] = {}
+    def _by_dtype(self, indices: Sequence[int]) -> dict[tuple[torch.dtype, int], list[int]]:
+        """Of each launch: the dtype, and the alignment of its parameters."""
+        found: dict[tuple[torch.dtype, int], list[int]] = {}
         for index in indices:
-            if len(self.parameters[index]):
-                found.setdefault(self.parameters[index].dtype, []).append(index)
+            if length := len(self.parameters[index]):
+                align = min(self._align, alignment(length))
+                found.setdefault((self.parameters[index].dtype, align), []).append(index)
         return found
 
     def _addresses(
@@ -212,7 +218,8 @@ class LaunchedViews(SegmentViews):
     ) -> _Addressed:
         kept = [None if t is None else t.to(dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
         found = [0 if t is None else t.data_ptr() for t in kept]
-        return _Addressed(kept, send_to(self.device, found, torch.int64), self._good if verdict is None else verdict)
+        addresses, judged = send_to(self.device, found, torch.int64), self._good if verdict is None else verdict
+        return _Addressed(kept, addresses, judged, alignment(*found))
 
     def _chunks_of(self, indices: Sequence[int]) -> Tensor:
         for index in indices:
@@ -229,13 +236,15 @@ class LaunchedViews(SegmentViews):
     def _lay_out(self, bucket: Bucket) -> _Tables:
         pieces: list[tuple[int, ...]] = []
         places: list[int] = []
-        packing: dict[tuple[torch.dtype, bool], list[Tensor]] = {}
-        applying: dict[torch.dtype, list[Tensor]] = {}
+        packing: dict[tuple[torch.dtype, bool, int], list[Tensor]] = {}
+        applying: dict[tuple[torch.dtype, int], list[Tensor]] = {}
         for segment in bucket.segments:
             directed = not self._state_names[segment.group]
             blocks = _blocks_of(segment, len(pieces))
-            packing.setdefault((segment.dtype, directed), []).append(blocks)
-            applying.setdefault(segment.dtype, []).append(blocks)
+            spans = [(span.length, span.start) for span in segment.spans]
+            align = alignment(*segment.starts, *(number for span in spans for number in span))
+            packing.setdefault((segment.dtype, directed, align), []).append(blocks)
+            applying.setdefault((segment.dtype, align), []).append(blocks)
             origin = segment.first_block * BLOCK
             for span, start in zip(segment.spans, segment.starts, strict=True):
                 pieces.append((origin + start, span.length, span.parameter, span.start, origin))
@@ -243,7 +252,7 @@ class LaunchedViews(SegmentViews):
         return _Tables(
             torch.tensor(pieces, dtype=torch.int64).view(-1, 5).to(self.device),
             [(*key, torch.cat(found).to(self.device)) for key, found in packing.items()],
-            [(key, torch.cat(found).to(self.device)) for key, found in applying.items()],
+            [(*key, torch.cat(found).to(self.device)) for key, found in applying.items()],
             torch.tensor(places, dtype=torch.int32).to(self.device),
         )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hf_dlion import DistributedLion, DistributedMuon
 from hf_dlion.bits import counting, gpu
+from hf_dlion.bits.devices import alignment
 from hf_dlion.optim import layout
 from hf_dlion.optim.overlap import EarlyVotes
 from hf_dlion.optim.virtual import VirtualWorkers
@@ -92,6 +93,41 @@ def check_counts() -> None:
             ours, eager = gpu.tally(cast, rule, step, sample), counting.tally(cast, rule, step, sample)
             assert all(itertools.starmap(torch.equal, zip(ours.planes, eager.planes, strict=True)))
             assert (int(ours.unanimous), int(ours.ties)) == (int(eager.unanimous), int(eager.ties))
+
+
+def good_gradients(dtype: torch.dtype) -> list[Tensor | None]:
+    """Long, scalar, empty, with gaps and from an odd place on, in another order of memory, and none."""
+    ones = [torch.ones(shape, dtype=dtype) for shape in ((4096 * 300,), (), (0,), (33, 34), (4, 3, 5, 8))]
+    return [*ones[:3], ones[3][:, 1:].t(), ones[4].to(memory_format=torch.channels_last), None]
+
+
+def check_first_bad() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert int(gpu.first_bad(good_gradients(dtype), torch.device("cpu"))) == -1
+        for worst, place in ((4, (3, 2, 4, 7)), (3, (32, 32)), (1, ()), (0, (-1,)), (0, (4096 * 256,))):
+            for bad in (torch.nan, -torch.inf):
+                gradients = good_gradients(dtype)
+                for spoiled in (gradients[4], gradients[worst]):
+                    spoiled[place if spoiled is gradients[worst] else (0, 0, 0, 0)] = bad  # type: ignore[index]
+                assert int(gpu.first_bad(gradients, torch.device("cpu"))) == worst, (dtype, worst, place, bad)
+
+
+def check_alignment() -> None:
+    assert (alignment(), alignment(0, 16, 4096), alignment(32, 8)) == (16, 16, 1)
+    use_kernels("launched")
+    for shapes, expected in (([(16, 32), (48,)], 16), ([(16, 32), (10,)], 1)):
+        parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+        optimizer = VirtualWorkers(parameters, 2, DistributedLion)
+        for sign in (1.0, -1.0):
+            for parameter in parameters:
+                parameter.grad = torch.full_like(parameter, sign)
+            optimizer.next_worker()
+        optimizer.step()
+        plan = optimizer.members[0].plan
+        [tables] = [plan.views._tables_of(bucket) for bucket in plan.buckets]
+        assert [launch[2] for launch in tables.packing] == [launch[1] for launch in tables.applying] == [expected]
+    moved = torch.ones(513)[1:]
+    assert plan.views._addresses([moved, None], [moved.dtype] * 2).align == alignment(moved.data_ptr())
 
 
 def mixed_model() -> list[torch.nn.Parameter]:
@@ -180,9 +216,9 @@ def early(rank: int, cases: list[overlap.Case]) -> list[tuple[str, bool, int]]:
         self._headers_last = True
         begin(self)
 
-    def interpreted(*arguments: Any) -> None:
+    def interpreted(*arguments: Any, **options: Any) -> None:
         with one_at_a_time:  # the interpreter is not for several threads
-            launch(*arguments)
+            launch(*arguments, **options)
 
     EarlyVotes._start, gpu._launch = as_on_a_gpu, interpreted  # type: ignore[method-assign]
     return overlap.both_ways(partial(overlap.train, rank), cases, sent)
@@ -204,6 +240,8 @@ if __name__ == "__main__":
     if sys.argv[1] == "counts":
         gpu.try_out(torch.device("cpu"))
         check_counts()
+        check_first_bad()
+        check_alignment()
         check_all_bad()
     elif sys.argv[1] == "early":
         check_early(sys.argv[2])
