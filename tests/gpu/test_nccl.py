@@ -1,0 +1,79 @@
+"""NCCL between processes that share a GPU, which it allows from 2.30 on.
+
+Where torch brings an older one, LD_PRELOAD can give it `nvidia/nccl/lib/libnccl.so.2` of another nvidia-nccl-cu13.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from hf_dlion import DistributedLion
+from hf_dlion.wire.collectives import ProcessChannel
+from hf_dlion.wire.ledger import Ledger
+from tests.gpu import test_groups as groups
+from tests.gpu import test_overlap as early
+from tests.gpu import test_votes as votes
+from tests.gpu.device import DEVICE, run
+from tests.optim import test_overlap as overlap
+
+
+def shares_a_gpu() -> bool:
+    return DEVICE == "cpu" or (torch.cuda.is_available() and torch.cuda.nccl.version() >= (2, 30))
+
+
+pytestmark = pytest.mark.skipif(
+    not shares_a_gpu(), reason="needs NCCL 2.30, of which several processes can share a GPU"
+)
+
+
+def joined(rank: int, folder: str, function: Callable[..., Any], *args: Any) -> Any:
+    """``function(rank, *args)`` in a group that has GPUs' tensors by NCCL, and those of CPUs by gloo."""
+    os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
+    workers = dist.get_world_size()
+    dist.barrier()  # nobody is still joining the group that ends here
+    dist.destroy_process_group()
+    backends = "cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo"
+    dist.init_process_group(backends, init_method=f"file://{folder}/meeting", rank=rank, world_size=workers)
+    assert not ProcessChannel(None, Ledger())._by_way_of_host(torch.device(DEVICE))
+    return function(rank, *args)
+
+
+def gathered(rank: int, step: int, model: nn.Module, optimizer: DistributedLion) -> None:
+    """A script's own collectives while votes are on their way, earlier on one rank than on the other."""
+    losses = torch.full((4,), float(rank), device=DEVICE)
+    for _ in range(3):
+        if rank == step % 2 and DEVICE == "cuda":
+            torch.cuda.synchronize()
+        dist.all_reduce(losses)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_votes_are_the_reference(tmp_path: Path, workers: int) -> None:
+    run(joined, workers, str(tmp_path), votes.follow_reference, workers, votes.ON_GPUS[-1], votes.CASES)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_early_votes_end_in_the_same_bits(tmp_path: Path, workers: int) -> None:
+    asked = {"overlap": True}
+    cases: list[overlap.Case] = [(make, overlap.nothing, 1, options | asked) for make, options in overlap.METHODS]
+    cases += [(overlap.lion, event, 1, asked) for event in [*overlap.EVENTS, gathered]]
+    found = [case for rank in run(joined, workers, str(tmp_path), early.both_ways, cases, timeout=200) for case in rank]
+    assert not [name for name, same, _ in found if not same]
+    assert not [(name, sent) for name, _, sent in found if sent <= 10]
+
+
+def test_ddp_with_local_gradients(tmp_path: Path) -> None:
+    first, second = run(joined, 2, str(tmp_path), groups.trained)
+    assert torch.equal(first, second)
+
+
+def test_votes_on_gradients(tmp_path: Path) -> None:
+    run(joined, 2, str(tmp_path), groups.voted)
