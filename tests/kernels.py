@@ -6,7 +6,7 @@ from typing import Any
 
 from hf_dlion.bits.kernels import Kernels
 from hf_dlion.bits.native import load_passes
-from hf_dlion.optim import dlion
+from hf_dlion.optim import bad_gradients, dlion
 from hf_dlion.wire import exchange
 
 KINDS = ("eager", "native", "launched")
@@ -23,4 +23,4 @@ def use_kernels(kind: str) -> None:
         return found
 
     dlion.make_kernels = chosen
-    dlion.can_launch = exchange.can_launch = lambda device: kind == "launched"
+    dlion.can_launch = exchange.can_launch = bad_gradients.can_launch = lambda device: kind == "launched"

@@ -232,3 +232,19 @@ def test_workers_go_on_with_the_stream_of_their_caller() -> None:
     with torch.cuda.stream(side):
         train(params, optimizer, 2)
     assert set(seen) == {side}
+
+
+def as_by_eager_kernels(rank: int, method: str) -> None:
+    from tests.optim import launched
+
+    launched.check_mixed(method, DEVICE)
+    launched.check_first_bad(DEVICE)
+
+
+@pytest.mark.skipif(
+    DEVICE == "cpu", reason="Triton's kernels are for GPUs; in its interpreter, test_launches.py runs them"
+)
+@pytest.mark.parametrize("method", ["dlion", "dmuon"])
+def test_tensors_of_all_kinds_are_as_by_eager_kernels(method: str) -> None:
+    """Aligned or not, dense or not, in several dtypes."""
+    run(as_by_eager_kernels, 1, method)

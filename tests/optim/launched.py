@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from hf_dlion import DistributedLion, DistributedMuon
@@ -35,6 +36,7 @@ CASES = [
     (torch.float16, "avg", "zero"),
 ]
 STEPS = 3
+LONG = 4096 * 600
 
 
 def groups(method: str, parameters: list[torch.nn.Parameter]) -> list[Any]:
@@ -95,21 +97,57 @@ def check_counts() -> None:
             assert (int(ours.unanimous), int(ours.ties)) == (int(eager.unanimous), int(eager.ties))
 
 
-def good_gradients(dtype: torch.dtype) -> list[Tensor | None]:
+def good_gradients(dtype: torch.dtype, device: str) -> list[Tensor | None]:
     """Long, scalar, empty, with gaps and from an odd place on, in another order of memory, and none."""
-    ones = [torch.ones(shape, dtype=dtype) for shape in ((4096 * 300,), (), (0,), (33, 34), (4, 3, 5, 8))]
+    shapes = ((LONG,), (), (0,), (33, 34), (4, 3, 5, 8))
+    ones = [torch.ones(shape, dtype=dtype, device=device) for shape in shapes]
     return [*ones[:3], ones[3][:, 1:].t(), ones[4].to(memory_format=torch.channels_last), None]
 
 
-def check_first_bad() -> None:
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert int(gpu.first_bad(good_gradients(dtype), torch.device("cpu"))) == -1
-        for worst, place in ((4, (3, 2, 4, 7)), (3, (32, 32)), (1, ()), (0, (-1,)), (0, (4096 * 256,))):
+def check_first_bad(device: str = "cpu") -> None:
+    for dtype in (*gpu.TYPES, torch.float64):
+        assert int(gpu.first_bad(good_gradients(dtype, device), torch.device(device))) == -1
+        for worst, place in ((4, (3, 2, 4, 7)), (3, (32, 32)), (1, ()), (0, (-1,)), (0, (LONG // 2,))):
             for bad in (torch.nan, -torch.inf):
-                gradients = good_gradients(dtype)
+                gradients = good_gradients(dtype, device)
                 for spoiled in (gradients[4], gradients[worst]):
                     spoiled[place if spoiled is gradients[worst] else (0, 0, 0, 0)] = bad  # type: ignore[index]
-                assert int(gpu.first_bad(gradients, torch.device("cpu"))) == worst, (dtype, worst, place, bad)
+                assert int(gpu.first_bad(gradients, torch.device(device))) == worst, (dtype, worst, place, bad)
+
+
+def check_what_kernels_are_told() -> None:
+    """From now on, at each launch: the interpreter takes no notice of what is aligned."""
+    launch = gpu._launch
+
+    def checked(kernel: Any, programs: int, first: Tensor, *others: Any, **options: Any) -> None:
+        told.update([(kernel.__name__, others[-1])] if kernel.__name__ in ALIGNED else [])
+        if kernel.__name__ in ALIGNED and others[-1] == 16:
+            assert not any(bool((numbers % 16).any()) for numbers in ALIGNED[kernel.__name__](first, *others))
+        launch(kernel, programs, first, *others, **options)
+
+    gpu._launch = checked
+
+
+def _of_blocks(blocks: Tensor, pieces: Tensor, held: Tensor, *given: Tensor) -> list[Tensor]:
+    named = pieces[torch.cat([torch.arange(int(first), int(end)) for _, first, end in blocks]).unique()]
+    parameters = named[:, 2]
+    return [named[:, [0, 1, 3]], held[parameters, :2], *(addresses[parameters] for addresses in given)]
+
+
+def _of_chunks(chunks: Tensor, held: Tensor, *given: Tensor) -> list[Tensor]:
+    parameters = chunks[:, 0].unique().long()
+    return [held[parameters, :3], *(addresses[parameters] for addresses in given)]
+
+
+ALIGNED: dict[str, Any] = {
+    "_vote": lambda *given: _of_blocks(*given[:4]),
+    "_apply": lambda *given: _of_blocks(*given[:3]),
+    "_direct": lambda *given: _of_chunks(*given[: 4 if given[-2] else 3]),
+    "_step": lambda *given: _of_chunks(*given[:3]),
+    "_first_bad": lambda rows, *_: [rows[:, :2]],
+}
+told: set[tuple[str, int]] = set()
+"""Kernels, and what alignment they were launched with."""
 
 
 def check_alignment() -> None:
@@ -130,7 +168,7 @@ def check_alignment() -> None:
     assert plan.views._addresses([moved, None], [moved.dtype] * 2).align == alignment(moved.data_ptr())
 
 
-def mixed_model() -> list[torch.nn.Parameter]:
+def mixed_model(device: str) -> list[torch.nn.Parameter]:
     """Of several dtypes and orders in memory, in several buckets."""
     source = torch.Generator().manual_seed(3)
     drawn = [torch.randn(shape, generator=source) for shape in ((5, 7), (130, 140), (8, 4, 3, 5), (0,), (40, 131))]
@@ -138,7 +176,8 @@ def mixed_model() -> list[torch.nn.Parameter]:
     drawn[2] = drawn[2].to(memory_format=torch.channels_last)
     drawn.append(torch.randn(33, generator=source).half())
     drawn.append(torch.randn(120, 130, generator=source).t())
-    return [torch.nn.Parameter(one) for one in drawn]
+    drawn.append(torch.randn(1 + 33 * 16, generator=source)[1:])  # at an odd address
+    return [torch.nn.Parameter(one.to(device) if device != "cpu" else one) for one in drawn]
 
 
 def mixed_gradient(parameter: Tensor, index: int, rank: int, step: int) -> Tensor | None:
@@ -155,9 +194,9 @@ def mixed_gradient(parameter: Tensor, index: int, rank: int, step: int) -> Tenso
     )
 
 
-def train_mixed(kernels: str, method: str, workers: int, **options: Any) -> list[Tensor]:
+def train_mixed(kernels: str, method: str, device: str, workers: int, **options: Any) -> list[Tensor]:
     use_kernels(kernels)
-    parameters = mixed_model()
+    parameters = mixed_model(device)
     hidden = [i for i, parameter in enumerate(parameters) if parameter.dim() > 1]
     rest = [parameter for i, parameter in enumerate(parameters) if i not in hidden]
     made: Any = [{"params": [parameters[i] for i in hidden]}, {"params": rest, "lr": 2e-3, "weight_decay": 0.2}]
@@ -171,7 +210,8 @@ def train_mixed(kernels: str, method: str, workers: int, **options: Any) -> list
             parameters[2].data = parameters[2].data.clone(memory_format=torch.contiguous_format)
         for rank in range(workers):
             for index, parameter in enumerate(parameters):
-                parameter.grad = mixed_gradient(parameter, index, rank, step)
+                gradient = mixed_gradient(parameter, index, rank, step)
+                parameter.grad = None if gradient is None else gradient.to(device)
             if workers > 1:
                 optimizer.next_worker()
         optimizer.step()
@@ -181,11 +221,11 @@ def train_mixed(kernels: str, method: str, workers: int, **options: Any) -> list
     return [*(parameter.detach() for parameter in parameters), *states]
 
 
-def check_mixed(method: str) -> None:
+def check_mixed(method: str, device: str = "cpu") -> None:
     layout.MAX_BUCKET_BLOCKS = layout.MIN_BUCKET_BLOCKS = 18
     cases: list[tuple[int, dict[str, Any]]] = [(1, {}), (2, {"norm_gradients": True}), (2, {"aggregation": "avg"})]
     for workers, options in cases:
-        ours, eager = (train_mixed(kernels, method, workers, **options) for kernels in ("launched", "eager"))
+        ours, eager = (train_mixed(kernels, method, device, workers, **options) for kernels in ("launched", "eager"))
         assert all(itertools.starmap(torch.equal, zip(ours, eager, strict=True))), (workers, options)
 
 
@@ -240,13 +280,18 @@ if __name__ == "__main__":
     if sys.argv[1] == "counts":
         gpu.try_out(torch.device("cpu"))
         check_counts()
+        gpu._PARTS, LONG = tl.constexpr(2), 4096 * 5
+        check_what_kernels_are_told()
         check_first_bad()
+        assert told == {("_first_bad", 1), ("_first_bad", 16)}
         check_alignment()
         check_all_bad()
     elif sys.argv[1] == "early":
         check_early(sys.argv[2])
     elif sys.argv[1] == "mixed":
+        check_what_kernels_are_told()
         check_mixed(sys.argv[2])
+        assert told >= {(name, align) for name in ("_vote", "_apply") for align in (1, 16)}, told
     else:
         method, workers = sys.argv[1], int(sys.argv[2])
         for case in CASES:
