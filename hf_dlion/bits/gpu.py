@@ -180,6 +180,8 @@ def try_out(device: torch.device) -> None:
 def _dense(tensor: Tensor) -> Tensor:
     """The same elements without gaps, in any order, of a type that kernels take; a copy only where there is need."""
     known = tensor if tensor.dtype in TYPES else tensor.float()
+    if known.is_contiguous():  # as nearly all are, and a step has hundreds
+        return known
     in_memory = known.permute(sorted(range(known.dim()), key=known.stride, reverse=True))
     return known if in_memory.is_contiguous() else known.contiguous()
 
