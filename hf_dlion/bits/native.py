@@ -1,5 +1,5 @@
-"""The passes over parameters and the counting of votes in C, for CPUs: bit for bit those of :mod:`kernels` and
-:mod:`counting`, at the speed of memory.
+"""The passes over parameters, the counting of votes and the check of gradients in C, for CPUs: bit for bit those of
+:mod:`kernels` and :mod:`counting`, at the speed of memory.
 
 ``passes.c`` is compiled at the first use, in a second, and kept in the user's cache. It needs a C compiler (``cc``, or
 what the environment variable CC names) and no headers but the compiler's own.
@@ -16,7 +16,7 @@ import platform
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ _MOST_VOTERS = (1 << 16) - 1
 
 _NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
+_EXPONENTS = {torch.float32: (32, 0x7F800000), torch.bfloat16: (16, 0x7F80), torch.float16: (16, 0x7C00)}
+"""By dtype its bits, and which of them an Inf or a NaN has all of."""
+
 
 @functools.cache
 def load_passes() -> Kernels | None:
@@ -62,6 +65,13 @@ def load_count() -> Count | None:
     """``counting.tally``; None, with a warning, where it cannot be compiled or loaded."""
     library = _library()
     return None if library is None else functools.partial(_tally, library)
+
+
+@functools.cache
+def load_is_finite() -> Callable[[Tensor], bool] | None:
+    """Whether a tensor has neither Inf nor NaN; None, with a warning, where it cannot be compiled or loaded."""
+    library = _library()
+    return None if library is None else functools.partial(_is_finite, library)
 
 
 @functools.cache
@@ -207,3 +217,12 @@ def _tally(library: Any, votes: Sequence[Tensor], rule: str, step: int, sample: 
         torch.get_num_threads(),
     )
     return Tally(decided, *sums)
+
+
+def _is_finite(library: Any, tensor: Tensor) -> bool:
+    if tensor.dtype not in _EXPONENTS or not tensor.is_contiguous():
+        return bool(tensor.isfinite().all())
+    bits, exponent = _EXPONENTS[tensor.dtype]
+    find_bad = getattr(library, f"find_bad_{bits}")
+    elements = ctypes.c_int64(tensor.numel())
+    return not find_bad(ctypes.c_void_p(tensor.data_ptr()), exponent, elements, torch.get_num_threads())

@@ -35,22 +35,31 @@ static inline void write_bfloat16(bfloat16 *place, float value, uint32_t element
     *place = (bfloat16)((to_bits(value) + ((hash ^ (hash >> 16)) & 0xffff)) >> 16);
 }
 
-static inline uint32_t vote_of(float direction, uint8_t zero_vote) {
+/* To have what comes a block later underway: hardware looks no further than the page of 4 KiB, a block of floats. */
+static inline void prefetch(const void *from, int bytes) {
+    for (int line = 0; line < bytes; line += 64) __builtin_prefetch((const char *)from + line);
+}
+
+static inline uint32_t vote_of(float direction, uint32_t zero_vote) {
     return (direction > 0) | ((direction == 0) & zero_vote);
 }
 
 #define VOTE(TYPE, NAME, MOVES)                                                                                        \
-    void NAME(const TYPE *gradient, float *momentum, const float *hyper, const uint8_t *zero_votes, int32_t *words,    \
-              int64_t blocks, int threads) {                                                                           \
+    void NAME(const TYPE *restrict gradient, float *restrict momentum, const float *restrict hyper,                    \
+              const uint8_t *zero_votes, int32_t *restrict words, int64_t blocks, int threads) {                       \
+        uint32_t zero[LANES];                                                                                          \
+        for (int lane = 0; lane < LANES; lane++) zero[lane] = zero_votes[lane];                                        \
         PARALLEL                                                                                                       \
         for (int64_t block = 0; block < blocks; block++) {                                                             \
             uint32_t packed[LANES] = {0};                                                                              \
             for (int row = 0; row < LANES; row++) {                                                                    \
                 const TYPE *g = gradient + block * BLOCK + row * LANES;                                                \
                 float *m = momentum + block * BLOCK + row * LANES;                                                     \
+                prefetch(g + BLOCK, LANES * sizeof *g);                                                                \
+                prefetch(m + BLOCK, LANES * sizeof *m);                                                                \
                 for (int lane = 0; lane < LANES; lane++) {                                                             \
                     float wide = read_##TYPE(g + lane), before = m[lane];                                              \
-                    packed[lane] |= vote_of(hyper[0] * before + hyper[1] * wide, zero_votes[lane]) << row;             \
+                    packed[lane] |= vote_of(hyper[0] * before + hyper[1] * wide, zero[lane]) << row;                   \
                     if (MOVES) m[lane] = hyper[2] * before + hyper[3] * wide;                                          \
                 }                                                                                                      \
             }                                                                                                          \
@@ -67,9 +76,11 @@ void sign_float(const float *direction, const uint8_t *zero_votes, int32_t *word
     PARALLEL
     for (int64_t block = 0; block < blocks; block++) {
         uint32_t packed[LANES] = {0};
-        for (int row = 0; row < LANES; row++)
-            for (int lane = 0; lane < LANES; lane++)
-                packed[lane] |= vote_of(direction[block * BLOCK + row * LANES + lane], zero_votes[lane]) << row;
+        for (int row = 0; row < LANES; row++) {
+            const float *d = direction + block * BLOCK + row * LANES;
+            prefetch(d + BLOCK, LANES * sizeof *d);
+            for (int lane = 0; lane < LANES; lane++) packed[lane] |= vote_of(d[lane], zero_votes[lane]) << row;
+        }
         for (int lane = 0; lane < LANES; lane++) words[block * LANES + lane] = (int32_t)packed[lane];
     }
 }
@@ -124,8 +135,9 @@ static inline void decide(float *decided, int highest, const int32_t *const *pla
 
 /* `scale` has `scales` elements: none, one for all, or one for each. */
 #define APPLY(TYPE)                                                                                                    \
-    void apply_##TYPE(TYPE *parameter, const float *hyper, const uint32_t *seed, const float *scale, int64_t scales,   \
-                      int highest, const int32_t *const *planes, int count, int64_t blocks, int threads) {             \
+    void apply_##TYPE(TYPE *restrict parameter, const float *restrict hyper, const uint32_t *restrict seed,            \
+                      const float *scale, int64_t scales, int highest, const int32_t *const *planes, int count,        \
+                      int64_t blocks, int threads) {                                                                   \
         PARALLEL                                                                                                       \
         for (int64_t block = 0; block < blocks; block++) {                                                             \
             float decided[BLOCK];                                                                                      \
@@ -136,10 +148,13 @@ static inline void decide(float *decided, int highest, const int32_t *const *pla
                 for (int i = 0; i < BLOCK; i++) decided[i] *= own[i];                                                  \
             else if (scales == 1)                                                                                      \
                 for (int i = 0; i < BLOCK; i++) decided[i] *= own[0];                                                  \
-            for (int i = 0; i < BLOCK; i++) {                                                                          \
-                float before = read_##TYPE(x + i);                                                                     \
-                float after = before - hyper[4] * (decided[i] + hyper[5] * before);                                    \
-                write_##TYPE(x + i, after, (uint32_t)(block * BLOCK + i), *seed);                                      \
+            for (int start = 0; start < BLOCK; start += 8 * LANES) {                                                   \
+                prefetch(x + start + BLOCK, 8 * LANES * sizeof *x);                                                    \
+                for (int i = start; i < start + 8 * LANES; i++) {                                                      \
+                    float before = read_##TYPE(x + i);                                                                 \
+                    float after = before - hyper[4] * (decided[i] + hyper[5] * before);                                \
+                    write_##TYPE(x + i, after, (uint32_t)(block * BLOCK + i), *seed);                                  \
+                }                                                                                                      \
             }                                                                                                          \
         }                                                                                                              \
     }
@@ -163,6 +178,32 @@ APPLY(bfloat16)
 
 STEP(float)
 STEP(bfloat16)
+
+#define STREAMS 4
+
+/* Whether a value has all bits of `exponent`: it is an Inf or a NaN. In several streams, as one that only reads does not
+   keep the memory busy. */
+#define FIND_BAD(BITS)                                                                                                 \
+    int find_bad_##BITS(const uint##BITS##_t *values, uint##BITS##_t exponent, int64_t elements, int threads) {        \
+        int64_t blocks = elements / (STREAMS * BLOCK);                                                                 \
+        int found = 0;                                                                                                 \
+        _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1) reduction(| : found)")        \
+        for (int64_t block = 0; block < blocks; block++) {                                                             \
+            uint##BITS##_t bad[LANES] = {0};                                                                           \
+            for (int row = 0; row < LANES; row++)                                                                      \
+                for (int stream = 0; stream < STREAMS; stream++) {                                                     \
+                    const uint##BITS##_t *v = values + (stream * blocks + block) * BLOCK + row * LANES;                \
+                    prefetch(v + BLOCK, LANES * sizeof *v);                                                            \
+                    for (int lane = 0; lane < LANES; lane++) bad[lane] |= (v[lane] & exponent) == exponent;            \
+                }                                                                                                      \
+            for (int lane = 0; lane < LANES; lane++) found |= bad[lane];                                               \
+        }                                                                                                              \
+        for (int64_t i = STREAMS * blocks * BLOCK; i < elements; i++) found |= (values[i] & exponent) == exponent;     \
+        return found;                                                                                                  \
+    }
+
+FIND_BAD(16)
+FIND_BAD(32)
 
 #define WIDTH 256
 #define MOST_PLANES 16

@@ -24,8 +24,8 @@ GPU_BUCKETS = 2
 MIN_BUCKET_BLOCKS = 1 << 11
 """Blocks a bucket, at least, where there are several to overlap: 2.1 million parameters, 256 KiB of words."""
 
-SEGMENT_BLOCKS = 1 << 9
-"""Blocks a segment, at most: gradient and momentum then stay in a CPU's cache while they are read twice."""
+SEGMENT_BLOCKS = 1 << 11
+"""Blocks a segment, at most: what a kernel call costs is then little beside its work, and buckets are still full."""
 
 DIRECT_BLOCKS = 16
 """A parameter with fewer whole blocks is staged: a kernel call costs more than a copy."""

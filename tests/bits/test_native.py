@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_dlion.bits import counting
 from hf_dlion.bits.counting import RULES
 from hf_dlion.bits.kernels import EAGER, Kernels
-from hf_dlion.bits.native import _compiled, load_count, load_passes
+from hf_dlion.bits.native import _compiled, load_count, load_is_finite, load_passes
 
 HYPER = torch.tensor([0.9, 1 - 0.9, 0.99, 1 - 0.99, 3e-3, 0.1])
 ZERO_VOTES = torch.arange(32) % 2 == 0
@@ -154,3 +154,32 @@ def test_counting(voters: int, rule: str, threads: int) -> None:
             assert words < 300 or voters == 1 or 0 < ours.unanimous < 32 * len(sample)
             assert (ours.ties > 0) == (voters % 2 == 0 and words >= 300)
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 3 * 4096 + 1234])
+def test_bad_values(size: int, dtype: torch.dtype, threads: int) -> None:
+    is_finite = load_is_finite()
+    assert is_finite is not None
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    values = drawn(size, seed=8).clamp(-6e4, 6e4).to(dtype)
+    largest = torch.finfo(dtype).max
+    assert is_finite(values.fill_(largest) if size == 1 else values)
+    for place in {0, 1, 1023, 1024, 4096, 8191, 3 * 4096, size // 2, size - 2, size - 1} & set(range(size)):
+        for bad in (float("nan"), float("inf"), -float("inf")):
+            kept = values[place].clone()
+            values[place] = bad
+            assert not is_finite(values)
+            values[place] = kept
+    torch.set_num_threads(before)
+
+
+def test_bad_values_where_memory_has_gaps() -> None:
+    is_finite = load_is_finite()
+    assert is_finite is not None
+    values = torch.zeros(64, 64)
+    values[:, 1::2] = float("nan")
+    assert is_finite(values[:, ::2])
+    assert not is_finite(values.t())

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
 from hf_dlion import DistributedLion
+from hf_dlion.optim import bad_gradients
 from hf_dlion.optim.bad_gradients import first_bad_gradient, verdict_on
 from hf_dlion.optim.virtual import VirtualWorkers
 from hf_dlion.trainer.methods import METHODS
@@ -242,7 +243,11 @@ def test_raises_where_that_is_wanted_or_nobody_is_left(name: str, caplog: Any) -
 
 @pytest.mark.parametrize(("bad", "first"), [((), -1), ((4,), 4), ((1, 4), 1), ((0, 1), 0)])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_the_verdict_of_a_gpu_is_that_of_a_cpu(bad: tuple[int, ...], first: int, value: float) -> None:
+@pytest.mark.parametrize("native_from", [0, 1 << 62])
+def test_the_verdict_of_a_gpu_is_that_of_a_cpu(
+    native_from: int, bad: tuple[int, ...], first: int, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bad_gradients, "NATIVE_FROM", native_from)
     large = torch.full((9,), 3e38)  # whose sum is not finite
     gradients: list[Any] = [torch.ones(5), torch.ones(3, 4, dtype=torch.bfloat16), None, torch.ones(0), large]
     for index in bad:
