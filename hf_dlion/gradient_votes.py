@@ -130,6 +130,8 @@ class _Buckets:
         self.votes = votes
         self.index = {id(parameter): index for index, parameter in enumerate(parameters)}
         self.running: list[Conversation[None]] = []
+        self.voted = False  # since an optimizer's last step
+        self._warned = False
 
     def add(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """Start the conversation of a bucket; after the last one, all have ended."""
@@ -138,6 +140,13 @@ class _Buckets:
             raise RuntimeError(
                 f"a gradient of layout {buffer.layout}: votes are on every element. Use dense gradients, as "
                 "nn.Embedding(sparse=False) gives."
+            )
+        if self.voted and not self._warned and self.votes.scaler is None:  # which leaves steps out
+            self._warned = True
+            logger.warning(
+                "the workers vote on gradients a second time, and no optimizer has stepped. If the gradients were not "
+                "cleared, these are votes on a decision and a gradient. Put all backward passes of a step but the last "
+                "under no_sync()."
             )
         future: torch.futures.Future[Tensor] = torch.futures.Future(
             devices=None if buffer.device.type == "cpu" else [buffer.device]
@@ -150,6 +159,7 @@ class _Buckets:
         self.running = running
         if bucket.is_last():
             self.votes.end_step()
+            self.voted = True
         return future
 
     def _conversation(self, bucket: Any, buffer: Tensor, future: torch.futures.Future[Tensor]) -> Conversation[None]:
@@ -164,7 +174,7 @@ def _vote(state: _Buckets, bucket: dist.GradBucket) -> torch.futures.Future[torc
     return state.add(bucket)
 
 
-_voting: weakref.WeakKeyDictionary[DistributedDataParallel, SignedGradients] = weakref.WeakKeyDictionary()
+_voting: weakref.WeakKeyDictionary[DistributedDataParallel, _Buckets] = weakref.WeakKeyDictionary()
 _checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
@@ -177,14 +187,16 @@ def _vote_on(module: DistributedDataParallel, options: dict[str, Any]) -> Signed
     ]
     parameters = [parameter for _, parameter in trained]
     votes = SignedGradients(parameters, [name for name, _ in trained], module.process_group, **options)
-    module.register_comm_hook(_Buckets(votes, parameters), _vote)
+    buckets = _voting[module] = _Buckets(votes, parameters)
+    module.register_comm_hook(buckets, _vote)
     module.register_forward_pre_hook(refuse_join)
-    _voting[module] = votes
     return votes
 
 
-def _check_votes_once(optimizer: Optimizer, args: object, keywords: object) -> None:
-    """Before any optimizer's first step: an optimizer that exchanges its own codes needs gradients of its own."""
+def _before_a_step(optimizer: Optimizer, args: object, keywords: object) -> None:
+    """Of any optimizer. Before its first: one that exchanges its own codes needs gradients of its own."""
+    for buckets in _voting.values():
+        buckets.voted = False
     if optimizer in _checked:
         return
     _checked.add(optimizer)
@@ -200,4 +212,4 @@ def _check_votes_once(optimizer: Optimizer, args: object, keywords: object) -> N
             )
 
 
-register_optimizer_step_pre_hook(_check_votes_once)
+register_optimizer_step_pre_hook(_before_a_step)

@@ -19,7 +19,7 @@ from hf_dlion import DistributedLion, keep_gradients_local, vote_gradients
 from hf_dlion.bits.hashing import digest
 from hf_dlion.gradient_votes import VotedGradients
 from hf_dlion.optim.signed_gradients import VirtualGradients
-from tests.harness import run_workers
+from tests.harness import run_workers, what_is_logged
 from tests.trainer.tiny import act_as_launched
 
 # Sizes that fill no word and several chunks; the fourth is laid out channels last.
@@ -188,6 +188,26 @@ def steps_of_adamw(rank: int, folder: str) -> list[torch.Tensor]:
 def test_an_accelerate_loop_with_accumulation() -> None:
     first, second = run_workers(steps_of_adamw, 2, "")
     assert all(map(torch.equal, first, second))
+
+
+def backwards_in_a_step(rank: int, backwards: int) -> list[str]:
+    said = what_is_logged("hf_dlion.gradient_votes")
+    inner = torch.nn.Linear(5, 3)
+    module, optimizer = DistributedDataParallel(inner), torch.optim.AdamW(inner.parameters())
+    vote_gradients(module)
+    for _ in range(2):
+        for _ in range(backwards):
+            module(torch.randn(4, 5)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return said
+
+
+def test_votes_on_a_decision_are_warned_of() -> None:
+    assert run_workers(backwards_in_a_step, 2, 1) == [[], []]
+    for said in run_workers(backwards_in_a_step, 2, 2):
+        [warning] = said
+        assert "no optimizer has stepped" in warning
 
 
 def bad_gradients(rank: int) -> list[Any]:

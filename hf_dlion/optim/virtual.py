@@ -285,8 +285,12 @@ def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return other if one is None else one if other is None else one.add_(other)
 
 
+def _clone(parameter: Tensor) -> Tensor:
+    return parameter.detach().clone().requires_grad_(parameter.requires_grad)
+
+
 def _copied(group: dict[str, Any], clone: bool) -> dict[str, Any]:
-    params = [parameter.detach().clone() if clone else parameter for parameter in group["params"]]
+    params = [_clone(parameter) if clone else parameter for parameter in group["params"]]
     names = group.get("param_names")
     rest = {name: value for name, value in group.items() if name not in _NOT_SHARED}
     return {**rest, "params": params if names is None else list(zip(names, params, strict=True))}

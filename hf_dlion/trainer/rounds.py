@@ -47,8 +47,13 @@ def in_rounds(loader: DataLoader, accelerator: Accelerator, workers: int) -> Dat
         workers: N.
 
     Raises:
-        ValueError: the workers would not get equally many batches.
+        ValueError: the workers would not get equally many batches, or the loader is no ``DataLoader``.
     """
+    if not hasattr(loader, "dataset"):
+        raise ValueError(
+            f"virtual_workers={workers}, and a train loader of class {type(loader).__name__}: only batches of a torch "
+            "DataLoader can be dealt out to them. Make it one, or start as many processes."
+        )
     first = _prepared(loader, accelerator, workers, 0)
     if isinstance(first, DataLoaderDispatcher):
         dropping = getattr(loader, "_drop_last", loader.drop_last)

@@ -199,14 +199,23 @@ class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, Tr
         groups = hidden_matrices(model, decayed=decayed)
         if given is not None:
             return split_by_hidden(given, groups)
-        return [{"weight_decay": self.args.weight_decay, **group} for group in groups]
+        # Without the names, which groups that a callback adds would have to have, too.
+        return [
+            {"weight_decay": self.args.weight_decay, **group, "params": [parameter for _, parameter in group["params"]]}
+            for group in groups
+        ]
 
     def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         # Here the optimizer is there, wherever it comes from, and the model is not in DDP yet.
         if training:
             self._warn_of_what_is_not_called()
             self._check_optimizer()
+            self._end_round()  # of a training that was stopped: DDP makes all models that of rank 0
             self._begin_votes()
+            if self._exchanges and getattr(self.args, "enable_jit_checkpoint", False):
+                from .preemption import agree_on_checkpoints  # needs a module that transformers 4 does not have
+
+                agree_on_checkpoints(self)
         return super()._wrap_model(model, training, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -315,6 +324,12 @@ class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, Tr
                 "which exchanges at every step, was given. Make it hf_dlion.LocalSteps around its inner one, or leave "
                 "it out, and the Trainer makes it."
             )
+        if self._local_steps and not workers:
+            raise ValueError(
+                f"local_steps={self._local_steps}, and an optimizer of class {type(self._own_optimizer()).__name__} "
+                "was given: no worker would learn from the others. Make it hf_dlion.LocalSteps around that one, or "
+                "leave it out, and the Trainer makes it."
+            )
         if self._named_ours and not workers:
             raise ValueError(
                 f"optim={self.args.optim!r}, and an optimizer of class {type(self._own_optimizer()).__name__} was "
@@ -347,6 +362,7 @@ class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, Tr
             member.parameter_names = found
         if self._has_virtual_workers():
             optimizer.forget_turns()
+            self._warn_of_unseen_gradients()
         self._count_from_here()
 
     def _count_from_here(self) -> None:

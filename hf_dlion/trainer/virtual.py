@@ -1,12 +1,15 @@
 """What a Trainer does otherwise with virtual workers: it takes a round of batches where it took a batch.
 
 So it counts batches, steps and epochs as each of as many processes would. Extension points of transformers 5:
-``get_train_dataloader``, ``training_step``, and what else it does with a batch.
+``get_train_dataloader`` and ``training_step``, also where a subclass has its own, and what else it does with a batch.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +18,13 @@ from torch import nn
 from .rounds import Round, in_rounds
 from .workers import WorkersMixin
 
+logger = logging.getLogger(__name__)
+
 
 class VirtualWorkersMixin(WorkersMixin):
     """Gives any Trainer virtual workers; with one worker a process, nothing changes."""
+
+    callback_handler: Any
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the parent; from then on the train loader gives rounds, also where a subclass makes it.
@@ -28,11 +35,17 @@ class VirtualWorkersMixin(WorkersMixin):
         if self._virtual_workers > 1 and "get_train_dataloader" not in vars(self):
             of_batches = self.get_train_dataloader  # type: ignore[has-type]
             self.get_train_dataloader = lambda: in_rounds(of_batches(), self.accelerator, self._virtual_workers)
+        if (self._virtual_workers > 1 or self._gradient_votes) and "training_step" not in vars(self):
+            self.training_step = partial(self._step_of_all, self.training_step)  # type: ignore[has-type]
 
-    def training_step(
-        self, model: nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | list[Any] | None = None
+    def _step_of_all(
+        self,
+        of_one: Callable[..., torch.Tensor],
+        model: nn.Module,
+        inputs: Any,
+        num_items_in_batch: torch.Tensor | int | list[Any] | None = None,
     ) -> torch.Tensor:
-        """As the parent; of a round, a turn of each worker, and the mean of their losses.
+        """As a worker's own training step; of a round, a turn of each worker, and the mean of their losses.
 
         With votes on gradients, they are those decided after the last micro-batch of a step.
         """
@@ -43,15 +56,25 @@ class VirtualWorkersMixin(WorkersMixin):
             # What an epoch leaves over for the next one, DDP would vote on now, and on the sum again then.
             waits = voting is not None and not self.accelerator.sync_gradients
             with model.no_sync() if waits else nullcontext():  # type: ignore[operator]
-                return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+                return of_one(model, inputs, num_items_in_batch)
         turns, losses = alone or self._own_optimizer(), []
         for rank, batch in enumerate(inputs if isinstance(inputs, Round) else [inputs]):
             items = num_items_in_batch[rank] if isinstance(num_items_in_batch, list) else num_items_in_batch
-            losses.append(super().training_step(model, batch, items))  # type: ignore[misc]
+            losses.append(of_one(model, batch, items))
             turns.take_turn(rank)
         if alone is not None and self.accelerator.sync_gradients:
             alone.decide()
         return torch.stack(losses).mean()
+
+    def _warn_of_unseen_gradients(self) -> None:
+        for callback in self.callback_handler.callbacks:
+            method = type(callback).on_pre_optimizer_step
+            if method.__module__.partition(".")[0] not in ("transformers", __package__.partition(".")[0]):
+                logger.warning(
+                    "%s.on_pre_optimizer_step sees no gradients with virtual_workers=%d: each worker's have been taken "
+                    "after its backward, so what it does to them is lost. Put hooks on parameters, or start processes.",
+                    type(callback).__name__, self._virtual_workers,
+                )  # fmt: skip
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """As the parent, of all virtual workers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -193,21 +194,51 @@ def test_the_card_and_the_report_say_it(tmp_path: Path) -> None:
         assert run_report(run)["method_options"][name] == value
 
 
-def refused_optimizer(folder: Path) -> None:
+def refused_optimizer(made: Any, folder: Path) -> None:
     model = tiny.model()
     args = tiny.arguments(folder, optim="adamw_torch", **LOCAL)
 
     class Own(DLionTrainer):
         def create_optimizer(self, model: Any = None) -> Any:
-            self.optimizer = DistributedLion(self.model.parameters())
+            self.optimizer = made(self.model.parameters())
             return self.optimizer
 
     Own(model=model, args=args, train_dataset=tiny.rows(), eval_dataset=tiny.rows(8)).train()
 
 
-def test_an_optimizer_without_local_steps_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="local_steps=4, and an optimizer of class DistributedLion.*LocalSteps"):
-        refused_optimizer(tmp_path)
+@pytest.mark.parametrize("made", [DistributedLion, AdamW])
+def test_an_optimizer_without_local_steps_is_refused(made: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"local_steps=4, and an optimizer of class {made.__name__}.*LocalSteps"):
+        refused_optimizer(made, tmp_path)
+
+
+def begun_again_in_a_round(rank: int, folder: str, options: dict[str, Any]) -> torch.Tensor:
+    """The weights after a training that begins again after 2 steps, as there was no memory for more."""
+
+    class Failing(TrainerCallback):
+        failed = False
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+            if state.global_step == 2 and not self.failed:
+                self.failed = True
+                raise RuntimeError("CUDA out of memory. Tried to allocate")
+
+    options = {"optim": "gmuon", "local_steps": 4, "max_steps": 3, "auto_find_batch_size": True, **options}
+    run = tiny.trainer(rank, folder, **options)
+    run.add_callback(Failing())
+    run.train()
+    return weights(run.model)
+
+
+def test_a_round_ends_before_training_begins_again(tmp_path: Path) -> None:
+    theirs = run_workers(begun_again_in_a_round, 2, str(tmp_path), {})
+    assert torch.equal(begun_again_in_a_round(0, str(tmp_path), {"virtual_workers": 2}), theirs[0])
+
+
+def test_copies_of_what_is_trained_are_not_taken_for_frozen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        tiny.trainer(0, tmp_path, optim="gmuon", local_steps=2, virtual_workers=3).train()
+    assert "require no gradient" not in caplog.text
 
 
 @pytest.mark.parametrize(

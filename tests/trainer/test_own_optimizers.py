@@ -253,3 +253,24 @@ def test_a_model_made_anew_gets_the_optimizer_anew(tmp_path: Path) -> None:
     for _ in range(2):
         trainer.train()
         assert isinstance(trainer._own_optimizer(), DistributedMuon)
+
+
+class Unfreezing(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        frozen = [parameter for parameter in others["model"].parameters() if not parameter.requires_grad]
+        if state.global_step == 2 and frozen:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            others["optimizer"].add_param_group({"params": frozen, "lr": 1e-3})
+            others["lr_scheduler"].base_lrs.append(1e-3)
+            others["lr_scheduler"].lr_lambdas.append(others["lr_scheduler"].lr_lambdas[0])
+
+
+@pytest.mark.parametrize("optim", ["dlion_mavo", "dmuon_mavo", "gmuon"])
+def test_a_callback_can_add_what_it_unfreezes(optim: str, tmp_path: Path) -> None:
+    trainer = tiny.trainer(0, tmp_path, optim=optim)
+    embedding = trainer.model.transformer.wte.weight.requires_grad_(False)
+    before = embedding.detach().clone()
+    trainer.add_callback(Unfreezing())
+    trainer.train()
+    assert not torch.equal(embedding, before)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
+from hf_dlion import DLionTrainer
 from hf_dlion.trainer.report import run_report
 from tests.harness import run_workers
 from tests.trainer import tiny
@@ -87,3 +90,56 @@ def test_each_trial_of_a_search_gives_rounds_of_batches(tmp_path: Path) -> None:
     run.create_accelerator_and_postprocess()  # as a search does for each trial
     assert len(run.get_train_dataloader()) == rounds
     run.train()
+
+
+class WithAStepOfItsOwn(DLionTrainer):
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+def own_steps(rank: int, folder: str, options: dict[str, Any]) -> torch.Tensor:
+    if options.get("virtual_workers", 1) == 1:
+        tiny.act_as_launched(rank)
+    args = tiny.arguments(folder, max_grad_norm=0.0, **options)
+    trainer = WithAStepOfItsOwn(model=tiny.model(), args=args, train_dataset=tiny.rows())
+    trainer.train()
+    return weights(trainer.model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"optim": "dlion_mavo"}, {"optim": "adamw_torch", "gradient_votes": "avg"}],
+    ids=["dlion_mavo", "gradient_votes"],
+)
+def test_a_training_step_of_one_s_own_is_each_worker_s(options: dict[str, Any], tmp_path: Path) -> None:
+    theirs = run_workers(own_steps, 2, str(tmp_path), options)
+    assert torch.equal(own_steps(0, str(tmp_path), options | {"virtual_workers": 2}), theirs[0])
+
+
+class Masking(TrainerCallback):
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Would have changed gradients."""
+
+
+def test_a_callback_that_sees_no_gradients_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for workers in (1, 2):
+        trainer = tiny.trainer(0, tmp_path, virtual_workers=workers, max_steps=1)
+        trainer.add_callback(Masking())
+        with caplog.at_level(logging.WARNING):
+            trainer.train()
+        assert ("Masking.on_pre_optimizer_step sees no gradients" in caplog.text) == (workers == 2)
+
+
+def test_batches_of_no_loader_are_refused(tmp_path: Path) -> None:
+    class Batches(list[Any]):
+        pass
+
+    class Own(DLionTrainer):
+        def get_train_dataloader(self) -> Any:
+            return Batches(super().get_train_dataloader())
+
+    args = tiny.arguments(tmp_path, virtual_workers=2)
+    with pytest.raises(ValueError, match="virtual_workers=2, and a train loader of class Batches.*DataLoader"):
+        Own(model=tiny.model(), args=args, train_dataset=tiny.rows()).train()
