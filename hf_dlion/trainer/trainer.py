@@ -210,7 +210,8 @@ class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, Tr
         if training:
             self._warn_of_what_is_not_called()
             self._check_optimizer()
-            self._end_round()  # of a training that was stopped: DDP makes all models that of rank 0
+            if not self._steps_made:  # else the weights of a checkpoint are in the model by now
+                self._end_round()  # of a training that was stopped: DDP makes all models that of rank 0
             self._begin_votes()
             if self._exchanges and getattr(self.args, "enable_jit_checkpoint", False):
                 from .preemption import agree_on_checkpoints  # needs a module that transformers 4 does not have
