@@ -126,9 +126,9 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
 
 
-def _call(function: Any, *arguments: Any) -> None:
+def _call(function: Any, *arguments: Any) -> Any:
     """With tensors as pointers to their data."""
-    function(*(ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else value for value in arguments))
+    return function(*(ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else value for value in arguments))
 
 
 def _pointers(tensors: Sequence[Tensor]) -> Any:
@@ -223,6 +223,4 @@ def _is_finite(library: Any, tensor: Tensor) -> bool:
     if tensor.dtype not in _EXPONENTS or not tensor.is_contiguous():
         return bool(tensor.isfinite().all())
     bits, exponent = _EXPONENTS[tensor.dtype]
-    find_bad = getattr(library, f"find_bad_{bits}")
-    elements = ctypes.c_int64(tensor.numel())
-    return not find_bad(ctypes.c_void_p(tensor.data_ptr()), exponent, elements, torch.get_num_threads())
+    return not _call(getattr(library, f"find_bad_{bits}"), tensor, exponent, *_counts(tensor.numel()))

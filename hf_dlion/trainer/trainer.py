@@ -319,17 +319,11 @@ class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, Tr
         """While gradients stay on their worker, only our optimizers may step; where they do not, only others."""
         self._refuse_own_optimizer()
         workers = len(members_of(self.optimizer))
-        if self._local_steps and any(member.inner is None for member in members_of(self.optimizer)):
+        if self._local_steps and not (workers and all(member.inner for member in members_of(self.optimizer))):
             raise ValueError(
                 f"local_steps={self._local_steps}, and an optimizer of class {type(self._own_optimizer()).__name__}, "
-                "which exchanges at every step, was given. Make it hf_dlion.LocalSteps around its inner one, or leave "
-                "it out, and the Trainer makes it."
-            )
-        if self._local_steps and not workers:
-            raise ValueError(
-                f"local_steps={self._local_steps}, and an optimizer of class {type(self._own_optimizer()).__name__} "
-                "was given: no worker would learn from the others. Make it hf_dlion.LocalSteps around that one, or "
-                "leave it out, and the Trainer makes it."
+                "which is no LocalSteps, was given. Make it hf_dlion.LocalSteps around its inner one, or leave it out, "
+                "and the Trainer makes it."
             )
         if self._named_ours and not workers:
             raise ValueError(

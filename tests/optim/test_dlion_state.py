@@ -220,7 +220,7 @@ def several_buckets(rank: int) -> None:
         random_gradients(mine, 10 * step + rank)
         small.step()
     assert len(small._plan.buckets) > 3
-    layout.MAX_BUCKET_BLOCKS, layout.MIN_BUCKET_BLOCKS, layout.SEGMENT_BLOCKS = 1 << 14, 1 << 11, 1 << 9
+    layout.MAX_BUCKET_BLOCKS, layout.MIN_BUCKET_BLOCKS, layout.SEGMENT_BLOCKS = 1 << 14, 1 << 11, 1 << 11
     large = DistributedLion(same, lr=0.1)
     for step in range(3):
         random_gradients(same, 10 * step + rank)
