@@ -10,6 +10,9 @@
 #define BLOCK (LANES * LANES)
 #define PARALLEL _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1)")
 
+/* So many places of a pass's tensors are worked on side by side: one alone does not keep the memory busy. */
+#define STREAMS 4
+
 typedef uint16_t bfloat16;
 
 static inline float from_bits(uint32_t bits) {
@@ -44,27 +47,40 @@ static inline uint32_t vote_of(float direction, uint32_t zero_vote) {
     return (direction > 0) | ((direction == 0) & zero_vote);
 }
 
+/* Blocks `first`, `first + apart` and so on, one a stream. */
 #define VOTE(TYPE, NAME, MOVES)                                                                                        \
-    void NAME(const TYPE *restrict gradient, float *restrict momentum, const float *restrict hyper,                    \
-              const uint8_t *zero_votes, int32_t *restrict words, int64_t blocks, int threads) {                       \
-        uint32_t zero[LANES];                                                                                          \
-        for (int lane = 0; lane < LANES; lane++) zero[lane] = zero_votes[lane];                                        \
-        PARALLEL                                                                                                       \
-        for (int64_t block = 0; block < blocks; block++) {                                                             \
-            uint32_t packed[LANES] = {0};                                                                              \
-            for (int row = 0; row < LANES; row++) {                                                                    \
-                const TYPE *g = gradient + block * BLOCK + row * LANES;                                                \
-                float *m = momentum + block * BLOCK + row * LANES;                                                     \
+    static inline void NAME##_blocks(const TYPE *restrict gradient, float *restrict momentum,                          \
+                                     const float *restrict hyper, const uint32_t *zero, int32_t *restrict words,       \
+                                     int64_t first, int64_t apart, int streams) {                                      \
+        uint32_t packed[STREAMS][LANES] = {{0}};                                                                       \
+        for (int row = 0; row < LANES; row++)                                                                          \
+            for (int stream = 0; stream < streams; stream++) {                                                         \
+                int64_t start = (first + stream * apart) * BLOCK + row * LANES;                                        \
+                const TYPE *g = gradient + start;                                                                      \
+                float *m = momentum + start;                                                                           \
                 prefetch(g + BLOCK, LANES * sizeof *g);                                                                \
                 prefetch(m + BLOCK, LANES * sizeof *m);                                                                \
                 for (int lane = 0; lane < LANES; lane++) {                                                             \
                     float wide = read_##TYPE(g + lane), before = m[lane];                                              \
-                    packed[lane] |= vote_of(hyper[0] * before + hyper[1] * wide, zero[lane]) << row;                   \
+                    packed[stream][lane] |= vote_of(hyper[0] * before + hyper[1] * wide, zero[lane]) << row;           \
                     if (MOVES) m[lane] = hyper[2] * before + hyper[3] * wide;                                          \
                 }                                                                                                      \
             }                                                                                                          \
-            for (int lane = 0; lane < LANES; lane++) words[block * LANES + lane] = (int32_t)packed[lane];              \
-        }                                                                                                              \
+        for (int stream = 0; stream < streams; stream++)                                                               \
+            for (int lane = 0; lane < LANES; lane++)                                                                   \
+                words[(first + stream * apart) * LANES + lane] = (int32_t)packed[stream][lane];                        \
+    }                                                                                                                  \
+                                                                                                                       \
+    void NAME(const TYPE *restrict gradient, float *restrict momentum, const float *restrict hyper,                    \
+              const uint8_t *zero_votes, int32_t *restrict words, int64_t blocks, int threads) {                       \
+        uint32_t zero[LANES];                                                                                          \
+        for (int lane = 0; lane < LANES; lane++) zero[lane] = zero_votes[lane];                                        \
+        int64_t apart = blocks / STREAMS;                                                                              \
+        PARALLEL                                                                                                       \
+        for (int64_t block = 0; block < apart; block++)                                                                \
+            NAME##_blocks(gradient, momentum, hyper, zero, words, block, apart, STREAMS);                              \
+        for (int64_t block = STREAMS * apart; block < blocks; block++)                                                 \
+            NAME##_blocks(gradient, momentum, hyper, zero, words, block, 0, 1);                                        \
     }
 
 VOTE(float, vote_float, 1)
@@ -99,64 +115,81 @@ static inline uint32_t bit_of(const int32_t *plane, int64_t block, int row, int 
     return (uint32_t)plane[block * LANES + lane] >> row & 1;
 }
 
-static inline void read_levels(int *levels, const int32_t *const *planes, int count, int64_t block) {
-    for (int row = 0; row < LANES; row++)
-        for (int lane = 0; lane < LANES; lane++) levels[row * LANES + lane] = bit_of(planes[0], block, row, lane);
+/* What an update works on at a time of one stream. */
+#define ROWS 8
+#define STRETCH (ROWS * LANES)
+
+static inline void read_levels(int *levels, const int32_t *const *planes, int count, int64_t block, int first_row) {
+    for (int row = 0; row < ROWS; row++)
+        for (int lane = 0; lane < LANES; lane++)
+            levels[row * LANES + lane] = bit_of(planes[0], block, first_row + row, lane);
     for (int p = 1; p < count; p++)
-        for (int row = 0; row < LANES; row++)
+        for (int row = 0; row < ROWS; row++)
             for (int lane = 0; lane < LANES; lane++)
-                levels[row * LANES + lane] |= bit_of(planes[p], block, row, lane) << p;
+                levels[row * LANES + lane] |= bit_of(planes[p], block, first_row + row, lane) << p;
 }
 
-/* D = (2 level - highest) / highest, exactly so: of a block. */
-static inline void decide(float *decided, int highest, const int32_t *const *planes, int count, int64_t block) {
+/* D = (2 level - highest) / highest, exactly so: of some rows of a block. */
+static inline void decide(float *decided, int highest, const int32_t *const *planes, int count, int64_t block,
+                          int first_row) {
     if (count == 1 && highest == 1) {
-        for (int row = 0; row < LANES; row++)
+        for (int row = 0; row < ROWS; row++)
             for (int lane = 0; lane < LANES; lane++)
-                decided[row * LANES + lane] = (float)(2 * (int)bit_of(planes[0], block, row, lane) - 1);
+                decided[row * LANES + lane] = (float)(2 * (int)bit_of(planes[0], block, first_row + row, lane) - 1);
         return;
     }
     if (count == 2 && highest == 2) {
-        for (int row = 0; row < LANES; row++)
+        for (int row = 0; row < ROWS; row++)
             for (int lane = 0; lane < LANES; lane++)
-                decided[row * LANES + lane] = (float)((int)bit_of(planes[0], block, row, lane) - 1 +
-                                                      2 * (int)bit_of(planes[1], block, row, lane));
+                decided[row * LANES + lane] = (float)((int)bit_of(planes[0], block, first_row + row, lane) - 1 +
+                                                      2 * (int)bit_of(planes[1], block, first_row + row, lane));
         return;
     }
-    int levels[BLOCK];
-    read_levels(levels, planes, count, block);
+    int levels[STRETCH];
+    read_levels(levels, planes, count, block, first_row);
     if ((highest & (highest - 1)) == 0) {
         float inverse = 1.0f / (float)highest;
-        for (int i = 0; i < BLOCK; i++) decided[i] = (float)(2 * levels[i] - highest) * inverse;
+        for (int i = 0; i < STRETCH; i++) decided[i] = (float)(2 * levels[i] - highest) * inverse;
     } else {
-        for (int i = 0; i < BLOCK; i++) decided[i] = (float)(2 * levels[i] - highest) / (float)highest;
+        for (int i = 0; i < STRETCH; i++) decided[i] = (float)(2 * levels[i] - highest) / (float)highest;
     }
 }
 
 /* `scale` has `scales` elements: none, one for all, or one for each. */
 #define APPLY(TYPE)                                                                                                    \
+    static inline void apply_##TYPE##_blocks(TYPE *restrict parameter, const float *restrict hyper, uint32_t seed,     \
+                                             const float *scale, int64_t scales, int highest,                          \
+                                             const int32_t *const *planes, int count, int64_t first, int64_t apart,    \
+                                             int streams) {                                                            \
+        for (int row = 0; row < LANES; row += ROWS)                                                                    \
+            for (int stream = 0; stream < streams; stream++) {                                                         \
+                int64_t block = first + stream * apart, start = block * BLOCK + row * LANES;                           \
+                float decided[STRETCH];                                                                                \
+                TYPE *x = parameter + start;                                                                           \
+                prefetch(x + BLOCK, STRETCH * sizeof *x);                                                              \
+                decide(decided, highest, planes, count, block, row);                                                   \
+                const float *own = scales > 1 ? scale + start : scale;                                                 \
+                if (scales > 1)                                                                                        \
+                    for (int i = 0; i < STRETCH; i++) decided[i] *= own[i];                                            \
+                else if (scales == 1)                                                                                  \
+                    for (int i = 0; i < STRETCH; i++) decided[i] *= own[0];                                            \
+                for (int i = 0; i < STRETCH; i++) {                                                                    \
+                    float before = read_##TYPE(x + i);                                                                 \
+                    float after = before - hyper[4] * (decided[i] + hyper[5] * before);                                \
+                    write_##TYPE(x + i, after, (uint32_t)(start + i), seed);                                           \
+                }                                                                                                      \
+            }                                                                                                          \
+    }                                                                                                                  \
+                                                                                                                       \
     void apply_##TYPE(TYPE *restrict parameter, const float *restrict hyper, const uint32_t *restrict seed,            \
                       const float *scale, int64_t scales, int highest, const int32_t *const *planes, int count,        \
                       int64_t blocks, int threads) {                                                                   \
+        int64_t apart = blocks / STREAMS;                                                                              \
         PARALLEL                                                                                                       \
-        for (int64_t block = 0; block < blocks; block++) {                                                             \
-            float decided[BLOCK];                                                                                      \
-            TYPE *x = parameter + block * BLOCK;                                                                       \
-            decide(decided, highest, planes, count, block);                                                            \
-            const float *own = scales > 1 ? scale + block * BLOCK : scale;                                             \
-            if (scales > 1)                                                                                            \
-                for (int i = 0; i < BLOCK; i++) decided[i] *= own[i];                                                  \
-            else if (scales == 1)                                                                                      \
-                for (int i = 0; i < BLOCK; i++) decided[i] *= own[0];                                                  \
-            for (int start = 0; start < BLOCK; start += 8 * LANES) {                                                   \
-                prefetch(x + start + BLOCK, 8 * LANES * sizeof *x);                                                    \
-                for (int i = start; i < start + 8 * LANES; i++) {                                                      \
-                    float before = read_##TYPE(x + i);                                                                 \
-                    float after = before - hyper[4] * (decided[i] + hyper[5] * before);                                \
-                    write_##TYPE(x + i, after, (uint32_t)(block * BLOCK + i), *seed);                                  \
-                }                                                                                                      \
-            }                                                                                                          \
-        }                                                                                                              \
+        for (int64_t block = 0; block < apart; block++)                                                                \
+            apply_##TYPE##_blocks(parameter, hyper, *seed, scale, scales, highest, planes, count, block, apart, STREAMS);\
+        for (int64_t block = STREAMS * apart; block < blocks; block++)                                                 \
+            apply_##TYPE##_blocks(parameter, hyper, *seed, scale, scales, highest, planes, count, block, 0, 1);        \
     }
 
 APPLY(float)
@@ -179,10 +212,7 @@ APPLY(bfloat16)
 STEP(float)
 STEP(bfloat16)
 
-#define STREAMS 4
-
-/* Whether a value has all bits of `exponent`: it is an Inf or a NaN. In several streams, as one that only reads does not
-   keep the memory busy. */
+/* Whether a value has all bits of `exponent`: it is an Inf or a NaN. */
 #define FIND_BAD(BITS)                                                                                                 \
     int find_bad_##BITS(const uint##BITS##_t *values, uint##BITS##_t exponent, int64_t elements, int threads) {        \
         int64_t blocks = elements / (STREAMS * BLOCK);                                                                 \

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ HYPER = torch.tensor([0.9, 1 - 0.9, 0.99, 1 - 0.99, 3e-3, 0.1])
 ZERO_VOTES = torch.arange(32) % 2 == 0
 SEED = torch.tensor([123456789], dtype=torch.int32)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BLOCKS = 5
+BLOCKS = 11
+"""Twice what passes.c reads side by side, and a rest of several."""
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,14 @@ def native() -> Kernels:
     passes = load_passes()
     assert passes is not None
     return passes
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -51,6 +61,7 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["vote", "peek", "move"])
+@pytest.mark.usefixtures("threads")
 def test_votes(native: Kernels, name: str, dtype: torch.dtype) -> None:
     gradient = drawn(BLOCKS, 32, 32, seed=1).clamp(-6e4, 6e4).to(dtype)
     results = []
@@ -66,6 +77,7 @@ def test_votes(native: Kernels, name: str, dtype: torch.dtype) -> None:
     assert same(results[0][0], drawn(BLOCKS, 32, 32, seed=2)) == (name == "peek")
 
 
+@pytest.mark.usefixtures("threads")
 def test_signs_of_directions(native: Kernels) -> None:
     words = [torch.zeros(BLOCKS, 32, dtype=torch.int32) for _ in range(2)]
     for kernels, out in zip((EAGER, native), words, strict=True):
@@ -76,6 +88,7 @@ def test_signs_of_directions(native: Kernels) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("highest", [1, 2, 3, 4, 5, 8, 11])
 @pytest.mark.parametrize("scales", [0, 1, BLOCKS * 1024])
+@pytest.mark.usefixtures("threads")
 def test_updates(native: Kernels, dtype: torch.dtype, highest: int, scales: int) -> None:
     levels = torch.randint(highest + 1, (BLOCKS, 32, 32), generator=torch.Generator().manual_seed(3))
     rows = torch.arange(32).view(1, 32, 1)
@@ -91,17 +104,14 @@ def test_updates(native: Kernels, dtype: torch.dtype, highest: int, scales: int)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [None, 0.2])
-@pytest.mark.parametrize("threads", [1, 3])
-def test_a_step_alone(native: Kernels, dtype: torch.dtype, scale: float | None, threads: int) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+@pytest.mark.usefixtures("threads")
+def test_a_step_alone(native: Kernels, dtype: torch.dtype, scale: float | None) -> None:
     results = []
     for kernels in (EAGER, native):
         parameter, momentum = drawn(4999, seed=5).clamp(-6e4, 6e4).to(dtype), drawn(4999, seed=6)
         gradient = drawn(4999, seed=7).clamp(-6e4, 6e4).to(dtype)
         kernels.step(parameter, gradient, momentum, HYPER, SEED, None if scale is None else torch.tensor([scale]))
         results.append((parameter, momentum))
-    torch.set_num_threads(before)
     assert all(itertools.starmap(same, zip(*results, strict=True)))
 
 
@@ -134,14 +144,12 @@ def test_a_home_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert _compiled().is_relative_to(tmp_path)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("voters", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 31, 33, 64])
-def test_counting(voters: int, rule: str, threads: int) -> None:
+def test_counting(voters: int, rule: str) -> None:
     count = load_count()
     assert count is not None
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     source = torch.Generator().manual_seed(voters)
     for words, sample in ((1, range(0)), (300, range(0, 290, 3)), (1030, range(1030)), (512, range(0, 512, 257))):
         cast = list(torch.randint(-(2**31), 2**31, (voters, words), dtype=torch.int32, generator=source))
@@ -153,17 +161,14 @@ def test_counting(voters: int, rule: str, threads: int) -> None:
             assert (ours.unanimous, ours.ties) == (int(eager.unanimous), int(eager.ties))
             assert words < 300 or voters == 1 or 0 < ours.unanimous < 32 * len(sample)
             assert (ours.ties > 0) == (voters % 2 == 0 and words >= 300)
-    torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("size", [0, 1, 4095, 4096, 3 * 4096 + 1234])
-def test_bad_values(size: int, dtype: torch.dtype, threads: int) -> None:
+def test_bad_values(size: int, dtype: torch.dtype) -> None:
     is_finite = load_is_finite()
     assert is_finite is not None
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     values = drawn(size, seed=8).clamp(-6e4, 6e4).to(dtype)
     largest = torch.finfo(dtype).max
     assert is_finite(values.fill_(largest) if size == 1 else values)
@@ -173,7 +178,6 @@ def test_bad_values(size: int, dtype: torch.dtype, threads: int) -> None:
             values[place] = bad
             assert not is_finite(values)
             values[place] = kept
-    torch.set_num_threads(before)
 
 
 def test_bad_values_where_memory_has_gaps() -> None:
