@@ -6,11 +6,14 @@ they agree bit for bit.
 ``hyper`` is a float32 tensor [beta1, 1 - beta1, beta2, 1 - beta2, lr, weight_decay]. ``seed`` is that of the rounding
 of bfloat16 parameters (``rounding``), int32 ``[1]``; others do not read it. ``scale``, float32 ``[1]`` or of the shape
 of the parameter, multiplies the decision; None is 1. Shapes: B blocks, ``[B, 32, 32]``; their words, ``[B, 32]``.
+
+Passes over a bucket take a list an argument, with an entry a segment; ``rows`` are the segments' places among the
+bucket's blocks. What is in one list has one dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +22,13 @@ from torch import Tensor
 from .packing import BLOCK, pack_bits, unpack_bits
 from .rounding import round_at_random
 
-Vote = Callable[..., None]  # takes a varying number of states
-Apply = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, tuple[Tensor, ...]], None]
+Tensors = Sequence[Tensor]
+Rows = Sequence[slice]
+Vote = Callable[[Tensors, Tensors, Tensors, Tensor, Tensor, Rows], None]
+Sign = Callable[[Tensors, Tensor, Tensor, Rows], None]
+Apply = Callable[[Tensors, Tensors, Tensors, Sequence[Tensor | None], int, Tensors, Rows], None]
 Move = Callable[[Tensor, Tensor, Tensor], None]
-Step = Callable[..., None]
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], None]
 
 
 @dataclass(frozen=True)
@@ -30,19 +36,19 @@ class Kernels:
     """One implementation of the passes; all work in place.
 
     Attributes:
-        vote: ``(gradient, momentum, hyper, zero_votes, words)``: writes the packed signs of the direction into
-            ``words``, and updates the momentum. ``zero_votes``, bool ``[32]``, is what an exact zero votes, by lane.
-        sign: ``(direction, hyper, zero_votes, words)``: writes the packed signs of a direction that is given.
+        vote: ``(gradients, momenta, hypers, zero_votes, words, rows)``: writes the packed signs of the directions
+            into ``words``, and updates the momenta. ``zero_votes``, bool ``[32]``, is what a zero votes, by lane.
+        sign: ``(directions, zero_votes, words, rows)``: writes the packed signs of directions that are given.
         move: ``(gradient, momentum, hyper)``: the momentum's part of ``vote``, on flat tensors.
-        apply: ``(parameter, hyper, seed, scale, highest, planes)``: the update by the decision
-            (``wire.exchange.Decision``).
+        apply: ``(parameters, hypers, seeds, scales, highest, planes, rows)``: the update by the decision
+            (``wire.exchange.Decision``), whose planes are ``[B, 32]``.
         step: ``(parameter, gradient, momentum, hyper, seed, scale)``: a whole step of Lion, for one worker, on flat
             tensors.
-        peek: as ``vote``, and leaves the momentum as it is.
+        peek: as ``vote``, and leaves the momenta as they are.
     """
 
     vote: Vote
-    sign: Vote
+    sign: Sign
     move: Move
     apply: Apply
     step: Step
@@ -86,25 +92,35 @@ def _chunk(tensor: Tensor) -> int:
     return 128 if tensor.device.type == "cpu" else 4096
 
 
-def _eager_vote(gradient: Tensor, momentum: Tensor, hyper: Tensor, zero_votes: Tensor, words: Tensor) -> None:
-    size = _chunk(gradient)
-    for part, m, out in zip(gradient.split(size), momentum.split(size), words.split(size), strict=True):
-        g = part.float()
-        u = (m * hyper[0]).add_(g * hyper[1])
-        m.mul_(hyper[2]).add_(g * hyper[3])
-        pack_signs(u, zero_votes, out)
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of the same blocks, a chunk of each at a time."""
+    size = _chunk(tensors[0])
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
 
-def _eager_peek(gradient: Tensor, momentum: Tensor, hyper: Tensor, zero_votes: Tensor, words: Tensor) -> None:
-    size = _chunk(gradient)
-    for part, m, out in zip(gradient.split(size), momentum.split(size), words.split(size), strict=True):
-        pack_signs((m * hyper[0]).add_(part.float() * hyper[1]), zero_votes, out)
+def _eager_vote(
+    gradients: Tensors, momenta: Tensors, hypers: Tensors, zero_votes: Tensor, words: Tensor, rows: Rows
+) -> None:
+    for gradient, momentum, hyper, row in zip(gradients, momenta, hypers, rows, strict=True):
+        for part, m, out in _chunks(gradient, momentum, words[row]):
+            g = part.float()
+            u = (m * hyper[0]).add_(g * hyper[1])
+            m.mul_(hyper[2]).add_(g * hyper[3])
+            pack_signs(u, zero_votes, out)
 
 
-def _eager_sign(direction: Tensor, hyper: Tensor, zero_votes: Tensor, words: Tensor) -> None:
-    size = _chunk(direction)
-    for part, out in zip(direction.split(size), words.split(size), strict=True):
-        pack_signs(part, zero_votes, out)
+def _eager_peek(
+    gradients: Tensors, momenta: Tensors, hypers: Tensors, zero_votes: Tensor, words: Tensor, rows: Rows
+) -> None:
+    for gradient, momentum, hyper, row in zip(gradients, momenta, hypers, rows, strict=True):
+        for part, m, out in _chunks(gradient, momentum, words[row]):
+            pack_signs((m * hyper[0]).add_(part.float() * hyper[1]), zero_votes, out)
+
+
+def _eager_sign(directions: Tensors, zero_votes: Tensor, words: Tensor, rows: Rows) -> None:
+    for direction, row in zip(directions, rows, strict=True):
+        for part, out in _chunks(direction, words[row]):
+            pack_signs(part, zero_votes, out)
 
 
 def _eager_move(gradient: Tensor, momentum: Tensor, hyper: Tensor) -> None:
@@ -121,13 +137,19 @@ def pack_signs(direction: Tensor, zero_votes: Tensor, words: Tensor) -> None:
 
 
 def _eager_apply(
-    parameter: Tensor,
-    hyper: Tensor,
-    seed: Tensor,
-    scale: Tensor | None,
+    parameters: Tensors,
+    hypers: Tensors,
+    seeds: Tensors,
+    scales: Sequence[Tensor | None],
     highest: int,
-    planes: tuple[Tensor, ...],
+    planes: Tensors,
+    rows: Rows,
 ) -> None:
+    for parameter, hyper, seed, scale, row in zip(parameters, hypers, seeds, scales, rows, strict=True):
+        _apply(parameter, hyper, seed, scale, highest, [plane[row] for plane in planes])
+
+
+def _apply(parameter: Tensor, hyper: Tensor, seed: Tensor, scale: Tensor | None, highest: int, planes: Tensors) -> None:
     size = _chunk(parameter)
     scales = scale.split(size) if scale is not None and scale.dim() > 1 else None
     chunks = zip(parameter.split(size), *(plane.split(size) for plane in planes), strict=True)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import counting
 from .counting import RULES, Count, Tally
-from .kernels import EAGER, Kernels
+from .kernels import EAGER, Kernels, Rows, Tensors
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +68,10 @@ def load_count() -> Count | None:
 
 
 @functools.cache
-def load_is_finite() -> Callable[[Tensor], bool] | None:
-    """Whether a tensor has neither Inf nor NaN; None, with a warning, where it cannot be compiled or loaded."""
+def load_find_bad() -> Callable[[Tensors], int] | None:
+    """The index of the first tensor with an Inf or a NaN, or -1; None, with a warning, where it cannot be had."""
     library = _library()
-    return None if library is None else functools.partial(_is_finite, library)
+    return None if library is None else functools.partial(_find_bad, library)
 
 
 @functools.cache
@@ -131,26 +131,44 @@ def _call(function: Any, *arguments: Any) -> Any:
     return function(*(ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else value for value in arguments))
 
 
-def _pointers(tensors: Sequence[Tensor]) -> Any:
-    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+def _pointers(tensors: Sequence[Tensor | None]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
+
+
+def _numbers(numbers: Sequence[int]) -> Any:
+    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 def _counts(elements: int) -> tuple[ctypes.c_int64, int]:
     return ctypes.c_int64(elements), torch.get_num_threads()
 
 
+def _segments(rows: Rows) -> tuple[Any, Any, int, int]:
+    """Where each begins, and its blocks; how many there are; and threads."""
+    begins, blocks = [row.start for row in rows], [row.stop - row.start for row in rows]
+    return _numbers(begins), _numbers(blocks), len(rows), torch.get_num_threads()
+
+
 def _vote(
-    library: Any, name: str, gradient: Tensor, momentum: Tensor, hyper: Tensor, zero_votes: Tensor, words: Tensor
+    library: Any,
+    name: str,
+    gradients: Tensors,
+    momenta: Tensors,
+    hypers: Tensors,
+    zero_votes: Tensor,
+    words: Tensor,
+    rows: Rows,
 ) -> None:
-    kind = _NAMES.get(gradient.dtype)
+    kind = _NAMES.get(gradients[0].dtype)
     if kind is None:
-        (EAGER.vote if name == "vote" else EAGER.peek)(gradient, momentum, hyper, zero_votes, words)
+        (EAGER.vote if name == "vote" else EAGER.peek)(gradients, momenta, hypers, zero_votes, words, rows)
         return
-    _call(getattr(library, f"{name}_{kind}"), gradient, momentum, hyper, zero_votes, words, *_counts(len(gradient)))
+    lists = _pointers(gradients), _pointers(momenta), _pointers(hypers)
+    _call(getattr(library, f"{name}_{kind}"), *lists, zero_votes, words, *_segments(rows))
 
 
-def _sign(library: Any, direction: Tensor, hyper: Tensor, zero_votes: Tensor, words: Tensor) -> None:
-    _call(library.sign_float, direction, zero_votes, words, *_counts(len(direction)))
+def _sign(library: Any, directions: Tensors, zero_votes: Tensor, words: Tensor, rows: Rows) -> None:
+    _call(library.sign_float, _pointers(directions), zero_votes, words, *_segments(rows))
 
 
 def _move(library: Any, gradient: Tensor, momentum: Tensor, hyper: Tensor) -> None:
@@ -163,21 +181,22 @@ def _move(library: Any, gradient: Tensor, momentum: Tensor, hyper: Tensor) -> No
 
 def _apply(
     library: Any,
-    parameter: Tensor,
-    hyper: Tensor,
-    seed: Tensor,
-    scale: Tensor | None,
+    parameters: Tensors,
+    hypers: Tensors,
+    seeds: Tensors,
+    scales: Sequence[Tensor | None],
     highest: int,
-    planes: Sequence[Tensor],
+    planes: Tensors,
+    rows: Rows,
 ) -> None:
-    kind = _NAMES.get(parameter.dtype)
+    kind = _NAMES.get(parameters[0].dtype)
     if kind is None:
-        EAGER.apply(parameter, hyper, seed, scale, highest, tuple(planes))
+        EAGER.apply(parameters, hypers, seeds, scales, highest, planes, rows)
         return
-    pointers = _pointers(planes)
-    scales = ctypes.c_int64(0 if scale is None else scale.numel())
-    function = getattr(library, f"apply_{kind}")
-    _call(function, parameter, hyper, seed, scale, scales, highest, pointers, len(planes), *_counts(len(parameter)))
+    sizes = _numbers([0 if scale is None else scale.numel() for scale in scales])
+    lists = _pointers(parameters), _pointers(hypers), _pointers(seeds), _pointers(scales), sizes
+    decision = highest, _pointers(planes), len(planes)
+    _call(getattr(library, f"apply_{kind}"), *lists, *decision, *_segments(rows))
 
 
 def _step(
@@ -219,8 +238,17 @@ def _tally(library: Any, votes: Sequence[Tensor], rule: str, step: int, sample: 
     return Tally(decided, *sums)
 
 
-def _is_finite(library: Any, tensor: Tensor) -> bool:
-    if tensor.dtype not in _EXPONENTS or not tensor.is_contiguous():
-        return bool(tensor.isfinite().all())
-    bits, exponent = _EXPONENTS[tensor.dtype]
-    return not _call(getattr(library, f"find_bad_{bits}"), tensor, exponent, *_counts(tensor.numel()))
+def _find_bad(library: Any, tensors: Tensors) -> int:
+    kinds: dict[torch.dtype | None, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        known = tensor.dtype in _EXPONENTS and tensor.is_contiguous()
+        kinds.setdefault(tensor.dtype if known else None, []).append(index)
+    found = [index for index in kinds.pop(None, []) if not bool(tensors[index].isfinite().all())]
+    for kind, indices in kinds.items():
+        assert kind is not None
+        bits, exponent = _EXPONENTS[kind]
+        chosen = [tensors[index] for index in indices]
+        sizes, threads = _numbers([tensor.numel() for tensor in chosen]), torch.get_num_threads()
+        first = getattr(library, f"find_bad_{bits}")(_pointers(chosen), sizes, len(chosen), exponent, threads)
+        found += [] if first == -1 else [indices[first]]
+    return min(found, default=-1)

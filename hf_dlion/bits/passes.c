@@ -13,6 +13,9 @@
 /* So many places of a pass's tensors are worked on side by side: one alone does not keep the memory busy. */
 #define STREAMS 4
 
+/* Of a decision: its highest level is at most that many bits long. */
+#define MOST_PLANES 16
+
 typedef uint16_t bfloat16;
 
 static inline float from_bits(uint32_t bits) {
@@ -71,16 +74,20 @@ static inline uint32_t vote_of(float direction, uint32_t zero_vote) {
                 words[(first + stream * apart) * LANES + lane] = (int32_t)packed[stream][lane];                        \
     }                                                                                                                  \
                                                                                                                        \
-    void NAME(const TYPE *restrict gradient, float *restrict momentum, const float *restrict hyper,                    \
-              const uint8_t *zero_votes, int32_t *restrict words, int64_t blocks, int threads) {                       \
+    void NAME(const TYPE *const *gradients, float *const *momenta, const float *const *hypers,                         \
+              const uint8_t *zero_votes, int32_t *words, const int64_t *begins, const int64_t *blocks, int segments,   \
+              int threads) {                                                                                           \
         uint32_t zero[LANES];                                                                                          \
         for (int lane = 0; lane < LANES; lane++) zero[lane] = zero_votes[lane];                                        \
-        int64_t apart = blocks / STREAMS;                                                                              \
-        PARALLEL                                                                                                       \
-        for (int64_t block = 0; block < apart; block++)                                                                \
-            NAME##_blocks(gradient, momentum, hyper, zero, words, block, apart, STREAMS);                              \
-        for (int64_t block = STREAMS * apart; block < blocks; block++)                                                 \
-            NAME##_blocks(gradient, momentum, hyper, zero, words, block, 0, 1);                                        \
+        for (int s = 0; s < segments; s++) {                                                                           \
+            int64_t apart = blocks[s] / STREAMS;                                                                       \
+            int32_t *own = words + begins[s] * LANES;                                                                  \
+            PARALLEL                                                                                                   \
+            for (int64_t block = 0; block < apart; block++)                                                            \
+                NAME##_blocks(gradients[s], momenta[s], hypers[s], zero, own, block, apart, STREAMS);                  \
+            for (int64_t block = STREAMS * apart; block < blocks[s]; block++)                                          \
+                NAME##_blocks(gradients[s], momenta[s], hypers[s], zero, own, block, 0, 1);                            \
+        }                                                                                                              \
     }
 
 VOTE(float, vote_float, 1)
@@ -88,7 +95,8 @@ VOTE(bfloat16, vote_bfloat16, 1)
 VOTE(float, peek_float, 0)
 VOTE(bfloat16, peek_bfloat16, 0)
 
-void sign_float(const float *direction, const uint8_t *zero_votes, int32_t *words, int64_t blocks, int threads) {
+static void sign_segment(const float *direction, const uint8_t *zero_votes, int32_t *words, int64_t blocks,
+                         int threads) {
     PARALLEL
     for (int64_t block = 0; block < blocks; block++) {
         uint32_t packed[LANES] = {0};
@@ -99,6 +107,12 @@ void sign_float(const float *direction, const uint8_t *zero_votes, int32_t *word
         }
         for (int lane = 0; lane < LANES; lane++) words[block * LANES + lane] = (int32_t)packed[lane];
     }
+}
+
+void sign_float(const float *const *directions, const uint8_t *zero_votes, int32_t *words, const int64_t *begins,
+                const int64_t *blocks, int segments, int threads) {
+    for (int s = 0; s < segments; s++)
+        sign_segment(directions[s], zero_votes, words + begins[s] * LANES, blocks[s], threads);
 }
 
 #define MOVE(TYPE)                                                                                                     \
@@ -155,7 +169,7 @@ static inline void decide(float *decided, int highest, const int32_t *const *pla
     }
 }
 
-/* `scale` has `scales` elements: none, one for all, or one for each. */
+/* `scale` has `scales` elements, of `sizes`: none, one for all, or one for each. */
 #define APPLY(TYPE)                                                                                                    \
     static inline void apply_##TYPE##_blocks(TYPE *restrict parameter, const float *restrict hyper, uint32_t seed,     \
                                              const float *scale, int64_t scales, int highest,                          \
@@ -181,15 +195,21 @@ static inline void decide(float *decided, int highest, const int32_t *const *pla
             }                                                                                                          \
     }                                                                                                                  \
                                                                                                                        \
-    void apply_##TYPE(TYPE *restrict parameter, const float *restrict hyper, const uint32_t *restrict seed,            \
-                      const float *scale, int64_t scales, int highest, const int32_t *const *planes, int count,        \
-                      int64_t blocks, int threads) {                                                                   \
-        int64_t apart = blocks / STREAMS;                                                                              \
-        PARALLEL                                                                                                       \
-        for (int64_t block = 0; block < apart; block++)                                                                \
-            apply_##TYPE##_blocks(parameter, hyper, *seed, scale, scales, highest, planes, count, block, apart, STREAMS);\
-        for (int64_t block = STREAMS * apart; block < blocks; block++)                                                 \
-            apply_##TYPE##_blocks(parameter, hyper, *seed, scale, scales, highest, planes, count, block, 0, 1);        \
+    void apply_##TYPE(TYPE *const *parameters, const float *const *hypers, const uint32_t *const *seeds,               \
+                      const float *const *scales, const int64_t *sizes, int highest, const int32_t *const *planes,     \
+                      int count, const int64_t *begins, const int64_t *blocks, int segments, int threads) {            \
+        for (int s = 0; s < segments; s++) {                                                                           \
+            int64_t apart = blocks[s] / STREAMS;                                                                       \
+            const int32_t *own[MOST_PLANES];                                                                           \
+            for (int p = 0; p < count; p++) own[p] = planes[p] + begins[s] * LANES;                                    \
+            PARALLEL                                                                                                   \
+            for (int64_t block = 0; block < apart; block++)                                                            \
+                apply_##TYPE##_blocks(parameters[s], hypers[s], *seeds[s], scales[s], sizes[s], highest, own, count,   \
+                                      block, apart, STREAMS);                                                          \
+            for (int64_t block = STREAMS * apart; block < blocks[s]; block++)                                          \
+                apply_##TYPE##_blocks(parameters[s], hypers[s], *seeds[s], scales[s], sizes[s], highest, own, count,   \
+                                      block, 0, 1);                                                                    \
+        }                                                                                                              \
     }
 
 APPLY(float)
@@ -212,31 +232,39 @@ APPLY(bfloat16)
 STEP(float)
 STEP(bfloat16)
 
-/* Whether a value has all bits of `exponent`: it is an Inf or a NaN. */
 #define FIND_BAD(BITS)                                                                                                 \
-    int find_bad_##BITS(const uint##BITS##_t *values, uint##BITS##_t exponent, int64_t elements, int threads) {        \
-        int64_t blocks = elements / (STREAMS * BLOCK);                                                                 \
+    static int has_bad_##BITS(const uint##BITS##_t *values, int64_t elements, uint##BITS##_t exponent, int threads) {  \
+        int64_t apart = elements / (STREAMS * BLOCK);                                                                  \
         int found = 0;                                                                                                 \
         _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1) reduction(| : found)")        \
-        for (int64_t block = 0; block < blocks; block++) {                                                             \
+        for (int64_t block = 0; block < apart; block++) {                                                              \
             uint##BITS##_t bad[LANES] = {0};                                                                           \
             for (int row = 0; row < LANES; row++)                                                                      \
                 for (int stream = 0; stream < STREAMS; stream++) {                                                     \
-                    const uint##BITS##_t *v = values + (stream * blocks + block) * BLOCK + row * LANES;                \
+                    const uint##BITS##_t *v = values + (block + stream * apart) * BLOCK + row * LANES;                 \
                     prefetch(v + BLOCK, LANES * sizeof *v);                                                            \
                     for (int lane = 0; lane < LANES; lane++) bad[lane] |= (v[lane] & exponent) == exponent;            \
                 }                                                                                                      \
             for (int lane = 0; lane < LANES; lane++) found |= bad[lane];                                               \
         }                                                                                                              \
-        for (int64_t i = STREAMS * blocks * BLOCK; i < elements; i++) found |= (values[i] & exponent) == exponent;     \
+        for (int64_t i = STREAMS * apart * BLOCK; i < elements; i++) found |= (values[i] & exponent) == exponent;      \
         return found;                                                                                                  \
+    }                                                                                                                  \
+                                                                                                                       \
+    /* The first tensor with a value that has all bits of `exponent`, so an Inf or a NaN; -1 if there is none. Backwards,\
+       so that what a vote reads first is read last here, and still in the cache. */                                   \
+    int find_bad_##BITS(const uint##BITS##_t *const *tensors, const int64_t *sizes, int count,                         \
+                        uint##BITS##_t exponent, int threads) {                                                        \
+        int first = -1;                                                                                                \
+        for (int t = count - 1; t >= 0; t--)                                                                           \
+            if (has_bad_##BITS(tensors[t], sizes[t], exponent, threads)) first = t;                                    \
+        return first;                                                                                                  \
     }
 
 FIND_BAD(16)
 FIND_BAD(32)
 
 #define WIDTH 256
-#define MOST_PLANES 16
 
 /* Adds a vote to bit-sliced counts, of which the first `planes` can change. */
 static inline void add_vote(uint32_t counts[][WIDTH], int planes, const int32_t *vote, int words) {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..bits.devices import can_launch, send_to
-from ..bits.native import NATIVE_FROM, load_is_finite
+from ..bits.native import NATIVE_FROM, load_find_bad
 
 
 def first_bad_gradient(gradients: Sequence[Tensor | None]) -> int:
@@ -19,13 +19,13 @@ def first_bad_gradient(gradients: Sequence[Tensor | None]) -> int:
     device = present[0][1].device
     if device.type != "cpu":
         return int(verdict_on(gradients, device))
-    # Backwards, so that what the vote reads first is read last here, and still in the cache.
     elements = sum(gradient.numel() for _, gradient in present)
-    is_finite = load_is_finite() if elements >= NATIVE_FROM else None
-    if is_finite is not None:
-        bad = [index for index, gradient in reversed(present) if not is_finite(gradient)]
-        return min(bad, default=-1)
-    # A sum is finite if all its terms are, unless it overflows: then look closer.
+    find_bad = load_find_bad() if elements >= NATIVE_FROM else None
+    if find_bad is not None:
+        first = find_bad([gradient for _, gradient in present])
+        return -1 if first == -1 else present[first][0]
+    # A sum is finite if all its terms are, unless it overflows: then look closer. Backwards, so that what a vote reads
+    # first is read last here, and still in the cache.
     sums = torch.stack([gradient.sum(dtype=torch.float32) for _, gradient in reversed(present)])
     if bool(sums.isfinite().all()):
         return -1

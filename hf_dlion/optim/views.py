@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,6 +55,15 @@ class Views:
     def flat(self, index: int, tensor: Tensor) -> Tensor:
         """As that, for one parameter."""
         return flatten(tensor, self._orders[index])
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a vote reads of a segment, ``[B, 32, 32]``: gradient or direction, and states."""
+
+    segment: Segment
+    tensor: Tensor
+    states: Sequence[Tensor]
 
 
 class SegmentViews(Views):
@@ -126,11 +136,21 @@ class SegmentViews(Views):
             keep_states: leave the states as they are; :meth:`move` updates them later.
         """
         words = torch.empty((bucket.blocks, LANES), dtype=torch.int32, device=self.device)
+        together: dict[tuple[bool, torch.dtype], list[_Given]] = {}
         for segment in bucket.segments:
-            own = self.kernels.peek if keep_states else self.kernels.vote
-            kernel = own if self._state_names[segment.group] else self.kernels.sign
-            vote = self._vote_staged if segment.staged else self._vote_in_place
-            vote(segment, kernel, given, hypers[segment.group], zero_votes, words[segment.rows])
+            if segment.staged:
+                self._vote_staged(segment, given, hypers, zero_votes, words, keep_states)
+                continue
+            [span] = segment.spans
+            gradient = given[span.parameter]
+            if gradient is None:
+                words[segment.rows] = -zero_votes.to(torch.int32)
+            else:
+                states = [cuts[0] for cuts in self._state_cuts[id(segment)]]
+                part = _Given(segment, _blocks(gradient, span), states)
+                together.setdefault((bool(states), gradient.dtype), []).append(part)
+        for parts in together.values():
+            self._vote(parts, hypers, zero_votes, words, keep_states)
         return words.view(-1)
 
     def move(self, gradients: Sequence[Tensor | None], hypers: Tensor, state_name: str) -> None:
@@ -165,24 +185,22 @@ class SegmentViews(Views):
             absent: indices of parameters that are left alone.
             scales: for each parameter, float32 ``[1]``, what its decision is multiplied by; None is 1.
         """
-        planes = [plane.view(-1, LANES) for plane in decision.planes]
+        together: dict[torch.dtype, list[tuple[Segment, Tensor]]] = {}
         for segment in bucket.segments:
             parameters = self._parameter_cuts[id(segment)]
-            seed = self._seed(segment.dtype, step, segment.spans[0])
-            scale = None if scales is None else _scale_of(segment, scales)
-            apply = (self.kernels if scale is None or scale.dim() == 1 else EAGER).apply
-            part = tuple(plane[segment.rows] for plane in planes)
             present = [i for i, span in enumerate(segment.spans) if span.parameter not in absent]
             if not present:
                 continue
             if not segment.staged:
-                apply(parameters[0], hypers[segment.group], seed, scale, decision.highest, part)
+                together.setdefault(segment.dtype, []).append((segment, parameters[0]))
                 continue
             staged = torch.zeros(segment.blocks * BLOCK, dtype=segment.dtype, device=self.device)
             slices = [staged[one] for one in segment.slices]
             _copy(parameters, slices)
-            apply(staged.view(-1, LANES, LANES), hypers[segment.group], seed, scale, decision.highest, part)
+            self._apply([(segment, staged.view(-1, LANES, LANES))], decision, hypers, step, scales)
             _copy([slices[i] for i in present], [parameters[i] for i in present])
+        for parts in together.values():
+            self._apply(parts, decision, hypers, step, scales)
 
     def squares(self, bucket: Bucket, decision: Decision) -> dict[int, Tensor]:
         """By parameter whose direction is given, the sum of squares of n D = 2c - n in a bucket; exact, int64."""
@@ -216,7 +234,8 @@ class SegmentViews(Views):
             assert gradient is not None
             chosen = self.kernels if len(gradient) >= BLOCK else EAGER
             hyper, seed = hypers[self._group_of[index]], self._seed_of(index, step)
-            chosen.step(parameter, gradient, *self.states[index].values(), hyper, seed, factor)
+            [momentum] = self.states[index].values()
+            chosen.step(parameter, gradient, momentum, hyper, seed, factor)
 
     def directions(
         self,
@@ -255,31 +274,46 @@ class SegmentViews(Views):
     def _seed_of(self, index: int, step: int) -> Tensor:
         return self._seed(self.parameters[index].dtype, step, Span(index, 0, len(self.parameters[index])))
 
-    def _vote_in_place(
-        self,
-        segment: Segment,
-        kernel: Callable[..., None],
-        gradients: Sequence[Tensor | None],
-        hyper: Tensor,
-        zero_votes: Tensor,
-        out: Tensor,
+    def _vote(
+        self, parts: Sequence[_Given], hypers: Tensor, zero_votes: Tensor, words: Tensor, keep_states: bool
     ) -> None:
-        [span] = segment.spans
-        gradient = gradients[span.parameter]
-        if gradient is None:
-            out.copy_(-zero_votes.to(torch.int32))
-        else:
-            states = [cuts[0] for cuts in self._state_cuts[id(segment)]]
-            kernel(_blocks(gradient, span), *states, hyper, zero_votes, out)
+        """By one call of a kernel; parts have states alike, and one dtype."""
+        given, rows = [part.tensor for part in parts], [part.segment.rows for part in parts]
+        if not parts[0].states:
+            self.kernels.sign(given, zero_votes, words, rows)
+            return
+        kernel = self.kernels.peek if keep_states else self.kernels.vote
+        momenta = [part.states[0] for part in parts]
+        kernel(given, momenta, [hypers[part.segment.group] for part in parts], zero_votes, words, rows)
+
+    def _apply(
+        self,
+        parts: Sequence[tuple[Segment, Tensor]],
+        decision: Decision,
+        hypers: Tensor,
+        step: int,
+        scales: Sequence[Tensor] | None,
+    ) -> None:
+        """Update the blocks of segments of one dtype."""
+        segments, blocks = zip(*parts, strict=True)
+        self.kernels.apply(
+            blocks,
+            [hypers[segment.group] for segment in segments],
+            [self._seed(segment.dtype, step, segment.spans[0]) for segment in segments],
+            [None if scales is None else _scale_of(segment, scales) for segment in segments],
+            decision.highest,
+            [plane.view(-1, LANES) for plane in decision.planes],
+            [segment.rows for segment in segments],
+        )
 
     def _vote_staged(
         self,
         segment: Segment,
-        kernel: Callable[..., None],
         gradients: Sequence[Tensor | None],
-        hyper: Tensor,
+        hypers: Tensor,
         zero_votes: Tensor,
-        out: Tensor,
+        words: Tensor,
+        keep_states: bool,
     ) -> None:
         # Zeros where there is no gradient: they vote zero, and the states there are not written back.
         size = segment.blocks * BLOCK
@@ -298,7 +332,8 @@ class SegmentViews(Views):
             kept += [cuts[i] for i in present]
             kept_staged += [staged[part] for part in slices]
         _copy(kept, kept_staged)
-        kernel(staged_gradient.view(-1, LANES, LANES), *staged_states, hyper, zero_votes, out)
+        part = _Given(segment, staged_gradient.view(-1, LANES, LANES), staged_states)
+        self._vote([part], hypers, zero_votes, words, keep_states)
         _copy(kept_staged, kept)  # as they are, if the kernel only peeked
 
     def _seed(self, dtype: torch.dtype, step: int, first: Span) -> Tensor:

@@ -1,8 +1,8 @@
 """The Trainer, and the mixin that makes any Trainer vote.
 
 Extension points of transformers 5: ``create_accelerator_and_postprocess``, ``create_optimizer`` with
-``get_optimizer_cls_and_kwargs``, ``_wrap_model``, ``set_initial_training_values``, ``_maybe_log_save_evaluate`` and
-``log``; and those of the mixins beside this file.
+``get_optimizer_cls_and_kwargs``, ``_wrap_model``, ``set_initial_training_values`` and ``_maybe_log_save_evaluate``; and
+those of the mixins beside this file.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from copy import copy
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
@@ -23,11 +22,9 @@ from ..local_gradients import LocalGradients, keep_gradients_local, voting_group
 from ..optim.hidden import hidden_matrices
 from ..optim.local_steps import LocalSteps
 from ..optim.states import all_parameters
-from ..optim.tensors import local
 from ..optim.virtual import VirtualWorkers
 from ..optim.workers import members_of
 from ..wire.collectives import drain_gloo
-from ..wire.ledger import Ledger, fp32_all_reduce_bytes
 from ..wire.liveness import report_lost_workers
 from .arguments import DLionArgumentsMixin
 from .card import write_card
@@ -35,15 +32,14 @@ from .checkpoints import CheckpointsMixin
 from .clipping import ClippingMixin
 from .methods import METHODS, Method, in_local_steps, local_steps_options, method_of
 from .overrides import on_class_too, split_by_hidden
-from .theory import LionTheoryCallback
+from .training_log import TrainingLogMixin
 from .transformers_versions import TrainerVersionsMixin
 from .virtual import VirtualWorkersMixin
-from .votes import GradientVotesMixin
 
 logger = logging.getLogger(__name__)
 
 
-class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, TrainerVersionsMixin, GradientVotesMixin):
+class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, TrainerVersionsMixin, TrainingLogMixin):
     """Makes a Trainer run the methods of this package by name; put it first among the bases.
 
     With ``args.optim`` one of ours, or with an optimizer of ours from elsewhere (``optimizers``,
@@ -73,17 +69,12 @@ class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, Tr
 
     args: Any
     accelerator: Any
-    callback_handler: Any
     optimizer: Any
     optimizer_cls_and_kwargs: Any
     lr_scheduler: Any
     model: Any
     state: Any
     is_fsdp_enabled: bool
-    control: Any
-
-    _observed: dict[str, float] | None = None
-    """What the next log of training gets."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Raise TypeError where the mixin comes after the Trainer that it extends."""
@@ -251,15 +242,10 @@ class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, Tr
             epochs = self._steps_made // steps_an_epoch  # transformers would begin the next, and step once in it
         return epochs, steps_an_epoch, *rest, steps
 
-    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self.control.should_training_stop:
             self._end_round()
-        # The parent gathers the loss of all ranks here, so they come together; to log() one may come alone.
-        if (
-            self._exchanges and self.control.should_log and self.state.global_step > self._globalstep_last_logged  # type: ignore[attr-defined]
-        ):
-            self._observed = self._observations(grad_norm)
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)  # type: ignore[misc]
+        super()._maybe_log_save_evaluate(*args, **kwargs)
         if self.control.should_training_stop:  # by what was evaluated
             self._end_round()
 
@@ -271,19 +257,6 @@ class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, Tr
         """The last round of local steps ends where the training does, however long it is."""
         if self._gradients_stay_local:
             self._own_optimizer().vote()
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the parent, with the traffic and the votes in the logs of training.
-
-        May be called on one rank. The log of training that is due then still comes, on all ranks.
-        """
-        others = self._observed is None
-        if self._observed is not None and "loss" in logs and "learning_rate" in logs:
-            logs, self._observed = {**logs, **self._observed}, None
-        due = self.control.should_log
-        super().log(logs, start_time)  # type: ignore[misc]
-        if others and self._exchanges:
-            self.control.should_log = due  # the parent takes any log for it, and the other ranks would wait
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the parent; between two votes of local steps, of the parameters of the last vote."""
@@ -360,18 +333,6 @@ class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, Tr
             self._warn_of_unseen_gradients()
         self._count_from_here()
 
-    def _count_from_here(self) -> None:
-        """What was sent, and which gradients were bad, in an earlier training is not for the log of this one."""
-        source = self._counted = self._source()
-        self._at_start = Ledger() if source is None else source.ledger.copy()
-        self._logged, self._logged_bad_gradients = self._at_start.copy(), getattr(source, "bad_gradients", 0)
-        if source is not None:
-            source.vote_shares()
-
-    def _source(self) -> Any:
-        """What counts bytes, votes and bad gradients; None, where DDP is yet to be given its hook."""
-        return self.voting if self._gradient_votes else self._own_optimizer()
-
     def _check_equally_many(self, steps: int, steps_an_epoch: int) -> None:
         if self.args.world_size == 1:
             return
@@ -386,40 +347,6 @@ class DLionTrainerMixin(CheckpointsMixin, ClippingMixin, VirtualWorkersMixin, Tr
                 "accelerator.prepare deal out one dataset, cut the loaders to one length, or set max_steps and no "
                 "strategy to epoch."
             )
-
-    def _observations(self, grad_norm: Any) -> dict[str, float]:
-        """A collective over the workers."""
-        source = self._source()
-        if source is not self._counted:  # DDP has its hook since then
-            self._counted, self._at_start, self._logged, self._logged_bad_gradients = source, Ledger(), Ledger(), 0
-        found = self._traffic(source.ledger, source.workers)
-        found["bad_gradients"] = source.bad_gradients - self._logged_bad_gradients
-        self._logged_bad_gradients = source.bad_gradients
-        shares = source.vote_shares()
-        if shares is not None:
-            found |= {"vote_ties": shares.ties, "vote_unanimous": shares.unanimous}
-        if grad_norm is not None and self._gradients_stay_local:
-            norm = torch.as_tensor(grad_norm, device=self.accelerator.device)
-            found["grad_norm"] = self.accelerator.reduce(norm, reduction="mean").item()
-        found = {name: round(value, 6) if isinstance(value, float) else value for name, value in found.items()}
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, LionTheoryCallback):
-                found |= callback.observations()
-        return found
-
-    def _traffic(self, total: Ledger, workers: int) -> dict[str, float]:
-        trained = all_parameters(self._own_optimizer())
-        new = total.since(self._logged)
-        self._logged = total.copy()
-        found: dict[str, float] = {"bytes_sent_total": total.since(self._at_start).sent_bytes}
-        if new.steps:
-            parameters = sum(parameter.numel() for parameter in trained)
-            found["bits_sent_per_param"] = 8 * new.sent_bytes / (parameters * new.steps)
-            found["bits_received_per_param"] = 8 * new.received_bytes / (parameters * new.steps)
-            if workers > 1:
-                held = sum(local(parameter).numel() for parameter in trained)
-                found["fp32_allreduce_ratio"] = new.sent_bytes / (fp32_all_reduce_bytes(held, workers) * new.steps)
-        return found
 
 
 class DLionTrainer(DLionTrainerMixin, Trainer):

@@ -17,14 +17,16 @@ from torch import Tensor
 from hf_dlion.bits import counting
 from hf_dlion.bits.counting import RULES
 from hf_dlion.bits.kernels import EAGER, Kernels
-from hf_dlion.bits.native import _compiled, load_count, load_is_finite, load_passes
+from hf_dlion.bits.native import _compiled, load_count, load_find_bad, load_passes
 
 HYPER = torch.tensor([0.9, 1 - 0.9, 0.99, 1 - 0.99, 3e-3, 0.1])
+OTHER = torch.tensor([0.8, 1 - 0.8, 0.95, 1 - 0.95, 1e-3, 0.0])
 ZERO_VOTES = torch.arange(32) % 2 == 0
 SEED = torch.tensor([123456789], dtype=torch.int32)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BLOCKS = 11
-"""Twice what passes.c reads side by side, and a rest of several."""
+BLOCKS = 14
+ROWS = [slice(0, 11), slice(12, 14)]
+"""Of two segments: one has twice what passes.c works on side by side, and a rest; and a block belongs to none."""
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,11 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
     return values.nan_to_num(posinf=1e30, neginf=-1e30)
 
 
+def split(*tensors: Tensor) -> list[list[Tensor]]:
+    """What each segment has of tensors, ``[B, 32, 32]``."""
+    return [[tensor[row] for row in ROWS] for tensor in tensors]
+
+
 def same(one: Tensor, other: Tensor) -> bool:
     """Bit for bit, signs of zeros included."""
     kind = torch.int32 if one.element_size() == 4 else torch.int16
@@ -70,7 +77,7 @@ def test_votes(native: Kernels, name: str, dtype: torch.dtype) -> None:
         if name == "move":
             kernels.move(gradient.view(-1)[:-7], momentum.view(-1)[:-7], HYPER)
         else:
-            getattr(kernels, name)(gradient, momentum, HYPER, ZERO_VOTES, words)
+            getattr(kernels, name)(*split(gradient, momentum), [HYPER, OTHER], ZERO_VOTES, words, ROWS)
         results.append((momentum, words))
     assert all(same(one, other) for one, other in zip(*results, strict=True))
     assert (results[0][1] != 0).any() == (name != "move")
@@ -81,23 +88,24 @@ def test_votes(native: Kernels, name: str, dtype: torch.dtype) -> None:
 def test_signs_of_directions(native: Kernels) -> None:
     words = [torch.zeros(BLOCKS, 32, dtype=torch.int32) for _ in range(2)]
     for kernels, out in zip((EAGER, native), words, strict=True):
-        kernels.sign(drawn(BLOCKS, 32, 32), HYPER, ZERO_VOTES, out)
+        kernels.sign(*split(drawn(BLOCKS, 32, 32)), ZERO_VOTES, out, ROWS)
     assert torch.equal(*words)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("highest", [1, 2, 3, 4, 5, 8, 11])
-@pytest.mark.parametrize("scales", [0, 1, BLOCKS * 1024])
+@pytest.mark.parametrize("scales", [0, 1, 1024])
 @pytest.mark.usefixtures("threads")
 def test_updates(native: Kernels, dtype: torch.dtype, highest: int, scales: int) -> None:
     levels = torch.randint(highest + 1, (BLOCKS, 32, 32), generator=torch.Generator().manual_seed(3))
     rows = torch.arange(32).view(1, 32, 1)
     planes = tuple(((levels >> p & 1) << rows).sum(1).to(torch.int32) for p in range(highest.bit_length()))
-    scale = None if scales == 0 else drawn(scales).abs().view((1,) if scales == 1 else (-1, 32, 32))
+    each = drawn(BLOCKS, 32, 32).abs()
+    own = {0: [None, None], 1: [each[0, 0, :1], None], 1024: [each[row] for row in ROWS]}[scales]
     results = []
     for kernels in (EAGER, native):
         parameter = drawn(BLOCKS, 32, 32, seed=4).clamp(-6e4, 6e4).to(dtype)
-        kernels.apply(parameter, HYPER, SEED, scale, highest, planes)
+        kernels.apply(*split(parameter), [HYPER, OTHER], [SEED, SEED + 1], own, highest, planes, ROWS)
         results.append(parameter)
     assert same(*results)
 
@@ -167,23 +175,28 @@ def test_counting(voters: int, rule: str) -> None:
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("size", [0, 1, 4095, 4096, 3 * 4096 + 1234])
 def test_bad_values(size: int, dtype: torch.dtype) -> None:
-    is_finite = load_is_finite()
-    assert is_finite is not None
+    find_bad = load_find_bad()
+    assert find_bad is not None
     values = drawn(size, seed=8).clamp(-6e4, 6e4).to(dtype)
-    largest = torch.finfo(dtype).max
-    assert is_finite(values.fill_(largest) if size == 1 else values)
+    largest = torch.full((1,), torch.finfo(dtype).max, dtype=dtype)
+    assert find_bad([largest, values, largest]) == -1
     for place in {0, 1, 1023, 1024, 4096, 8191, 3 * 4096, size // 2, size - 2, size - 1} & set(range(size)):
         for bad in (float("nan"), float("inf"), -float("inf")):
             kept = values[place].clone()
             values[place] = bad
-            assert not is_finite(values)
+            assert find_bad([largest, values, largest]) == 1
             values[place] = kept
 
 
-def test_bad_values_where_memory_has_gaps() -> None:
-    is_finite = load_is_finite()
-    assert is_finite is not None
-    values = torch.zeros(64, 64)
-    values[:, 1::2] = float("nan")
-    assert is_finite(values[:, ::2])
-    assert not is_finite(values.t())
+def test_the_first_of_several_bad_values() -> None:
+    find_bad = load_find_bad()
+    assert find_bad is not None
+    bad = float("nan")
+    # Of several dtypes; and with gaps in memory, which are of no account.
+    gaps = torch.zeros(64, 64)
+    gaps[:, 1::2] = bad
+    good, bads = [torch.zeros(9, dtype=kind) for kind in DTYPES], [torch.full((9,), bad, dtype=kind) for kind in DTYPES]
+    assert find_bad([*good, gaps[:, ::2]]) == -1
+    assert find_bad([*good, gaps[:, ::2], gaps.t(), *bads]) == 4
+    for index, one in enumerate(bads):
+        assert find_bad([*good[:index], one, *bads]) == index
