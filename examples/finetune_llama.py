@@ -4,7 +4,7 @@ Two processes on the CPU; the model is a path or a hub id, the data a JSON or JS
 `instruction`, `input` and `output`:
 
     accelerate launch --config_file examples/launch/cpu_2.yaml examples/finetune_llama.py --use_cpu \\
-        --model path/to/model --dataset alpaca.json --optim dlion_mavo --learning_rate 1e-4 --weight_decay 0.01 \\
+        --model path/to/model --dataset alpaca.json --optim dmuon_mavo --learning_rate 1e-4 --weight_decay 0.01 \\
         --per_device_train_batch_size 4 --max_steps 500
 
 With `--optim adamw_torch`, and a learning rate for it, gradients are averaged as ever: the baseline. On GPUs,

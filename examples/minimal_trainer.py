@@ -1,7 +1,7 @@
 """A Trainer script with Distributed Lion: two names are not those of every such script.
 
     accelerate launch --config_file examples/launch/cpu_2.yaml examples/minimal_trainer.py \\
-        --use_cpu --optim dlion_mavo --learning_rate 3e-3 --max_steps 60
+        --use_cpu --optim dmuon_mavo --learning_rate 2e-2 --max_steps 60
 
 A small GPT-2 learns to count. Two processes on the CPU take seconds, and download nothing.
 """

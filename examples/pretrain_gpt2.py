@@ -3,7 +3,7 @@
 Two processes on the CPU, on the source of Python's own standard library (nothing is downloaded):
 
     accelerate launch --config_file examples/launch/cpu_2.yaml examples/pretrain_gpt2.py --use_cpu \\
-        --optim dlion_mavo --learning_rate 7e-4 --weight_decay 0.1 \\
+        --optim dmuon_mavo --learning_rate 2e-2 --weight_decay 0.1 \\
         --per_device_train_batch_size 4 --max_steps 1200
 
 With `--optim adamw_torch`, and a learning rate for it, gradients are averaged as ever: the baseline. On GPUs,

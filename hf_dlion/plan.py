@@ -22,9 +22,10 @@ DDP_BUCKET = 25 << 20  # bytes
 CLOSE = 1.05  # two predictions that differ by less are the same
 WORTH = 1.2  # so much longer may a step be of a method that trains better
 AS_GOOD_AS_ADAMW = ("dmuon_mavo", "dmuon_avg", "ddp_fp32", "ddp_bf16")  # or better, in most of the studies
-# Orthogonalising, times the width over the tokens of a step, of forward and backward: 1.7 to 1.9 in
-# model_cards/orthogonal and model_cards/whole_step; 5 by the operations alone, if all parameters were hidden matrices.
-ORTHOGONAL = 1.9
+# Orthogonalising, of forward and backward: so many times the smaller side of the matrices, in the mean over all
+# parameters, over the tokens of a step. 2.7 to 3.7 in model_cards/orthogonal and whole_step; 4 to 5 by the operations.
+ORTHOGONAL = 3.2
+VOCABULARY = 50257  # of a model of which only the number of parameters is given
 
 SUMMARY = "Predict the time and the bytes of a training step, for each method and for DDP."
 
@@ -213,7 +214,10 @@ def recommend(predictions: Sequence[Prediction], local: Prediction) -> tuple[str
 
 
 def shape_of(model: str) -> tuple[float, float]:
-    """How many parameters a model has, and its width; by a count such as 124M, or by its configuration.
+    """How many parameters a model has, and the smaller side of their hidden matrix, 0 for others, in the mean.
+
+    Args:
+        model: a count such as 124M, or what has a configuration.
 
     Raises:
         ValueError: it is neither a count, nor a folder with a config.json, nor in the cache of the hub.
@@ -221,27 +225,39 @@ def shape_of(model: str) -> tuple[float, float]:
     count = re.fullmatch(r"([\d.]+)([kmbt]?)", model.lower())
     if count:
         parameters = _number(count, _COUNTS, model)
-        return parameters, _usual_width(parameters)
+        return parameters, _usual_side(parameters)
     try:
         import torch
         from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+        from .optim.hidden import hidden_matrices, matrices_of
+
         config = AutoConfig.from_pretrained(model, local_files_only=True)
         kind = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
         with torch.device("meta"):
-            parameters = float(sum(parameter.numel() for parameter in kind.from_config(config).parameters()))
+            made = kind.from_config(config)
     except (ImportError, OSError, ValueError) as error:
         cause = str(error).partition("\n")[0]
         raise ValueError(
             f"{model!r} is no number of parameters, and no configuration was found by that name here: nothing is "
             f"downloaded. Give a number, such as 124M, or a folder with a config.json. The cause: {cause}"
         ) from error
-    return parameters, float(getattr(config.get_text_config(), "hidden_size", 0) or _usual_width(parameters))
+    parameters = float(sum(parameter.numel() for parameter in made.parameters()))
+    hidden = [group for group in hidden_matrices(made) if group["orthogonal"]]
+    matrices = [
+        part for group in hidden for _, weight in group["params"] for part in matrices_of(weight, group["split"])
+    ]
+    return parameters, sum(min(matrix.shape) * matrix.numel() for matrix in matrices) / parameters
 
 
-def _usual_width(parameters: float) -> float:
-    """Of a transformer whose depth is a 64th of it, at 12 of its squares a layer."""
-    return float((64 / 12 * parameters) ** (1 / 3))
+def _usual_side(parameters: float) -> float:
+    """Of a GPT-2 whose depth is a 64th of its width, with 12 squares of the width a layer."""
+    narrow, wide = 0.0, parameters ** (1 / 2)
+    for _ in range(60):
+        width = (narrow + wide) / 2
+        hidden = 12 / 64 * width**3
+        narrow, wide = (narrow, width) if hidden + VOCABULARY * width > parameters else (width, wide)
+    return hidden / parameters * width
 
 
 def link_rate(text: str) -> float:
@@ -319,7 +335,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         _check(options)
         bandwidth = measured_bandwidth() if options.bandwidth is None else 1e9 * options.bandwidth
-        (parameters, width), link = shape_of(options.model), link_rate(options.link)
+        (parameters, side), link = shape_of(options.model), link_rate(options.link)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -330,7 +346,7 @@ def run(options: argparse.Namespace) -> int:
         options.compute,
         bandwidth,
         latency=options.latency / 1e3,
-        orthogonal=ORTHOGONAL * width / options.tokens,
+        orthogonal=ORTHOGONAL * side / options.tokens,
         gpu=options.gpu,
     )
     found = report(setting, options.local_steps)

@@ -63,7 +63,8 @@ def test_every_whole_step_is_predicted(report: dict[str, Any], result: dict[str,
     parameters, workers, own = settings["parameters"], settings["workers"], bandwidth(settings["workers"])
     computing = {one["rate"]: one["median"] for one in report["results"] if one["method"] == "computing"}
     compute = computing[result["rate"]] - plan.ALONE * parameters / own
-    orthogonal = plan.ORTHOGONAL * settings["hidden"] / settings["tokens"]
+    hidden = 12 * settings["layers"] * settings["hidden"] ** 2  # parameters in matrices
+    orthogonal = plan.ORTHOGONAL * hidden / parameters * settings["hidden"] / settings["tokens"]
     setting = Setting(parameters, workers, bits_per_second(result["rate"]), compute, own, 2e-4, orthogonal)
     predicted = predict(BY_NAME[result["method"]], setting)
     assert predicted.step_seconds == pytest.approx(result["median"], rel=CLOSE)
@@ -128,7 +129,9 @@ def test_a_model_is_counted_from_its_configuration(tmp_path: Path, capsys: pytes
     GPT2Config().save_pretrained(tmp_path)
     out = printed(capsys, str(tmp_path), "--workers", "2", "--link", "1gbit", "--compute", "1", "--tokens", "1024")
     assert out.startswith("124,439,808 parameters")
-    assert "142 % more with orthogonalising" in out
+    assert "164 % more with orthogonalising" in out
+    counted = printed(capsys, "124.44M", "--workers", "2", "--link", "1gbit", "--compute", "1", "--tokens", "1024")
+    assert "166 % more with orthogonalising" in counted
 
 
 @pytest.mark.parametrize(

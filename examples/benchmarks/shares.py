@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from .machine import machine
 
-SIZES = {"gpt2-tiny": (4, 4, 128), "gpt2-mini": (6, 5, 160)}  # layers, heads, width
+SIZES = {"gpt2-tiny": (4, 4, 128), "gpt2-mini": (6, 5, 160), "gpt2-10m": (12, 4, 256)}  # layers, heads, width
 VOCABULARY = 2048
 WARMUP_STEPS = 3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -23,6 +24,9 @@ _ALTERNATING = ("GptOssExperts", "OpenAIPrivacyFilterExperts")
 
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 
+_IN_ADAPTERS = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)$")
+"""What PEFT puts behind the name of a layer that it wraps."""
+
 
 def hidden_matrices(
     model: nn.Module,
@@ -36,23 +40,25 @@ def hidden_matrices(
     A hidden matrix is the weight of a linear layer, a convolution, an attention or a bank of experts that lies inside
     the network. Embeddings, the output head (tied or not; of a model of transformers, whatever is outside its base
     model), norms, biases and other parameters are not. Weights that are several matrices in one are cut: GPT-2's
-    ``c_attn``, ``qkv_proj`` (with fewer key heads, too), ``Wqkv``, ``in_proj_weight``, ``gate_up_proj``, experts.
-    Those whose heads alternate (``query_key_value``, CodeGen's, GPTBigCode's), or whose gate and up do, stay whole. A
-    low-rank adapter's A and B are hidden matrices. The head of a model that is not of transformers, and has no
-    ``get_output_embeddings``, cannot be told from a layer inside: name it in ``others``.
+    ``c_attn``, ``qkv_proj`` (with fewer key heads, too, as a configuration above it has them), ``Wqkv``,
+    ``in_proj_weight``, ``gate_up_proj``, ``Wi``, experts. Those whose heads alternate (``query_key_value``, CodeGen's,
+    GPTBigCode's), or whose gate and up do, stay whole; and so do those that are not three times as wide as their
+    inputs, if no configuration tells of heads: say in ``splits`` how they are to be cut. A low-rank adapter's A and B
+    are hidden matrices. The head of a model that is not of transformers, and has no ``get_output_embeddings``, cannot
+    be told from a layer inside: name it in ``others``.
 
     Args:
         model: only parameters that require gradients are taken.
         decayed: names of the parameters that weight decay is for; None: those of two dimensions or more.
         others: names of parameters that are no hidden matrices, whatever they look like; as of ``named_parameters``.
-        splits: by the last part of a module's name, the sizes of the matrices in its weight, along its outputs.
+        splits: by the last part of a linear layer's name, the sizes of the matrices in its weight, along its outputs.
 
     Returns:
         Groups of named parameters with the entries ``orthogonal`` and ``split``; those without decay have a
         ``weight_decay`` of 0.
 
     Raises:
-        ValueError: the model has no parameter of a name in ``others``.
+        ValueError: the model has none of a name in ``others`` or ``splits``, or sizes there do not add up to its outputs.
     """
     plain = _known({others} if isinstance(others, str) else set(others), model)
     base = _base_model(model)
@@ -76,12 +82,18 @@ def hidden_matrices(
 
 def _splits_in(base: nn.Module, splits: Mapping[str, Sequence[int]]) -> dict[int, Split]:
     """By id, the parameters that are matrices, whatever their place."""
-    modules, found = dict(base.named_modules()), dict[int, Split]()
+    modules, found, met = dict(base.named_modules()), dict[int, Split](), set[str]()
     for name, module in modules.items():
-        attention, _, last = name.rpartition(".")
+        attention, _, last = _IN_ADAPTERS.sub("", name).rpartition(".")
         named = last if last in splits or not _heads_alternate(modules[attention]) else ""
         for parameter, split in _matrices(named, module, _heads(name, modules), splits):
             found[id(parameter)] = split
+            met.add(last)
+    if unknown := set(splits) - met:
+        raise ValueError(
+            f"splits has {', '.join(map(repr, sorted(unknown)))}, and the model has no linear layer of that name "
+            "inside. It is the last part of a name of model.named_modules(), such as qkv_proj."
+        )
     return found
 
 
@@ -229,7 +241,12 @@ def _matrices(
         yield from _experts(module)
     elif isinstance(module, nn.Linear) or "Conv1D" in kinds:
         outputs = 1 if "Conv1D" in kinds else 0  # transformers' Conv1D has its inputs first
-        sizes = splits.get(name) or _fused(name, layer.weight.shape[outputs], layer, heads)
+        inside = layer.weight.shape
+        sizes = splits.get(name) or _fused(name, inside[outputs], inside[1 - outputs], layer, heads)
+        if sum(sizes) != inside[outputs]:
+            raise ValueError(
+                f"splits has {list(sizes)} for {name!r}, whose outputs are {inside[outputs]}: they do not add up."
+            )
         yield layer.weight, (outputs, *sizes) if len(sizes) > 1 else ()
 
 
@@ -253,14 +270,16 @@ def _experts(module: nn.Module) -> Iterator[tuple[nn.Parameter, Split]]:
         yield weight, split
 
 
-def _fused(name: str, outputs: int, module: Any, heads: tuple[int, int] | None) -> Sequence[int]:
+def _fused(name: str, outputs: int, inputs: int, module: Any, heads: tuple[int, int] | None) -> Sequence[int]:
     """The sizes of the matrices in a layer's weight, along its outputs."""
-    if name == "gate_up_proj" and outputs % 2 == 0:
+    if name in ("gate_up_proj", "Wi") and outputs % 2 == 0:
         return [outputs // 2] * 2
     if name == "c_attn" and hasattr(module, "nx"):
         width = int(module.nx)
         return [width] * (outputs // width) if outputs % width == 0 else [outputs]
     if name not in ("qkv_proj", "Wqkv", "c_attn", "qkv"):
+        return [outputs]
+    if heads is None and outputs != 3 * inputs:
         return [outputs]
     queries, keys = heads or (1, 1)
     if outputs % (queries + 2 * keys):

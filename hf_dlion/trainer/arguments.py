@@ -58,8 +58,16 @@ class DLionArgumentsMixin:
         },
     )
     # Lion's betas are fields of their own: Adam's default of 0.999 for the second is not Lion's.
-    lion_beta1: float = field(default=0.9, metadata={"help": "Lion's decay of the direction that is voted on."})
-    lion_beta2: float = field(default=0.99, metadata={"help": "Lion's decay of the momentum that a worker keeps."})
+    lion_beta1: float = field(
+        default=0.9, metadata={"help": "The decay of the direction that is voted on, in dlion, dmuon and glion."}
+    )
+    lion_beta2: float = field(
+        default=0.99,
+        metadata={
+            "help": "The decay of the momentum that a worker keeps, in dlion and glion, and in dmuon for embedding, "
+            "norms and biases. In runs of a few hundred steps, 0.95 may be better."
+        },
+    )
     muon_beta2: float = field(
         default=0.95,
         metadata={"help": "The decay of the momentum of hidden matrices in dmuon and gmuon; lion_beta1 is the other."},
@@ -396,7 +404,8 @@ def _known(name: str) -> Any:
     theirs = [member.value for member in OptimizerNames]
     if name in theirs:
         return name
-    close = difflib.get_close_matches(name, [*METHODS, *theirs], n=1)
+    close = [known for known in METHODS if known.startswith(f"{name}_")]  # dmuon is no name, and dmuon_mavo is one
+    close = close or difflib.get_close_matches(name, [*METHODS, *theirs], n=1)
     raise ValueError(
         f"optim={name!r} is not known.{f' Did you mean {close[0]!r}?' if close else ''} Methods of hf_dlion: "
         f"{', '.join(METHODS)}. Optimizers of transformers: {', '.join(theirs)}."

@@ -138,7 +138,8 @@ def _rule_options(arguments: Any) -> dict[str, Any]:
 METHODS: dict[str, Method] = {
     "dlion_mavo": Method(
         DistributedLion,
-        "Distributed Lion, majority vote: 1 bit up",
+        "Distributed Lion, majority vote: 1 bit up; a learning rate 3 to 10 times below AdamW's, and a weight decay as "
+        "many times above",
         {"aggregation": "mavo"},
         lambda arguments: _lion_options(arguments) | _vote_options(arguments),
     ),
@@ -162,7 +163,8 @@ METHODS: dict[str, Method] = {
     ),
     "dmuon_mavo": Method(
         DistributedMuon,
-        "Distributed Muon, majority vote on orthogonalised directions: 1 bit up",
+        "Distributed Muon, majority vote on orthogonalised directions: 1 bit up; AdamW's weight decay, and a learning "
+        "rate from AdamW's up to 20 times that",
         {"aggregation": "mavo"},
         lambda arguments: _muon_options(arguments) | _vote_options(arguments, "alternate"),
         takes_hidden_matrices=True,

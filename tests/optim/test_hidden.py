@@ -19,6 +19,8 @@ from transformers import (
     Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
     Phi3Config,
     Phi3ForCausalLM,
     ViTConfig,
@@ -120,6 +122,24 @@ def test_adapters_are_hidden_and_what_is_saved_whole_of_the_head_is_not() -> Non
     assert len(every) == len(set(every)) == sum(p.requires_grad for p in adapted.parameters())
 
 
+def test_fused_weights_that_are_saved_whole_beside_adapters_are_cut_too() -> None:
+    options = {"r": 4, "target_modules": ["o_proj"], "modules_to_save": ["qkv_proj", "gate_up_proj"]}
+    adapted = get_peft_model(Phi3ForCausalLM(Phi3Config(**LLAMA)), LoraConfig(**options))
+    matrices = {name.rpartition("layers.0.")[2]: cut for name, cut in found(adapted).items()}
+    assert matrices["self_attn.qkv_proj.modules_to_save.default.weight"] == [(16, 16), (8, 16), (8, 16)]
+    assert matrices["mlp.gate_up_proj.modules_to_save.default.weight"] == [(24, 16)] * 2
+    assert len(matrices) == 4
+    adapted.get_base_model().model.layers[0].self_attn.o_proj.base_layer.weight.requires_grad_(True)
+    assert sum(name.endswith("o_proj.base_layer.weight") for name in found(adapted)) == 1
+
+
+def test_gate_and_up_of_modernbert() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    matrices = found(ModernBertForMaskedLM(ModernBertConfig(**sizes, vocab_size=20, pad_token_id=0)))
+    assert matrices["model.layers.0.mlp.Wi.weight"] == [(24, 16)] * 2
+    assert matrices["model.layers.0.attn.Wqkv.weight"] == [(16, 16)] * 3
+
+
 class Experts(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -151,6 +171,12 @@ def test_plain_modules() -> None:
     with pytest.raises(ValueError, match="others has 'qkv', and the model has no parameter of that name"):
         found(model, others=["qkv", "words.weight"])
     assert found(model, splits={"qkv": [20, 4]})["qkv.weight"] == [(20, 8), (4, 8)]
+    with pytest.raises(ValueError, match=r"splits has \[20, 5\] for 'qkv', whose outputs are 24"):
+        found(model, splits={"qkv": [20, 5]})
+    with pytest.raises(ValueError, match="splits has 'attention.qkv', and the model has no linear layer of that name"):
+        found(model, splits={"attention.qkv": [12, 12]})
+    model["qkv"] = torch.nn.Linear(8, 12)  # perhaps of fewer key heads, perhaps not
+    assert found(model)["qkv.weight"] == [(12, 8)]
     model["qkv"].weight.requires_grad_(False)
     assert "qkv.weight" not in found(model)
 

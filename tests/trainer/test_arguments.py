@@ -42,6 +42,8 @@ def test_names_of_transformers_mean_what_they_meant(tmp_path: Path) -> None:
 def test_an_unknown_name_lists_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is not known. Did you mean 'dlion_mavo'\?.*dlion_avg.*adamw_torch"):
         DLionTrainingArguments(output_dir=str(tmp_path), optim="dlion_mvo")
+    with pytest.raises(ValueError, match=r"Did you mean 'dmuon_mavo'\?"):  # gmuon is nearer by its letters
+        DLionTrainingArguments(output_dir=str(tmp_path), optim="dmuon")
 
 
 @pytest.mark.parametrize(
