@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 FRAMES = 1.05  # what Ethernet and TCP headers add
@@ -222,7 +223,7 @@ def shape_of(model: str) -> tuple[float, float]:
     Raises:
         ValueError: it is neither a count, nor a folder with a config.json, nor in the cache of the hub.
     """
-    count = re.fullmatch(r"([\d.]+)([kmbt]?)", model.lower())
+    count = re.fullmatch(r"([\d.]+(?:e\d+)?)([kmbt]?)", re.sub("[,_]", "", model.lower()))
     if count:
         parameters = _number(count, _COUNTS, model)
         return parameters, _usual_side(parameters)
@@ -236,11 +237,14 @@ def shape_of(model: str) -> tuple[float, float]:
         kind = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
         with torch.device("meta"):
             made = kind.from_config(config)
-    except (ImportError, OSError, ValueError) as error:
-        cause = str(error).partition("\n")[0]
+    except Exception as error:  # a configuration, or code that comes with one, can raise anything
+        folder = Path(model).is_dir() and not Path(model, "config.json").exists()
+        cause = (
+            "the folder has no config.json" if folder else " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        )
         raise ValueError(
-            f"{model!r} is no number of parameters, and no configuration was found by that name here: nothing is "
-            f"downloaded. Give a number, such as 124M, or a folder with a config.json. The cause: {cause}"
+            f"{model!r} is no number of parameters, and no model could be laid out by a configuration of that name: "
+            f"nothing is downloaded. Give a number, such as 124M, or a folder with a config.json. The cause: {cause}"
         ) from error
     parameters = float(sum(parameter.numel() for parameter in made.parameters()))
     hidden = [group for group in hidden_matrices(made) if group["orthogonal"]]
@@ -266,10 +270,10 @@ def link_rate(text: str) -> float:
     Raises:
         ValueError: it is not of that form.
     """
-    rate = re.fullmatch(r"([\d.]+)\s*([kmgt]?)bit(?:/s|ps)?", text.lower())
+    rate = re.fullmatch(r"([\d.]+)\s*([kmgtKMGT]?)(?:[bB]it(?:/s|ps)?|bps|b/s)", text)  # B is a byte
     if not rate:
         raise ValueError(
-            f"link rate {text!r} cannot be read: it is a number of bits a second, such as 100mbit or 1Gbit."
+            f"link rate {text!r} cannot be read: it is a number of bits a second, such as 100mbit, 1Gbit or 1Gbps."
         )
     return _number(rate, _PER_SECOND, text)
 
@@ -359,10 +363,12 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value < least:
             raise ValueError(f"--{name} {value:g} is too small; it is at least {least}.")
+        if not math.isfinite(value):
+            raise ValueError(f"--{name} {value:g} is no number.")
     if options.gpu and options.bandwidth is None:
         raise ValueError("--gpu without --bandwidth: the copy that is timed would be the CPU's. Give the GPU's rate.")
-    if options.bandwidth is not None and options.bandwidth <= 0:
-        raise ValueError(f"--bandwidth {options.bandwidth:g} is too small; a worker's memory has some.")
+    if options.bandwidth is not None and not 0 < options.bandwidth < math.inf:
+        raise ValueError(f"--bandwidth {options.bandwidth:g}: it is a number of GB/s above 0.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -374,10 +380,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _number(found: re.Match[str], units: dict[str, float], text: str) -> float:
     try:
-        value = float(found[1]) * units[found[2]]
+        value = float(found[1]) * units[found[2].lower()]
     except ValueError:
         value = 0.0
-    if value <= 0:
+    if not 0 < value < math.inf:
         raise ValueError(f"{text!r} is no number above 0.")
     return value
 

@@ -141,7 +141,36 @@ def test_a_model_is_counted_from_its_configuration(tmp_path: Path, capsys: pytes
         (["124M", "--workers", "2", "--link", "fast"], "link rate 'fast' cannot be read"),
         (["124M", "--workers", "0", "--link", "1gbit"], "--workers 0 is too small; it is at least 1."),
         (["0M", "--workers", "2", "--link", "1gbit"], "'0M' is no number above 0"),
+        (["1M", "--workers", "2", "--link", "1GBps"], "link rate '1GBps' cannot be read"),
+        (["1M", "--workers", "2", "--link", "1gbit", "--latency", "nan"], "--latency nan is no number."),
+        (["1M", "--workers", "2", "--link", "1gbit", "--compute", "inf"], "--compute inf is no number."),
     ],
 )
 def test_what_cannot_be_read_is_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert message in printed(capsys, *words, "--compute", "1", code=2)
+    assert message in printed(capsys, "--compute", "1", *words, code=2)
+
+
+@pytest.mark.parametrize(
+    ("config", "cause"),
+    [
+        (None, "The cause: the folder has no config.json"),
+        ({"model_type": "llama", "hidden_size": 100, "num_attention_heads": 7}, "(100) is not a multiple"),
+        ({"model_type": "gpt2", "n_embd": "abc"}, "n_embd"),
+        ({"model_type": "gpt2", "activation_function": "nosuch"}, "The cause: KeyError: 'nosuch'"),
+    ],
+)
+def test_a_configuration_of_which_no_model_is_made(
+    config: Any, cause: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if config is not None:
+        Path(tmp_path, "config.json").write_text(json.dumps(config))
+    said = printed(capsys, str(tmp_path), "--workers", "2", "--link", "1gbit", "--compute", "1", code=2)
+    assert "is no number of parameters" in said
+    assert cause in said
+
+
+def test_numbers_as_people_write_them(capsys: pytest.CaptureFixture[str]) -> None:
+    for count in ("1.2e9", "1,200,000,000", "1_200_000_000", "1.2B"):
+        for link in ("1Gbit", "1gbit/s", "1Gbps", "1Gb/s", "1000 mbit"):
+            out = printed(capsys, count, "--workers", "2", "--link", link, "--compute", "1")
+            assert out.startswith("1,200,000,000 parameters, 2 workers, 1000 Mbit/s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -13,12 +14,15 @@ from .tensors import local
 
 _LATE = (-1, -1, -1)
 
+STEPS_BACK = 3
+"""How many steps are looked at: a step with more accumulations than usual is forgotten after as many."""
+
 
 class Arrivals:
     """When the gradients of a step are complete, as the steps before have shown.
 
-    A gradient is complete after as many accumulations as it ever had between two steps: one for each micro-batch, or
-    more where a checkpointed model makes several of one.
+    A gradient is complete after as many accumulations as it had at most in the last few steps: one for each
+    micro-batch, or more where a checkpointed model makes several of one.
 
     Args:
         parameters: those that are trained are watched.
@@ -31,6 +35,7 @@ class Arrivals:
         self._listener = listener
         self._counts = [0] * len(parameters)
         self._expected = [0] * len(parameters)
+        self._latest: deque[list[int]] = deque(maxlen=STEPS_BACK)
         self._seen: dict[int, tuple[int, int, int]] = {}
         self._bits: dict[int, tuple[int, int]] = {}
         own = weakref.ref(self)
@@ -60,7 +65,9 @@ class Arrivals:
 
     def next_step(self) -> None:
         """Learn from this step."""
-        self._expected = [max(before, now) for before, now in zip(self._expected, self._counts, strict=True)]
+        self._latest.append(self._counts)
+        most = map(max, zip(*self._latest, strict=True))
+        self._expected = [now or before for before, now in zip(self._expected, most, strict=True)]
         self._counts = [0] * len(self.parameters)
         self._seen, self._bits = {}, {}
 

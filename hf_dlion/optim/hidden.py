@@ -58,7 +58,7 @@ def hidden_matrices(
         ``weight_decay`` of 0.
 
     Raises:
-        ValueError: the model has none of a name in ``others`` or ``splits``, or sizes there do not add up to its outputs.
+        ValueError: the model has none of a name in ``others`` or ``splits``, or sizes do not add up to its outputs.
     """
     plain = _known({others} if isinstance(others, str) else set(others), model)
     base = _base_model(model)

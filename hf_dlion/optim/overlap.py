@@ -43,8 +43,8 @@ BUCKETS = 16
 _MOST_CHANGES = 3
 
 _WHY_NOT = (
-    "votes are exchanged after backward, not beside it: gradients change between backward and step(), as clipping and "
-    "gradient scalers change them. Without that (max_grad_norm=0%s) backward hides the exchange."
+    "votes are exchanged after backward, not beside it, from now on: gradients change between backward and step(), as "
+    "clipping and gradient scalers change them. Without that (max_grad_norm=0%s) backward hides the exchange."
 )
 _IN_ITS_PLACE = ", or norm_gradients=True, which makes clipping needless"  # of shards, it needs whole norms
 
@@ -360,4 +360,6 @@ class EarlyVotes:
         return {index for bucket in self._order[: self._sent] for index in bucket.parameters}
 
     def _read_settings(self) -> list[Any]:
-        return [(group[STEP], *group["betas"]) for group in self._owner().param_groups]
+        """What votes depend on besides gradients, and may be changed between backward and step."""
+        settings: list[Any] = [(group[STEP], *group["betas"]) for group in self._owner().param_groups]
+        return settings + [state._version for states in self.plan.views.states for state in states.values()]

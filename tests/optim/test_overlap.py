@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 from hf_dlion import DistributedLion, DistributedMuon, hidden_matrices
 from hf_dlion.optim import layout
+from hf_dlion.optim.arrivals import Arrivals
 from hf_dlion.optim.overlap import EarlyVotes
 from hf_dlion.optim.signum import DistributedSignum
 
@@ -135,6 +136,11 @@ def betas(rank: int, step: int, model: nn.Module, optimizer: DistributedLion) ->
             group["betas"] = (0.5, 0.9)
 
 
+def turned(rank: int, step: int, model: nn.Module, optimizer: DistributedLion) -> None:
+    if step == 5 and rank == 1:
+        next(iter(optimizer.state.values()))["momentum"].neg_()
+
+
 def frozen(rank: int, step: int, model: Any, optimizer: DistributedLion) -> None:
     if step in (3, 6):
         model.blocks[1].requires_grad_(step == 6)
@@ -162,7 +168,7 @@ def infinite_and_moved_up(rank: int, step: int, model: Any, optimizer: Distribut
         del optimizer.param_groups[0]["params"][:2]
 
 
-EVENTS = [nothing, clipped, bad, infinite, replaced, skipped, loaded, betas, frozen, resized, taken_out]
+EVENTS = [nothing, clipped, bad, infinite, replaced, skipped, loaded, betas, turned, frozen, resized, taken_out]
 EVENTS += [infinite_and_moved_up]
 
 
@@ -316,3 +322,19 @@ def test_what_is_made_whole_from_shards_leaves_after_backward() -> None:
     cases: list[Any] = [(muon_of_shards, nothing, 1, {}), (lion, nothing, 1, {"norm_gradients": True})]
     for rank in run_workers(sharded_replicas, 4, cases):
         assert all(same and not early for _, same, early in rank), rank
+
+
+def test_fewer_accumulations_are_waited_for_after_some_steps() -> None:
+    rare, parameter = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    complete: list[int] = []
+    arrivals = Arrivals([rare, parameter], complete.append)
+    found = []
+    for step, accumulations in enumerate([4, 4, 2, 2, 2, 2, 3, 3, 2]):
+        complete.clear()
+        for _ in range(accumulations):
+            (parameter + (rare if step in (0, 5) else 0)).sum().backward()
+        found.append((accumulations, list(complete), arrivals.unchanged([1])))
+        arrivals.next_step()
+    assert [step[1] for step in found] == [[], [1], [], [], [], [1], [1], [1], []]
+    # The third accumulation came late in step 6, whose votes would not hold; the rare one is waited for four times.
+    assert [step[2] for step in found] == [True, True, False, False, False, True, False, True, False]
