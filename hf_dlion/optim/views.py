@@ -334,7 +334,8 @@ class SegmentViews(Views):
         _copy(kept, kept_staged)
         part = _Given(segment, staged_gradient.view(-1, LANES, LANES), staged_states)
         self._vote([part], hypers, zero_votes, words, keep_states)
-        _copy(kept_staged, kept)  # as they are, if the kernel only peeked
+        if not keep_states:
+            _copy(kept_staged, kept)
 
     def _seed(self, dtype: torch.dtype, step: int, first: Span) -> Tensor:
         if dtype != torch.bfloat16:
