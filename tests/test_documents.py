@@ -76,6 +76,18 @@ def anchors(file: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+PICTURES = {
+    "update_4_workers.png": "network/4_workers/step_time.png",
+    "whole_step_2_workers.png": "whole_step/2_workers_2048_tokens/step_time.png",
+}
+
+
+def test_pictures_are_those_of_the_runs() -> None:  # copies, as a site of docs/ has nothing from outside of it
+    assert {path.name for path in (ROOT / "docs/pictures").iterdir()} == set(PICTURES)
+    for name, run in PICTURES.items():
+        assert (ROOT / "docs/pictures" / name).read_bytes() == (ROOT / "model_cards" / run).read_bytes()
+
+
 # Paths, options, names, errors
 
 

@@ -74,7 +74,8 @@ def measure_shares(
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = [measure(model, options.rows, options.length, options.steps) for model in options.models]
-    command = f"python -m {module} --rows {options.rows} --length {options.length}"
+    chosen = "" if options.models == list(SIZES) else f" --models {' '.join(options.models)}"
+    command = f"python -m {module}{chosen} --rows {options.rows} --length {options.length}"
     options.output.mkdir(parents=True, exist_ok=True)
     results = {"command": f"{command} --steps {options.steps}", "machine": machine(), "models": found}
     Path(options.output, "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
