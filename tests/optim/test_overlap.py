@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from hf_dlion import DistributedLion, DistributedMuon, hidden_matrices
 from hf_dlion.optim import layout
 from hf_dlion.optim.arrivals import Arrivals
+from hf_dlion.optim.gadamw import GlobalAdamW
 from hf_dlion.optim.overlap import EarlyVotes
 from hf_dlion.optim.signum import DistributedSignum
 
@@ -337,6 +338,32 @@ def test_what_is_made_whole_from_shards_leaves_after_backward() -> None:
     cases: list[Any] = [(muon_of_shards, nothing, 1, {}), (lion, nothing, 1, {"norm_gradients": True})]
     for rank in run_workers(sharded_replicas, 4, cases):
         assert all(same and not early for _, same, early in rank), rank
+
+
+def _beside_averages(rank: int, overlap: bool | None) -> tuple[list[Tensor], int]:
+    sent = small_buckets()
+    torch.manual_seed(0)
+    model = Net()
+    groups = hidden_matrices(model)
+    hidden = [group for group in groups if group["orthogonal"]]
+    votes = DistributedMuon(hidden, 1e-2, overlap=overlap)
+    averages = GlobalAdamW([group for group in groups if not group["orthogonal"]], 1e-2)
+    for step in range(STEPS):
+        backward(model, rank, step)
+        bad(rank, step, model.blocks, votes)
+        for optimizer in (votes, averages):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert (votes.bad_gradients, averages.bad_gradients) == (2, 0)
+    return [parameter.detach().clone() for parameter in model.parameters()], len(sent)
+
+
+def test_votes_on_some_parameters_beside_averages_of_others() -> None:
+    (first, early), (second, _) = run_workers(_beside_averages, 2, None)
+    (plain, none), _ = run_workers(_beside_averages, 2, False)
+    assert early > 10 > none
+    for others in (second, plain):
+        assert all(torch.equal(one, other) for one, other in zip(first, others, strict=True))
 
 
 def test_fewer_accumulations_are_waited_for_after_some_steps() -> None:
