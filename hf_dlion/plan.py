@@ -24,7 +24,7 @@ CLOSE = 1.05  # two predictions that differ by less are the same
 WORTH = 1.2  # so much longer may a step be of a method that trains better
 AS_GOOD_AS_ADAMW = ("dmuon_mavo", "dmuon_avg", "ddp_fp32", "ddp_bf16")  # or better, in most of the studies
 # Orthogonalising, of forward and backward: so many times the smaller side of the matrices, in the mean over all
-# parameters, over the tokens of a step. 2.7 to 3.7 in model_cards/orthogonal and whole_step; 4 to 5 by the operations.
+# parameters, over the tokens of a step. 2.7 to 3.7 in model_cards/orthogonal and whole_step; about 4 by the operations.
 ORTHOGONAL = 3.2
 VOCABULARY = 50257  # of a model of which only the number of parameters is given
 

@@ -190,7 +190,7 @@ def _apply(
     rows: Rows,
 ) -> None:
     kind = _NAMES.get(parameters[0].dtype)
-    if kind is None:
+    if kind is None or highest > _MOST_VOTERS:
         EAGER.apply(parameters, hypers, seeds, scales, highest, planes, rows)
         return
     sizes = _numbers([0 if scale is None else scale.numel() for scale in scales])

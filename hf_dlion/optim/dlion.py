@@ -152,10 +152,11 @@ class DistributedLion(WorkersOptimizer):
         norm_gradients: divide the gradient of each parameter by its root mean square first, in place, so that all steps
             weigh the same in a momentum. Clipping then changes nothing.
         overlap: send votes while backward still computes other gradients, where that changes no bit: for models of
-            several buckets, if gradients stay as backward leaves them. Those of FSDP2's shards, too, without
-            ``norm_gradients``. Keeps the decisions of a step, a bit or two a parameter, until all are known. None does
-            so on the CPU; True on a GPU as well, for replicas that are not sharded: not run over NCCL yet, and there
-            orthogonalised directions differ in their last bits from those of a step without it.
+            several buckets, if gradients stay as backward leaves them (what changes them by ``.data`` or numpy is not
+            seen, and needs False). Those of FSDP2's shards, too, without ``norm_gradients``. Keeps the decisions of a
+            step, a bit or two a parameter, until all are known. None does so on the CPU; True on a GPU as well, for
+            replicas that are not sharded: not run over NCCL yet, and there orthogonalised directions differ in their
+            last bits from those of a step without it.
         process_group, on_bad_gradient, check_replicas_steps: as in :class:`hf_dlion.optim.workers.WorkersOptimizer`.
 
     Raises:

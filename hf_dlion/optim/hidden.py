@@ -88,6 +88,7 @@ def _splits_in(base: nn.Module, splits: Mapping[str, Sequence[int]]) -> dict[int
         named = last if last in splits or not _heads_alternate(modules[attention]) else ""
         for parameter, split in _matrices(named, module, _heads(name, modules), splits):
             found[id(parameter)] = split
+        if _is_linear(module):
             met.add(last)
     if unknown := set(splits) - met:
         raise ValueError(
@@ -239,7 +240,7 @@ def _matrices(
             yield from ((weight, ()) for weight in (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight))
     elif any(kind.endswith("Experts") for kind in kinds):
         yield from _experts(module)
-    elif isinstance(module, nn.Linear) or "Conv1D" in kinds:
+    elif _is_linear(module):
         outputs = 1 if "Conv1D" in kinds else 0  # transformers' Conv1D has its inputs first
         inside = layer.weight.shape
         sizes = splits.get(name) or _fused(name, inside[outputs], inside[1 - outputs], layer, heads)
@@ -248,6 +249,10 @@ def _matrices(
                 f"splits has {list(sizes)} for {name!r}, whose outputs are {inside[outputs]}: they do not add up."
             )
         yield layer.weight, (outputs, *sizes) if len(sizes) > 1 else ()
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or "Conv1D" in _kinds(module)
 
 
 def _kinds(module: nn.Module) -> set[str]:

@@ -173,8 +173,9 @@ def test_plain_modules() -> None:
     assert found(model, splits={"qkv": [20, 4]})["qkv.weight"] == [(20, 8), (4, 8)]
     with pytest.raises(ValueError, match=r"splits has \[20, 5\] for 'qkv', whose outputs are 24"):
         found(model, splits={"qkv": [20, 5]})
-    with pytest.raises(ValueError, match="splits has 'attention.qkv', and the model has no linear layer of that name"):
-        found(model, splits={"attention.qkv": [12, 12]})
+    for other in ("attention.qkv", "picture"):
+        with pytest.raises(ValueError, match=f"splits has '{other}', and the model has no linear layer of that name"):
+            found(model, splits={other: [12, 12]})
     model["qkv"] = torch.nn.Linear(8, 12)  # perhaps of fewer key heads, perhaps not
     assert found(model)["qkv.weight"] == [(12, 8)]
     model["qkv"].weight.requires_grad_(False)
