@@ -105,10 +105,9 @@ class Parts:
         self.gradients = self.views.flatten([parameter.grad for parameter in held])
         self.hypers = self.optimizer._hypers(plan)
         self.zero_votes = torch.arange(32, device="cuda") % 2 == 0
-        self.words = [
-            torch.randint(-(2**31), 2**31, (bucket.blocks * 32,), device="cuda").int() for bucket in plan.buckets
-        ]
-        self.planes = [(words, ~words) for words in self.words]  # of a vote with ties
+        words = [torch.randint(-(2**31), 2**31, (bucket.blocks * 32,), device="cuda").int() for bucket in plan.buckets]
+        self.received = [list(of_one[: len(of_one) // WORKERS * WORKERS].view(WORKERS, -1)) for of_one in words]
+        self.planes = [(of_one, ~of_one) for of_one in words]  # of a vote with ties
 
     def check(self) -> int:
         return first_bad_gradient(self.gradients)
@@ -120,9 +119,9 @@ class Parts:
 
     def count(self) -> None:
         assert self.plan.exchange is not None
-        for words in self.words:
-            own = words[: len(words) // WORKERS]
-            self.plan.exchange._count([own] * WORKERS, "zero", 0, range(0, len(own), len(own) // 8192 | 1))
+        for votes in self.received:
+            own = len(votes[0])
+            self.plan.exchange._count(votes, "zero", 0, range(0, own, own // 8192 | 1))
 
     def apply(self) -> None:
         for bucket, planes in zip(self.plan.buckets, self.planes, strict=True):

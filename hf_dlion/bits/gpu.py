@@ -19,6 +19,7 @@ Importing this module needs Triton.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -36,7 +37,7 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 
 _ROWS: tl.constexpr = tl.constexpr(LANES)
 _BLOCK: tl.constexpr = tl.constexpr(BLOCK)
-_WORDS: tl.constexpr = tl.constexpr(128)
+_WORDS: tl.constexpr = tl.constexpr(512)
 _READ: tl.constexpr = tl.constexpr(4096)
 _PARTS: tl.constexpr = tl.constexpr(256)
 _WARPS, _WARPS_OF_A_BLOCK = 4, 2
@@ -73,25 +74,27 @@ def apply(
     hypers: Tensor,
     places: Tensor,
     scales: Tensor,
-    planes: Tensor,
+    planes: Sequence[Tensor],
     step: int,
     highest: int,
     dtype: torch.dtype,
     align: int,
 ) -> None:
-    """The update by a decision, whose planes are int32 ``[P, W]``.
+    """The update by a decision, whose planes are int32 ``[W]``.
 
     ``absent``, int32, and ``scales``, float32, are by parameter; ``places``, int32, by piece (``rounding.place_of``).
     """
-    tensors = blocks, pieces, held, absent, hypers, places, scales, planes
+    first, apart = _equally_apart(planes)
+    tensors = blocks, pieces, held, absent, hypers, places, scales, first
     exact = highest & highest - 1 == 0  # a power of 2, whose reciprocal is exact
-    sizes = step, planes.shape[1], highest, 1 / highest, exact, len(planes)
+    sizes = step, apart, highest, 1 / highest, exact, len(planes)
     _launch(_apply, len(blocks), *tensors, *sizes, TYPES[dtype], align, warps=_WARPS_OF_A_BLOCK)
 
 
-def squares(blocks: Tensor, pieces: Tensor, planes: Tensor, totals: Tensor, highest: int) -> None:
+def squares(blocks: Tensor, pieces: Tensor, planes: Sequence[Tensor], totals: Tensor, highest: int) -> None:
     """Add the squares of levels 2c - n of a decision to ``totals``, int64 by parameter."""
-    _launch(_squares, len(blocks), blocks, pieces, planes, totals, planes.shape[1], highest, len(planes))
+    first, apart = _equally_apart(planes)
+    _launch(_squares, len(blocks), blocks, pieces, first, totals, apart, highest, len(planes))
 
 
 def direct(
@@ -130,9 +133,20 @@ def tally(votes: Sequence[Tensor], rule: str, step: int, sample: range) -> Tally
     planes = voters.bit_length() if rule == "avg" else 2 if rule == "zero" and voters % 2 == 0 else 1
     decided = torch.empty((planes, words), dtype=torch.int32, device=device)
     sums = torch.zeros(2, dtype=torch.int64, device=device)
-    sizes = words, step & 1, sample.stop, sample.step
-    _launch(_tally, -(-words // _WORDS.value), torch.stack(list(votes)), decided, sums, *sizes, voters, rule, planes)
+    first, apart = _equally_apart(votes)
+    width = max(4, 1 << (voters.bit_length() - 1).bit_length())
+    sizes = words, apart, step & 1, sample.stop, sample.step
+    _launch(_tally, -(-words // _WORDS.value), first, decided, sums, *sizes, voters, rule, planes, width)
     return Tally(list(decided), sums[0], sums[1])
+
+
+def _equally_apart(rows: Sequence[Tensor]) -> tuple[Tensor, int]:
+    """Words to begin with, and by how many each row follows the one before; of copies, where that is not one number."""
+    bases = [row.data_ptr() for row in rows]
+    apart = {after - before for before, after in itertools.pairwise(bases)} or {0}
+    if len(apart) == 1 and all(row.is_contiguous() for row in rows):
+        return rows[0], apart.pop() // 4
+    return torch.stack(list(rows)), len(rows[0])
 
 
 def first_bad(gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
@@ -168,12 +182,12 @@ def try_out(device: torch.device) -> None:
         values, momentum = torch.zeros(1, dtype=dtype, device=device), zeros(1)
         held, given = one(values.data_ptr(), momentum.data_ptr(), 1, 0), one(values.data_ptr())[0]
         vote(blocks, pieces, held, given, hypers, zero_votes, verdict, planes[0], dtype, directed=False, align=1)
-        apply(blocks, pieces, held, number, hypers, number, momentum, planes, 0, 1, dtype, align=1)
+        apply(blocks, pieces, held, number, hypers, number, momentum, [planes[0]], 0, 1, dtype, align=1)
         direct(chunks, held, given, one(momentum.data_ptr())[0], hypers, verdict, dtype, align=1)
         direct(chunks, held, given, None, hypers, verdict, dtype, align=1)
         step(chunks, held, given, hypers, number, 0, 1.0, dtype, align=1)
         first_bad([values], device)
-    squares(blocks, pieces, planes, totals, 1)
+    squares(blocks, pieces, [planes[0]], totals, 1)
     tally([planes[0]], "zero", 0, range(1))
 
 
@@ -284,7 +298,7 @@ def _apply(
     scales,
     planes,
     step,
-    width,
+    apart,
     highest,
     inverse,
     EXACT: tl.constexpr,
@@ -293,7 +307,7 @@ def _apply(
     ALIGN: tl.constexpr,
 ):
     entry = blocks + 3 * tl.program_id(0)
-    level, place = _levels(planes, width, tl.load(entry), PLANES)
+    level, place = _levels(planes, apart, tl.load(entry), PLANES)
     decision = (2 * level - highest).to(tl.float32)
     if EXACT:
         decision *= inverse
@@ -316,9 +330,9 @@ def _apply(
 
 
 @triton.jit
-def _squares(blocks, pieces, planes, totals, width, highest, PLANES: tl.constexpr):
+def _squares(blocks, pieces, planes, totals, apart, highest, PLANES: tl.constexpr):
     entry = blocks + 3 * tl.program_id(0)
-    level, place = _levels(planes, width, tl.load(entry), PLANES)
+    level, place = _levels(planes, apart, tl.load(entry), PLANES)
     p = tl.load(entry + 1)
     while p < tl.load(entry + 2):
         piece = pieces + 5 * p
@@ -329,12 +343,12 @@ def _squares(blocks, pieces, planes, totals, width, highest, PLANES: tl.constexp
 
 
 @triton.jit
-def _levels(planes, width, block, PLANES: tl.constexpr):
+def _levels(planes, apart, block, PLANES: tl.constexpr):
     """Levels of a decision, and their places in the bucket."""
     rows, lanes = _rows_and_lanes()
     level = tl.zeros((_ROWS, _ROWS), tl.int32)
     for plane in tl.static_range(PLANES):
-        level += ((tl.load(planes + plane * width + block * _ROWS + lanes) >> rows) & 1) << plane
+        level += ((tl.load(planes + plane * apart + block * _ROWS + lanes) >> rows) & 1) << plane
     return level, block * _BLOCK + rows * _ROWS + lanes
 
 
@@ -395,34 +409,58 @@ def _first_bad(rows, verdict, TYPE: tl.constexpr, ALIGN: tl.constexpr):
     tl.atomic_min(first, tl.load(entry + 2).to(tl.uint64), mask=tl.sum(bad, 0) > 0)
 
 
-@triton.jit(do_not_specialize=["words", "step", "stop", "every"])
+@triton.jit(do_not_specialize=["words", "apart", "step", "stop", "every"])
 def _tally(
-    votes, decided, sums, words, step, stop, every, VOTERS: tl.constexpr, RULE: tl.constexpr, PLANES: tl.constexpr
+    votes,
+    decided,
+    sums,
+    words,
+    apart,
+    step,
+    stop,
+    every,
+    VOTERS: tl.constexpr,
+    RULE: tl.constexpr,
+    PLANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
+    """Counts are fields of ``WIDTH`` bits: integer r of a word has those of its bits r, r + WIDTH, r + 2 WIDTH, ..."""
     place = tl.program_id(0) * _WORDS + tl.arange(0, _WORDS)
     inside = place < words
-    bits = tl.arange(0, 32)[None, :]
-    count = tl.zeros((_WORDS, 32), tl.int32)
+    rows = tl.arange(0, WIDTH)[:, None]
+    ones: tl.constexpr = 0xFFFFFFFF // ((1 << WIDTH) - 1)  # a 1 in each field
+    count = tl.zeros((WIDTH, _WORDS), tl.int32)
+    everyone, anyone = tl.full((_WORDS,), -1, tl.int32), tl.zeros((_WORDS,), tl.int32)
     for voter in range(VOTERS):
-        word = tl.load(votes + voter * words + place, inside, 0)
-        count += (word[:, None] >> bits) & 1
-    tied = 2 * count == VOTERS
-    looked = (inside & (place < stop) & (place % every == 0))[:, None]
-    _add(sums, looked & ((count == 0) | (count == VOTERS)))
-    _add(sums + 1, looked & tied)
+        word = tl.load(votes + voter * apart.to(tl.int64) + place, inside, 0)
+        count += (word[None, :] >> rows) & ones
+        everyone &= word
+        anyone |= word
+    # A field's highest bit is set from half its range on.
+    ahead = ((count + ones * ((1 << WIDTH - 1) - 1 - VOTERS // 2)) >> (WIDTH - 1)) & ones
+    tied = tl.zeros((WIDTH, _WORDS), tl.int32)
+    if VOTERS % 2 == 0:
+        tied = ahead ^ (((count + ones * ((1 << WIDTH - 1) - VOTERS // 2)) >> (WIDTH - 1)) & ones)
+    looked = inside & (place < stop) & (place % every == 0)
+    _add(sums, tl.where(looked, everyone | ~anyone, 0))
+    _add(sums + 1, tl.where(looked, tl.sum(tied << rows, 0), 0))
     for plane in tl.static_range(PLANES):
         if RULE == "avg":
-            chosen = (count >> plane) & 1
+            chosen = (count >> plane) & ones
         elif RULE == "alternate":
-            chosen = ((2 * count > VOTERS) | (tied & (((place + step) & 1) == 1)[:, None])).to(tl.int32)
+            chosen = ahead | tl.where(((place + step) & 1 == 1)[None, :], tied, 0)
         elif PLANES == 2 and plane == 0:
-            chosen = tied.to(tl.int32)
+            chosen = tied
         else:
-            chosen = (2 * count > VOTERS).to(tl.int32)
-        tl.store(decided + plane * words + place, tl.sum(chosen << bits, 1), inside)
+            chosen = ahead
+        tl.store(decided + plane * words + place, tl.sum(chosen << rows, 0), inside)
 
 
 @triton.jit
 def _add(total, these):
-    number = tl.sum(tl.sum(these.to(tl.int32), 1), 0)
+    """The number of bits that are set, as ``counting.popcount``."""
+    pairs = these - ((these >> 1) & 0x55555555)
+    quads = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    octets = (quads + (quads >> 4)) & 0x0F0F0F0F
+    number = tl.sum((octets * 0x01010101) >> 24, 0)
     tl.atomic_add(total, number.to(tl.int64), mask=number > 0)

@@ -143,25 +143,24 @@ class LaunchedViews(SegmentViews):
         from ..bits import gpu
 
         tables = self._tables_of(bucket)
-        planes = _stacked(decision)
         if absent != self._absent[0]:
             rows = [int(index in absent) for index in range(len(self._group_of))]
             self._absent = absent, send_to(self.device, rows, torch.int32)
         left_alone = self._absent[1]
         factors = self._ones if scales is None else torch.cat(list(scales))
         for dtype, align, blocks in tables.applying:
-            tensors = blocks, tables.pieces, self._held, left_alone, hypers, tables.places, factors, planes
-            gpu.apply(*tensors, step, decision.highest, dtype, min(align, self._align))
+            tensors = blocks, tables.pieces, self._held, left_alone, hypers, tables.places, factors
+            gpu.apply(*tensors, decision.planes, step, decision.highest, dtype, min(align, self._align))
 
     @override
     def squares(self, bucket: Bucket, decision: Decision) -> dict[int, Tensor]:
         from ..bits import gpu
 
-        tables, planes = self._tables_of(bucket), _stacked(decision)
+        tables = self._tables_of(bucket)
         totals = torch.zeros(len(self._group_of), dtype=torch.int64, device=self.device)
         for _, directed, _, blocks in tables.packing:
             if directed:
-                gpu.squares(blocks, tables.pieces, planes, totals, decision.highest)
+                gpu.squares(blocks, tables.pieces, decision.planes, totals, decision.highest)
         return {i: totals[i] for i in bucket.parameters if not self._state_names[self._group_of[i]]}
 
     @override
@@ -255,11 +254,6 @@ class LaunchedViews(SegmentViews):
             [(*key, torch.cat(found).to(self.device)) for key, found in applying.items()],
             torch.tensor(places, dtype=torch.int32).to(self.device),
         )
-
-
-def _stacked(decision: Decision) -> Tensor:
-    """Int32 ``[P, W]``."""
-    return decision.planes[0].unsqueeze(0) if len(decision.planes) == 1 else torch.stack(decision.planes)
 
 
 def _blocks_of(segment: Segment, first_piece: int) -> Tensor:

@@ -86,15 +86,17 @@ def train(kernels: str, method: str, workers: int, dtype: torch.dtype, aggregati
     return [*(parameter.detach() for parameter in parameters), *states]
 
 
-def check_counts() -> None:
+def check_counts(device: str = "cpu") -> None:
     source = torch.Generator().manual_seed(0)
-    for voters, (words, sample) in itertools.product(
-        (1, 2, 3, 4, 5, 9), ((1, range(0)), (130, range(0, 120, 3)), (300, range(300)))
-    ):
-        cast = list(torch.randint(-(2**31), 2**31, (voters, words), dtype=torch.int32, generator=source))
-        for vote in cast:
-            vote[::5] = cast[0][::5]  # some are unanimous
-        for rule, step in itertools.product(counting.RULES, (6, 7)):
+    sizes = ((1, range(0)), (130, range(0, 120, 3)), (1100, range(1100)))
+    for voters, (words, sample) in [*itertools.product((1, 2, 3, 4, 5, 9, 16), sizes), (256, sizes[1])]:
+        rows = torch.randint(-(2**31), 2**31, (voters, words + 6), dtype=torch.int32, generator=source)
+        rows[:, ::5] = rows[0, ::5]  # some are unanimous
+        rows[: voters // 2, ::7], rows[voters // 2 :, ::7] = -1, 0  # and some half and half
+        received = [row[:words] for row in rows.to(device)]
+        apart = [received[0], *(vote.clone() for vote in received[1:])]
+        casts = [(received, *case) for case in itertools.product(counting.RULES, (6, 7))]
+        for cast, rule, step in [*casts, (apart, "zero", 6)]:
             ours, eager = gpu.tally(cast, rule, step, sample), counting.tally(cast, rule, step, sample)
             assert all(itertools.starmap(torch.equal, zip(ours.planes, eager.planes, strict=True)))
             assert (int(ours.unanimous), int(ours.ties)) == (int(eager.unanimous), int(eager.ties))
