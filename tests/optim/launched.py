@@ -228,6 +228,7 @@ def train_mixed(kernels: str, method: str, device: str, workers: int, **options:
 
 def check_mixed(method: str, device: str = "cpu") -> None:
     layout.MAX_BUCKET_BLOCKS = layout.MIN_BUCKET_BLOCKS = 18
+    layout.GPU_BUCKETS = 1
     cases: list[tuple[int, dict[str, Any]]] = [(1, {}), (2, {"norm_gradients": True}), (2, {"aggregation": "avg"})]
     for workers, options in cases:
         ours, eager = (train_mixed(kernels, method, device, workers, **options) for kernels in ("launched", "eager"))
