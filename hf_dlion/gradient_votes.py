@@ -1,32 +1,43 @@
-"""Votes as a communication hook of DDP: what reaches the optimizer is what the workers' signs decide.
+"""Votes as a communication hook: what reaches the optimizer is what the workers' signs decide.
 
 DDP calls the hook with each bucket as its gradients become ready, in one order on all ranks. The hook starts the
 bucket's conversation and takes the earlier ones to their next wait; the last bucket's hook ends them all. So one bucket
 is on its way while backward computes the next.
+
+FSDP2 averages a gradient inside a replica, and calls the hooks of its parameter then. Replicas need not reach the same
+parameters, nor in one order, so buckets are laid out beforehand, from the last parameter to the first, as backward
+goes; each starts when the ones before it have, and its gradients are there, and the rest when backward ends.
 """
 
 # No `from __future__ import annotations`: DDP reads those of the hook, and they must be classes.
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .local_gradients import check_hook_is_free, refuse_join, taken_over, voting_group
+from .local_gradients import check_hook_is_free, refuse_join, taken_over, voted_on, voting_group
 from .optim.signed_gradients import SignedGradients, check_options
+from .optim.tensors import device_of_backward, local, placed_as, shard_group
 from .optim.workers import members_of
 from .wire.conversation import Conversation, one_turn
+from .wire.groups import rank_in
 
 logger = logging.getLogger(__name__)
+
+_BUCKET = 25 << 20
+"""Bytes of the gradients of a sharded module that are voted on together, as DDP's."""
 
 
 class VotedGradients(DistributedDataParallelKwargs):
@@ -49,21 +60,26 @@ class VotedGradients(DistributedDataParallelKwargs):
 
 
 def vote_gradients(
-    target: Accelerator | DistributedDataParallel,
+    target: Accelerator | nn.Module,
     aggregation: str = "avg",
     *,
     dither: bool = True,
     exchange: str = "auto",
     on_bad_gradient: str = "abstain",
     scaler: torch.amp.GradScaler | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> SignedGradients | None:
     """Let the workers vote on the gradients, in place of averaging them: one bit a parameter, for any optimizer.
 
     Call it with the ``Accelerator`` before ``accelerator.prepare(model)``, or with a DDP module before its first
-    backward. After backward, the gradients of all workers are what they decided, from -1 to 1
-    (:class:`hf_dlion.optim.signed_gradients.SignedGradients`): for optimizers that are free of scale. Their norm grows
-    with the root of the number of parameters, so clipping at 1 makes all steps equally large.
-    With gradient accumulation, the votes are on the sum of a step (``accelerator.accumulate``, or DDP's ``no_sync``).
+    backward, or with a module that ``fully_shard`` has sharded inside each replica. After backward, the gradients of
+    all workers are what they decided, from -1 to 1 (:class:`hf_dlion.optim.signed_gradients.SignedGradients`): for
+    optimizers that are free of scale. Their norm grows with the root of the number of parameters, so clipping at 1
+    makes all steps equally large.
+    With gradient accumulation, the votes are on the sum of a step (``accelerator.accumulate``, DDP's ``no_sync``, or
+    FSDP2's ``set_requires_gradient_sync``).
+
+    Sharded replicas vote shard by shard: noise is drawn, and a bad gradient found, in what a rank holds.
 
     Args:
         target: the accelerator that will wrap the model, or the wrapped model.
@@ -74,38 +90,54 @@ def vote_gradients(
             ``"raise"``, all ranks raise.
         scaler: a gradient scaler, if there is one; it gets to see a bad gradient on all ranks, and
             ``on_bad_gradient`` is not asked. An accelerator has its own.
+        process_group: of a sharded module, the ranks that hold the same shards in the other replicas,
+            ``mesh["dp_replicate"].get_group()``; DDP has its own.
 
     Returns:
-        Of a DDP module, this worker's part, with the ``ledger`` and the ``step``, which a loop that resumes may set. Of
+        Of a module, this worker's part, with the ``ledger`` and the ``step``, which a loop that resumes may set. Of
         an accelerator, None: its ``ddp_handler.votes`` has one for each model that it has wrapped.
 
     Raises:
         ValueError: gradients are reduced by other means than DDP, or by a hook already; the accelerator has prepared a
-            model, or sees one process where several were launched; an option is not known.
+            model, shards it, or sees one process where several were launched; an option is not known, or does not go
+            with the target.
+        TypeError: the target is something else.
     """
     check_options(aggregation, exchange, on_bad_gradient)
     options: dict[str, Any] = {"aggregation": aggregation, "dither": dither, "exchange": exchange}
     options |= {"on_bad_gradient": on_bad_gradient, "scaler": scaler}
+    return _begin(target, process_group, options)
+
+
+def _begin(target: object, group: dist.ProcessGroup | None, options: dict[str, Any]) -> SignedGradients | None:
+    if isinstance(target, nn.Module) and not isinstance(target, DistributedDataParallel):
+        if shard_group([parameter for parameter in target.parameters() if parameter.requires_grad]) is not None:
+            return _vote_on_shards(target, group, options)
+    elif group is not None:
+        raise ValueError(
+            f"vote_gradients was given a process_group with a {type(target).__name__}, which has its own. Leave it "
+            "out; it is for a module that fully_shard has sharded."
+        )
     if isinstance(target, DistributedDataParallel):
         return _vote_on(target, options)
     if not isinstance(target, Accelerator):
         raise TypeError(
-            f"vote_gradients takes an accelerate.Accelerator or a DistributedDataParallel module, and was given a "
-            f"{type(target).__name__}."
+            "vote_gradients takes an accelerate.Accelerator, a DistributedDataParallel module or one that fully_shard "
+            f"has sharded, and was given a {type(target).__name__}."
         )
-    if target.num_processes == 1:
-        logger.warning("vote_gradients in one process: nobody votes, and gradients stay as they are.")
     _prepare_votes(target, options)
     return None
 
 
 def _prepare_votes(accelerator: Accelerator, options: dict[str, Any]) -> None:
+    if accelerator.num_processes == 1:
+        logger.warning("vote_gradients in one process: nobody votes, and gradients stay as they are.")
     handler = taken_over(accelerator, "vote_gradients", VotedGradients)
     if voting_group(accelerator) is not None:
         raise ValueError(
-            "vote_gradients was given an Accelerator that shards replicas by FSDP2, whose gradients it cannot vote on "
-            'yet. Leave sharding out, or take a method that votes between replicas: optim="dmuon_mavo" or '
-            "DistributedMuon."
+            "vote_gradients was given an Accelerator that shards replicas by FSDP2: there it has to be told of the "
+            "model. Call keep_gradients_local(accelerator), then accelerator.prepare(model), and then "
+            'vote_gradients(model, process_group=accelerator.torch_device_mesh["dp_replicate"].get_group()).'
         )
     if accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
         raise ValueError(
@@ -118,8 +150,44 @@ def _prepare_votes(accelerator: Accelerator, options: dict[str, Any]) -> None:
     accelerator.ddp_handler = voted
 
 
-class _Buckets:
-    """The conversations of a module's buckets.
+class _Conversations:
+    """Those of a module's buckets.
+
+    Args:
+        votes: this worker's part.
+    """
+
+    def __init__(self, votes: SignedGradients) -> None:
+        self.votes = votes
+        self.running: list[Conversation[None]] = []
+        self.voted = False  # since an optimizer's last step
+        self._warned = False
+
+    def start(self, conversation: Conversation[None]) -> None:
+        """Take it, and then those before it, to their next wait."""
+        if self.voted and not self._warned and self.votes.scaler is None:  # which leaves steps out
+            self._warned = True
+            logger.warning(
+                "the workers vote on gradients a second time, and no optimizer has stepped. If the gradients were not "
+                "cleared, these are votes on a decision and a gradient. Put all backward passes of a step but the last "
+                "under no_sync()."
+            )
+        running = [conversation, *self.running]
+        self.running = []  # should one of them raise
+        self.running = one_turn(running)
+
+    def end(self) -> None:
+        """All conversations of a step, which have been started."""
+        running = self.running
+        self.running = []
+        while running:
+            running = one_turn(running)
+        self.votes.end_step()
+        self.voted = True
+
+
+class _Buckets(_Conversations):
+    """Of DDP.
 
     Args:
         votes: this worker's part.
@@ -127,11 +195,8 @@ class _Buckets:
     """
 
     def __init__(self, votes: SignedGradients, parameters: Sequence[Tensor]) -> None:
-        self.votes = votes
+        super().__init__(votes)
         self.index = {id(parameter): index for index, parameter in enumerate(parameters)}
-        self.running: list[Conversation[None]] = []
-        self.voted = False  # since an optimizer's last step
-        self._warned = False
 
     def add(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """Start the conversation of a bucket; after the last one, all have ended."""
@@ -141,25 +206,12 @@ class _Buckets:
                 f"a gradient of layout {buffer.layout}: votes are on every element. Use dense gradients, as "
                 "nn.Embedding(sparse=False) gives."
             )
-        if self.voted and not self._warned and self.votes.scaler is None:  # which leaves steps out
-            self._warned = True
-            logger.warning(
-                "the workers vote on gradients a second time, and no optimizer has stepped. If the gradients were not "
-                "cleared, these are votes on a decision and a gradient. Put all backward passes of a step but the last "
-                "under no_sync()."
-            )
         future: torch.futures.Future[Tensor] = torch.futures.Future(
             devices=None if buffer.device.type == "cpu" else [buffer.device]
         )
-        running = [self._conversation(bucket, buffer, future), *self.running]
-        self.running = []  # should one of them raise
-        running = one_turn(running)
-        while bucket.is_last() and running:
-            running = one_turn(running)
-        self.running = running
+        self.start(self._conversation(bucket, buffer, future))
         if bucket.is_last():
-            self.votes.end_step()
-            self.voted = True
+            self.end()
         return future
 
     def _conversation(self, bucket: Any, buffer: Tensor, future: torch.futures.Future[Tensor]) -> Conversation[None]:
@@ -168,13 +220,85 @@ class _Buckets:
         future.set_result(buffer)
 
 
+class _Shards(_Conversations):
+    """Of a module that FSDP2 shards.
+
+    Args:
+        votes: this worker's part.
+        parameters: on which it votes.
+    """
+
+    def __init__(self, votes: SignedGradients, parameters: Sequence[Tensor]) -> None:
+        super().__init__(votes)
+        self._parameters = parameters
+        self._buckets = list(_from_the_last(parameters))
+        self._arrived: set[int] = set()
+        self._started = 0
+
+    def begin(self, module: nn.Module, inputs: object) -> None:
+        """Before a forward: a backward that raised has left nothing behind."""
+        self._arrived, self._started, self.running = set(), 0, []
+
+    def arrive(self, index: int, parameter: Tensor) -> None:
+        """The gradient of a parameter is there, averaged over the replica."""
+        if not self._arrived:
+            Variable._execution_engine.queue_callback(self._end_of_backward)
+        if index in self._arrived:
+            raise RuntimeError(
+                f"the gradient of {self.votes.names[index]} came twice in a backward, and the first half may have been "
+                "voted on. Share no parameter between modules that fully_shard has sharded each for itself."
+            )
+        self._arrived.add(index)
+        if device_of_backward(parameter) != "cpu":
+            return  # these hooks run on a stream of FSDP2
+        while self._started < len(self._buckets) and self._arrived.issuperset(self._buckets[self._started]):
+            self._start_next()
+
+    def _end_of_backward(self) -> None:
+        while self._started < len(self._buckets):
+            self._start_next()
+        self.end()
+        self._arrived, self._started = set(), 0
+
+    def _start_next(self) -> None:
+        bucket = self._buckets[self._started]
+        self._started += 1
+        self.start(self._conversation(bucket))
+
+    @torch.no_grad()
+    def _conversation(self, bucket: Sequence[int]) -> Conversation[None]:
+        parameters = [self._parameters[index] for index in bucket]
+        given = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in parameters]
+        sizes, absent = [own.numel() for own in given], [i for i, p in enumerate(parameters) if p.grad is None]
+        flat = torch.cat([own.flatten() for own in given])
+        present = yield from self.votes.vote(flat, list(zip(bucket, sizes, strict=True)), absent)
+        for place, decided in enumerate(flat.split(sizes)):
+            given[place].copy_(decided.view_as(given[place]))
+            if place in absent and present[place]:
+                parameters[place].grad = placed_as(parameters[place], given[place])
+
+
+def _from_the_last(parameters: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Buckets of parameters of one dtype."""
+    bucket: list[int] = []
+    size = 0
+    for index in reversed(range(len(parameters))):
+        own = local(parameters[index])
+        if bucket and (size + own.nbytes > _BUCKET or own.dtype != parameters[bucket[0]].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(index)
+        size += own.nbytes
+    yield bucket
+
+
 @torch.no_grad()
 def _vote(state: _Buckets, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
     """The hook."""
     return state.add(bucket)
 
 
-_voting: weakref.WeakKeyDictionary[DistributedDataParallel, _Buckets] = weakref.WeakKeyDictionary()
+_voting: weakref.WeakKeyDictionary[nn.Module, _Conversations] = weakref.WeakKeyDictionary()
 _checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
@@ -193,6 +317,36 @@ def _vote_on(module: DistributedDataParallel, options: dict[str, Any]) -> Signed
     return votes
 
 
+def _vote_on_shards(module: nn.Module, group: dist.ProcessGroup | None, options: dict[str, Any]) -> SignedGradients:
+    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    parameters = [parameter for _, parameter in trained]
+    shards = shard_group(parameters)
+    assert shards is not None
+    if group is None or set(dist.get_process_group_ranks(group)) & set(dist.get_process_group_ranks(shards)) != {
+        dist.get_rank()
+    }:
+        raise ValueError(
+            "vote_gradients was given a module that fully_shard has sharded, and no process_group of the ranks that "
+            'hold the same shards in the other replicas. Give it: process_group=mesh["dp_replicate"].get_group().'
+        )
+    if module in _voting:
+        raise ValueError("vote_gradients was called for this module before. Call it once.")
+    if options["scaler"] is not None and options["scaler"].is_enabled():
+        raise ValueError(
+            "vote_gradients was given a gradient scaler and a sharded module: a bad gradient in one shard would be "
+            "seen by the ranks that hold it alone. Train in bfloat16, which needs no scaler."
+        )
+    names = [name for name, _ in trained]
+    held = [local(parameter) for parameter in parameters]
+    votes = SignedGradients(held, names, group, shard=rank_in(shards), **options)
+    buckets = _voting[module] = _Shards(votes, parameters)
+    for index, parameter in enumerate(parameters):
+        parameter.register_post_accumulate_grad_hook(partial(buckets.arrive, index))
+    module.register_forward_pre_hook(buckets.begin)
+    voted_on.add(module)
+    return votes
+
+
 def _before_a_step(optimizer: Optimizer, args: object, keywords: object) -> None:
     """Of any optimizer. Before its first: one that exchanges its own codes needs gradients of its own."""
     for buckets in _voting.values():
@@ -203,8 +357,8 @@ def _before_a_step(optimizer: Optimizer, args: object, keywords: object) -> None
     if not members_of(optimizer):
         return
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for module in _voting:
-        if dist.get_world_size(module.process_group) > 1 and any(id(p) in own for p in module.parameters()):
+    for module, buckets in _voting.items():
+        if buckets.votes.workers > 1 and any(id(p) in own for p in module.parameters()):
             raise RuntimeError(
                 f"{type(optimizer).__name__} exchanges votes or codes of gradients itself, and vote_gradients has made "
                 "these the same on all workers. Take one of the two: keep_gradients_local with an optimizer of "

@@ -27,6 +27,7 @@ from accelerate.utils import (
     compare_versions,
     parse_flag_from_env,
 )
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -104,6 +105,7 @@ def keep_gradients_local(target: Accelerator | DistributedDataParallel) -> None:
         kept = SeparateReplicas(**{f.name: getattr(config, f.name) for f in fields(config)})
         kept.device_mesh = config.device_mesh
         target.state.parallelism_config = kept
+        _separated.add(target)
     target.ddp_handler = LocalGradients(**{f.name: getattr(handler, f.name) for f in fields(handler)})
 
 
@@ -166,6 +168,10 @@ def _check_launch(accelerator: Accelerator) -> None:
 
 
 _local_modules: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
+_separated: weakref.WeakSet[Accelerator] = weakref.WeakSet()
+"""Those that shard a model inside each replica."""
+voted_on: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""The modules whose gradients become the same on all replicas by :func:`hf_dlion.vote_gradients`."""
 _trained: weakref.WeakKeyDictionary[Optimizer, tuple[int, list[Any]]] = weakref.WeakKeyDictionary()
 """Of an optimizer, how many steps it has made since it, or what of the modules is trained, last changed; and that."""
 _inner: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -218,8 +224,10 @@ def _check_votes(optimizer: Optimizer, args: object, keywords: object) -> None:
     _inner.update(member.inner for member in members_of(optimizer) if member.inner is not None)
     if steps > 2 or optimizer in _inner:
         return
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not members_of(optimizer):
+        _check_shards_are_voted_on(optimizer, own)
     for module in _local_modules:
-        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         trained = {id(p): (name, p) for name, p in module.module.named_parameters() if p.requires_grad}
         if dist.get_world_size(module.process_group) == 1 or not own & trained.keys():
             continue
@@ -243,6 +251,18 @@ def _check_votes(optimizer: Optimizer, args: object, keywords: object) -> None:
             if not any("param_names" in group for group in member.param_groups):
                 names = {id(p): name for name, p in module.module.named_parameters()}
                 member.parameter_names = [names.get(id(parameter), "") for parameter in all_parameters(member)]
+
+
+def _check_shards_are_voted_on(optimizer: Optimizer, own: set[int]) -> None:
+    """Raise RuntimeError if it would step shards that nobody makes the same on all replicas; of ids of parameters."""
+    for accelerator in _separated:
+        left = own & {id(parameter) for model in accelerator._models for parameter in model.parameters()}
+        if left - {id(parameter) for module in voted_on for parameter in module.parameters()}:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} would step the shards of a replica with the gradients of this replica "
+                "alone, and the replicas would come apart: keep_gradients_local leaves averaging to the votes. Take an "
+                "optimizer of hf_dlion, or call vote_gradients(model, process_group=...) after accelerator.prepare."
+            )
 
 
 register_optimizer_step_pre_hook(_check_votes)

@@ -150,7 +150,7 @@ ARGUMENTS: dict[Callable[..., Any], list[str]] = {
     save_workers: ["folder", "optimizer", "write_manifest"],
     load_workers: ["folder", "optimizer", "resume_world_size_policy"],
     keep_gradients_local: ["target"],
-    vote_gradients: ["target", "aggregation", "dither", "exchange", "on_bad_gradient", "scaler"],
+    vote_gradients: ["target", "aggregation", "dither", "exchange", "on_bad_gradient", "scaler", "process_group"],
 }
 
 

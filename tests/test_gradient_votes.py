@@ -68,27 +68,41 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.permute(0, 2, 3, 1).flatten() if tensor.dim() == 4 else tensor.flatten()
 
 
+def decision(
+    own: dict[int, torch.Tensor | None],
+    step: int,
+    parameter: int,
+    aggregation: str = "avg",
+    dither: bool = True,
+    sources: int = 0,
+) -> torch.Tensor | None:
+    """What workers decide of one parameter, by their flat gradients; None where none has one.
+
+    ``sources`` is added to the number of a worker to seed its noise.
+    """
+    size = next((len(gradient) for gradient in own.values() if gradient is not None), None)
+    if size is None:
+        return None
+    total, sizes, elements = np.float32(0), np.float32(0), np.arange(size)
+    for rank, gradient in own.items():
+        g = torch.zeros(size) if gradient is None else gradient.float()
+        rms = np.float32(torch.linalg.vector_norm(g) / torch.tensor(max(size, 1) ** 0.5))
+        drawn = np.float32(2 * rms) * noise(step, rank + sources, parameter, elements) if dither else np.float32(0)
+        zeros = np.where((elements + rank + step) % 2 == 1, 1, -1)
+        total = total + np.where(g.numpy() == 0, zeros, np.where(g.numpy() + drawn > 0, 1, -1)).astype(np.float32)
+        sizes = sizes + rms
+    voted = total / np.float32(len(own)) if aggregation == "avg" else np.sign(total)
+    return torch.from_numpy(np.asarray(voted if sizes > 0 else 0 * voted, dtype=np.float32))
+
+
 def expected(workers: list[int], step: int, aggregation: str, dither: bool, dtype: torch.dtype) -> list[Any]:
     """What these workers decide, by parameter, flat; None where none has a gradient."""
     decided: list[Any] = []
     by_rank = {rank: gradients(rank, step, dtype) for rank in workers}
-    for index, shape in enumerate(SHAPES):
-        if all(own[index] is None for own in by_rank.values()):
-            decided.append(None)
-            continue
-        total, sizes = np.float32(0), np.float32(0)
-        elements = np.arange(torch.Size(shape).numel())
-        for rank, own in by_rank.items():
-            gradient = own[index]
-            g = flat(torch.zeros(shape) if gradient is None else gradient.float())
-            rms = np.float32(torch.linalg.vector_norm(g) / torch.tensor(max(len(g), 1) ** 0.5))
-            u = g.numpy() + np.float32(2 * rms) * noise(step, rank, index, elements) if dither else g.numpy()
-            zeros = np.where((elements + rank + step) % 2 == 1, 1, -1)
-            total = total + np.where(g.numpy() == 0, zeros, np.where(u > 0, 1, -1)).astype(np.float32)
-            sizes = sizes + rms
-        voted = total / np.float32(len(workers)) if aggregation == "avg" else np.sign(total)
-        voted = voted if sizes > 0 else 0 * voted
-        decided.append(torch.from_numpy(np.asarray(voted, dtype=np.float32)).to(dtype))
+    for index in range(len(SHAPES)):
+        own = {rank: None if drawn[index] is None else flat(drawn[index]) for rank, drawn in by_rank.items()}
+        voted = decision(own, step, index, aggregation, dither)
+        decided.append(None if voted is None else voted.to(dtype))
     return decided
 
 

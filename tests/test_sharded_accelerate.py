@@ -6,6 +6,7 @@ accelerate shards on GPUs only: here its state is told that it does, after which
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from hf_dlion import (
     load_workers,
     local_gradients,
     save_workers,
+    vote_gradients,
 )
 from hf_dlion.local_gradients import check_supported
 from hf_dlion.optim.tensors import local
@@ -35,8 +37,14 @@ from tests.harness import run_workers, what_is_logged
 from tests.trainer.tiny import act_as_launched, arguments, rows
 from tests.trainer.tiny import model as tiny
 
+of_new_accelerate = pytest.mark.skipif(
+    transformers.__version__ >= "5" and not hasattr(ParallelismConfig, "sp_backend"),
+    reason="this Trainer takes no parallelism_config of an accelerate before 1.12",
+)
+
 
 def pretend(accelerator: Accelerator, replicas: int = 2, shards: int = 2, **plugin: Any) -> Accelerator:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # where there are GPUs, accelerate would have its barriers there
     state: Any = accelerator.state
     state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap", **plugin)
     # Every AcceleratorState takes over what PartialState has.
@@ -179,6 +187,58 @@ class ShardedTrainer(DLionTrainerMixin, OnCpu, Trainer):
     pass
 
 
+def voted(rank: int) -> list[torch.Tensor]:
+    """AdamW behind votes on gradients, in a loop of accelerate."""
+    act_as_launched(rank)
+    torch.manual_seed(0)
+    accelerator = pretend(Accelerator(cpu=True, gradient_accumulation_steps=2))
+    with pytest.raises(ValueError, match="keep_gradients_local.accelerator., then accelerator.prepare"):
+        vote_gradients(accelerator)
+    keep_gradients_local(accelerator)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+    accelerator.backward(model(torch.ones(4, 5)).square().mean())
+    with pytest.raises(RuntimeError, match="the replicas would come apart.*vote_gradients.model, process_group"):
+        optimizer.step()
+    optimizer.zero_grad()
+    votes = vote_gradients(model, process_group=accelerator.torch_device_mesh["dp_replicate"].get_group())
+    for step in range(6):
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.randn(4, 5, generator=generator)).square().mean())
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert votes is not None
+    assert votes.step == 3
+    return [parameter.full_tensor().detach() for parameter in model.parameters()]
+
+
+def test_votes_on_gradients_in_a_loop_of_accelerate() -> None:
+    everyone = run_workers(voted, 4)
+    for weights in everyone[1:]:
+        assert all(map(torch.equal, weights, everyone[0]))
+
+
+def voting_trainer(rank: int, folder: str) -> tuple[list[torch.Tensor], list[dict[str, float]], dict[str, Any]]:
+    act_as_launched(rank)
+    options: dict[str, Any] = {"optim": "adamw_torch", "gradient_votes": "avg", "learning_rate": 1e-2}
+    options |= {"max_steps": 30, "logging_steps": 10, "gradient_accumulation_steps": 2}
+    run = ShardedTrainer(model=tiny(), args=arguments(folder, **options), train_dataset=rows())
+    run.train()
+    return shards_of(run.model), [one for one in run.state.log_history if "grad_norm" in one], run_report(run)
+
+
+@of_new_accelerate
+def test_a_trainer_votes_on_gradients(tmp_path: Path) -> None:
+    everyone = run_workers(voting_trainer, 4, str(tmp_path), timeout=300)
+    for rank, (shards, logs, report) in enumerate(everyone):
+        assert all(map(torch.equal, shards, everyone[(rank + 2) % 4][0]))
+        assert logs[-1]["loss"] < logs[0]["loss"]
+        assert 0.5 < logs[-1]["bits_sent_per_param"] < 1
+        assert (report["workers"], report["processes"], report["gradient_votes"]) == (2, 4, "avg")
+
+
 def shards_of(model: torch.nn.Module) -> list[torch.Tensor]:
     return [parameter.to_local().clone() for parameter in model.parameters()]  # type: ignore[attr-defined]
 
@@ -209,10 +269,7 @@ def train(rank: int, folder: str, optim: str, local_steps: int) -> dict[str, Any
     return found
 
 
-@pytest.mark.skipif(
-    transformers.__version__ >= "5" and not hasattr(ParallelismConfig, "sp_backend"),
-    reason="this Trainer takes no parallelism_config of an accelerate before 1.12",
-)
+@of_new_accelerate
 @pytest.mark.parametrize(("optim", "local_steps"), [("dlion_mavo", 0), ("dmuon_avg", 0), ("adamw_torch", 3)])
 def test_a_trainer_goes_on_where_it_stopped(optim: str, local_steps: int, tmp_path: Path) -> None:
     everyone = run_workers(train, 4, str(tmp_path), optim, local_steps, timeout=300)

@@ -155,8 +155,8 @@ class DistributedLion(WorkersOptimizer):
             several buckets, if gradients stay as backward leaves them (what changes them by ``.data`` or numpy is not
             seen, and needs False). Those of FSDP2's shards, too, without ``norm_gradients``. Keeps the decisions of a
             step, a bit or two a parameter, until all are known. None does so on the CPU; True on a GPU as well, for
-            replicas that are not sharded: not run over NCCL yet, and there orthogonalised directions differ in their
-            last bits from those of a step without it.
+            replicas that are not sharded. There no other collectives may be called between backward and step, since
+            NCCL can block at them, and orthogonalised directions differ in their last bits from those without it.
         process_group, on_bad_gradient, check_replicas_steps: as in :class:`hf_dlion.optim.workers.WorkersOptimizer`.
 
     Raises:

@@ -29,6 +29,7 @@ from .workers import check_known
 logger = logging.getLogger(__name__)
 
 _BUCKET = 25 << 20  # bytes, as DDP's
+_ABSENT = -1.0  # the size of a gradient that a worker does not have
 
 
 class SignedGradients:
@@ -48,14 +49,16 @@ class SignedGradients:
     Adam and its 8-bit kin, Muon, Lion.
 
     Args:
-        parameters: that have gradients, in the same order on all workers, on one device.
+        parameters: that have gradients, in the same order on all workers, on one device; of a sharded replica, what
+            this rank holds of them.
         names: of these, for errors.
-        group: the workers.
+        group: the workers; of sharded replicas, the ranks that hold the same shards.
         aggregation: ``"avg"`` or ``"mavo"``; a split vote of an even number is 0.
         dither: whether there is noise; without it s_i is the sign of g_i.
         exchange: as of :class:`hf_dlion.DistributedLion`.
         on_bad_gradient: what becomes of a bucket in which a worker's gradient has a NaN or Inf (or values whose squares
             overflow): ``"abstain"``, that worker has no vote on it; or ``"raise"``, all ranks raise.
+        shard: the number of the shard that this rank holds of its replica. Each shard has noise of its own.
         scaler: of the gradients. With one that is enabled, such a bucket is NaN on all ranks, so that all skip the step
             and lower their scales; what is decided is multiplied by the scale, which is taken off again.
 
@@ -75,11 +78,13 @@ class SignedGradients:
         dither: bool = True,
         exchange: str = "auto",
         on_bad_gradient: str = "abstain",
+        shard: int = 0,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         check_options(aggregation, exchange, on_bad_gradient)
         self.names = names
         self.workers, self.rank = group_size(group), rank_in(group)
+        self._source_of_noise = self.rank + self.workers * shard
         self.dither = dither
         self.on_bad_gradient = on_bad_gradient
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
@@ -94,17 +99,23 @@ class SignedGradients:
             words = sum(parameter.numel() for parameter in parameters) // 32
             self._exchange = make_exchange(exchange, channel, words, aggregation, "zero", self._device)
 
-    def vote(self, flat: Tensor, parts: Sequence[tuple[int, int]]) -> Conversation[None]:
+    def vote(self, flat: Tensor, parts: Sequence[tuple[int, int]], absent: Sequence[int] = ()) -> Conversation[Tensor]:
         """Replace the gradients of a bucket by what the workers decide. A conversation of all of them.
 
         Args:
             flat: this worker's gradients, one after the other, ``[E]``; overwritten.
             parts: of each, the index of its parameter and how many elements it has.
+            absent: the parts that this worker has no gradient of, and zeros in its place.
+
+        Returns:
+            Bool ``[parts]``, whether any worker has a gradient.
 
         Raises:
             FloatingPointError: of ``on_bad_gradient``, or all workers would abstain; on all ranks.
         """
         rms, counted = _rms(flat, [size for _, size in parts]), [0]
+        for place in absent:
+            rms[place] = _ABSENT
         everyone = rms.unsqueeze(0)
 
         def voters(headers: Tensor) -> Sequence[int]:
@@ -124,6 +135,7 @@ class SignedGradients:
         largest = everyone[counted].amax(0)
         factors = largest * 0 + (largest > 0)  # 1; 0 where all are 0; NaN where one is not finite
         _write(flat, parts, decision, factors if self.scaler is None else factors * self.scaler.get_scale())
+        return (everyone != _ABSENT).any(0)
 
     def end_step(self) -> None:
         """All buckets of a step have been voted on."""
@@ -169,7 +181,7 @@ class SignedGradients:
             values = flat[where].float()
             shift, width = (first + turn) & 1, WIDTH * rms[place] if self.dither else None
             zero_votes = alternating[: len(values)] ^ bool(shift)
-            seed = digest((self.step, self.rank, parts[place][0])) & 0x7FFFFFFF
+            seed = digest((self.step, self._source_of_noise, parts[place][0])) & 0x7FFFFFFF
             bits[where] = vote_bits(values, zero_votes, counting[: len(values)] + first, width, seed)
         bits[len(flat) :] = alternating[: padded - len(flat)] ^ bool(turn & 1)
         words = torch.empty(padded // 32, dtype=torch.int32, device=flat.device)

@@ -103,8 +103,8 @@ class DLionArgumentsMixin:
         metadata={
             "help": "Of dlion, dsignum and dmuon: send votes while backward still computes other gradients. It changes "
             "no bit, and needs gradients that nothing changes after backward: max_grad_norm 0, or norm_gradients. By "
-            "default on CPUs; `true` on GPUs as well, where it has not been run over NCCL yet, and dmuon's directions "
-            "may differ in their last bits; `false` nowhere."
+            "default on CPUs; `true` on GPUs as well, where dmuon's directions may differ in their last bits, and over "
+            "NCCL nothing else may call collectives between backward and step; `false` nowhere."
         },
     )
     signum_momentum: float = field(default=0.9, metadata={"help": "Signum's decay of the momentum that is voted on."})

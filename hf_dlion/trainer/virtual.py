@@ -49,13 +49,14 @@ class VirtualWorkersMixin(WorkersMixin):
 
         With votes on gradients, they are those decided after the last micro-batch of a step.
         """
+        self._vote_on_shards(model)  # type: ignore[attr-defined]
         voting, alone = self.voting, self._in_turns  # type: ignore[attr-defined]
         if voting is not None:
             voting.step = self.state.global_step
         if not isinstance(inputs, Round) and alone is None:
             # What an epoch leaves over for the next one, DDP would vote on now, and on the sum again then.
             waits = voting is not None and not self.accelerator.sync_gradients
-            with model.no_sync() if waits else nullcontext():  # type: ignore[operator]
+            with self.accelerator.no_sync(model) if waits else nullcontext():
                 return of_one(model, inputs, num_items_in_batch)
         turns, losses = alone or self._own_optimizer(), []
         for rank, batch in enumerate(inputs if isinstance(inputs, Round) else [inputs]):

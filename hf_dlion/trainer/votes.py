@@ -1,10 +1,14 @@
-"""What a Trainer does with ``gradient_votes``: DDP gets a hook, and one process lets its workers take turns."""
+"""What a Trainer does with ``gradient_votes``: DDP or FSDP2 get hooks, and one process lets its workers take turns."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from accelerate.utils import compare_versions
+from torch import nn
+
 from ..gradient_votes import VotedGradients, vote_gradients
+from ..local_gradients import LocalGradients, keep_gradients_local, voting_group
 from ..optim.signed_gradients import SignedGradients, VirtualGradients
 from ..optim.workers import members_of
 from .workers import WorkersMixin
@@ -15,20 +19,40 @@ class GradientVotesMixin(WorkersMixin):
 
     _in_turns: VirtualGradients | None = None
     """The workers of this process, where it is alone."""
+    _on_shards: SignedGradients | None = None
+    """This replica's part, where replicas are sharded."""
+    _hooked_in: nn.Module | None = None
 
     @property
     def voting(self) -> SignedGradients | VirtualGradients | None:
         """What this process has in the votes on gradients; None where there are none, or before training."""
-        if self._in_turns is not None:
-            return self._in_turns
+        if self._in_turns is not None or self._on_shards is not None:
+            return self._in_turns or self._on_shards
         handler = self.accelerator.ddp_handler
         return handler.votes[-1] if isinstance(handler, VotedGradients) and handler.votes else None
 
     def _hook_in(self) -> None:
-        """Before the model is wrapped: DDP's gradients are to be voted on."""
-        if self.args.world_size > 1 and not isinstance(self.accelerator.ddp_handler, VotedGradients):
-            options = self._vote_options()
-            vote_gradients(self.accelerator, options.pop("aggregation"), **options)
+        """Before the model is wrapped: its gradients are to be voted on."""
+        if self.args.world_size == 1 or isinstance(self.accelerator.ddp_handler, VotedGradients | LocalGradients):
+            return
+        if voting_group(self.accelerator) is not None:
+            keep_gradients_local(self.accelerator)
+            return
+        options = self._vote_options()
+        vote_gradients(self.accelerator, options.pop("aggregation"), **options)
+
+    def _vote_on_shards(self, model: nn.Module) -> None:
+        """Before a step: a model that has been sharded since the last one gets its hooks."""
+        group = voting_group(self.accelerator) if self._gradient_votes and self.args.world_size > 1 else None
+        if group is None or self._hooked_in is model:
+            return
+        if self.args.gradient_accumulation_steps > 1 and compare_versions("accelerate", "<", "1.11"):
+            raise ValueError(
+                "gradient_votes with sharded replicas and gradient_accumulation_steps: accelerate before 1.11 would "
+                "have each micro-batch voted on. Update accelerate, or set gradient_accumulation_steps to 1."
+            )
+        options = self._vote_options() | {"process_group": group}
+        self._hooked_in, self._on_shards = model, vote_gradients(model, options.pop("aggregation"), **options)
 
     def _begin_turns(self) -> None:
         """As a training begins in one process."""
