@@ -12,7 +12,7 @@ goes; each starts when the ones before it have, and its gradients are there, and
 # No `from __future__ import annotations`: DDP reads those of the hook, and they must be classes.
 import logging
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -234,27 +234,36 @@ class _Shards(_Conversations):
         self._buckets = list(_from_the_last(parameters))
         self._arrived: set[int] = set()
         self._started = 0
+        self._in_backward = False
 
-    def begin(self, module: nn.Module, inputs: object) -> None:
-        """Before a forward: a backward that raised has left nothing behind."""
-        self._arrived, self._started, self.running = set(), 0, []
+    def before_forward(self, module: nn.Module, inputs: object) -> None:
+        """A backward that raised has left nothing behind."""
+        self._arrived, self._started, self._in_backward, self.running = set(), 0, False, []
+
+    def after_forward(self, module: nn.Module, inputs: object, outputs: object) -> None:
+        """What begins at the outputs is the whole backward; checkpointed layers can have others inside of it."""
+        for tensor in _tensors_in(outputs):
+            if tensor.requires_grad:
+                tensor.register_hook(self._begin_backward)
+
+    def _begin_backward(self, gradient: Tensor | None = None) -> None:
+        if not self._in_backward:
+            self._in_backward = True
+            Variable._execution_engine.queue_callback(self._end_backward)
 
     def arrive(self, index: int, parameter: Tensor) -> None:
         """The gradient of a parameter is there, averaged over the replica."""
-        if not self._arrived:
-            Variable._execution_engine.queue_callback(self._end_of_backward)
-        if index in self._arrived:
-            raise RuntimeError(
-                f"the gradient of {self.votes.names[index]} came twice in a backward, and the first half may have been "
-                "voted on. Share no parameter between modules that fully_shard has sharded each for itself."
-            )
+        self._begin_backward()  # of one that does not begin at the module's outputs
         self._arrived.add(index)
         if device_of_backward(parameter) != "cpu":
             return  # these hooks run on a stream of FSDP2
         while self._started < len(self._buckets) and self._arrived.issuperset(self._buckets[self._started]):
             self._start_next()
 
-    def _end_of_backward(self) -> None:
+    def _end_backward(self) -> None:
+        self._in_backward = False
+        if not self._arrived:  # the gradients of a micro-batch that is not the last
+            return
         while self._started < len(self._buckets):
             self._start_next()
         self.end()
@@ -276,6 +285,15 @@ class _Shards(_Conversations):
             given[place].copy_(decided.view_as(given[place]))
             if place in absent and present[place]:
                 parameters[place].grad = placed_as(parameters[place], given[place])
+
+
+def _tensors_in(outputs: object) -> Iterator[Tensor]:
+    """Those of a tensor, or of mappings and sequences of them."""
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, Mapping | list | tuple):
+        for output in outputs.values() if isinstance(outputs, Mapping) else outputs:
+            yield from _tensors_in(output)
 
 
 def _from_the_last(parameters: Sequence[Tensor]) -> Iterator[list[int]]:
@@ -342,7 +360,8 @@ def _vote_on_shards(module: nn.Module, group: dist.ProcessGroup | None, options:
     buckets = _voting[module] = _Shards(votes, parameters)
     for index, parameter in enumerate(parameters):
         parameter.register_post_accumulate_grad_hook(partial(buckets.arrive, index))
-    module.register_forward_pre_hook(buckets.begin)
+    module.register_forward_pre_hook(buckets.before_forward)
+    module.register_forward_hook(buckets.after_forward)
     voted_on.add(module)
     return votes
 

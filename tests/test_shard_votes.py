@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
 
 from hf_dlion import DistributedLion, gradient_votes, vote_gradients
 from tests.harness import run_workers, what_is_logged
@@ -34,11 +36,13 @@ class Net(nn.Module):
         self.first = nn.Linear(5, 33)
         self.blocks = nn.ModuleList(nn.Linear(33, 33) for _ in range(3))
         self.last = nn.Linear(33, 1, bias=False)
+        self.anew = False  # blocks are computed again, in a backward of their own
 
     def forward(self, x: torch.Tensor, blocks: list[int]) -> torch.Tensor:
         x = self.first(x)
         for block in blocks:
-            x = torch.tanh(self.blocks[block](x))
+            called = partial(checkpoint, self.blocks[block], use_reentrant=True) if self.anew else self.blocks[block]
+            x = torch.tanh(called(x))
         return self.last(x)
 
 
@@ -109,6 +113,25 @@ def test_gradients_are_what_the_signs_decide(replicas: int) -> None:
     settings = list(itertools.product(["avg", "mavo"], [True, False], ["gather", "sharded"]))
     for counted in run_workers(follow, replicas * SHARDS, replicas, settings):
         assert all(sent > 0 and early >= 3 * STEPS for sent, early in counted)
+
+
+def with_backwards_inside(rank: int) -> bool:
+    """Whether layers that are computed anew in a backward of their own, as reentrant checkpoints do, change nothing."""
+    mesh, found = make_mesh(2, SHARDS), []
+    for anew in (False, True):
+        model = sharded(mesh)
+        votes = vote_gradients(model, process_group=mesh["dp_replicate"].get_group())
+        model.anew = anew
+        model.set_requires_gradient_sync(True)
+        loss(model, rank, 0, 0).backward()
+        assert votes is not None
+        assert votes.step == 1
+        found.append([None if p.grad is None else p.grad.to_local() for p in model.parameters()])
+    return all(one is other or torch.equal(one, other) for one, other in zip(*found, strict=True))  # type: ignore[arg-type]
+
+
+def test_a_backward_inside_of_another_is_not_voted_on_by_itself() -> None:
+    assert run_workers(with_backwards_inside, 4) == [True] * 4
 
 
 def trained(rank: int) -> tuple[list[torch.Tensor], list[float], list[int], list[str]]:
