@@ -237,7 +237,14 @@ class _Shards(_Conversations):
         self._in_backward = False
 
     def before_forward(self, module: nn.Module, inputs: object) -> None:
-        """A backward that raised has left nothing behind."""
+        """A backward that raised has left nothing behind; nothing is trained that has no hook."""
+        known = set(self.votes.names)  # by now FSDP2 has put whole parameters in the places of shards
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and name not in known:
+                raise RuntimeError(
+                    f"{name} is trained, and was not when vote_gradients was called: nobody would vote on its "
+                    "gradient, and the replicas would come apart. Call vote_gradients when all that will be trained is."
+                )
         self._arrived, self._started, self._in_backward, self.running = set(), 0, False, []
 
     def after_forward(self, module: nn.Module, inputs: object, outputs: object) -> None:

@@ -177,6 +177,12 @@ def wrong_uses(rank: int) -> list[str]:
     loss(model, rank, 0, 0).backward()
     attempt(DistributedLion(model.parameters(), process_group=group).step, RuntimeError)
     attempt(lambda: vote_gradients(Net()), TypeError)
+    partly = sharded(mesh)
+    partly.blocks.requires_grad_(False)
+    vote_gradients(partly, process_group=group)
+    loss(partly, rank, 0, 0).backward()
+    partly.blocks.requires_grad_(True)
+    attempt(lambda: loss(partly, rank, 0, 0), RuntimeError)
     attempt(lambda: vote_gradients(nn.parallel.DistributedDataParallel(Net()), process_group=group))
     return said
 
@@ -189,4 +195,5 @@ def test_what_does_not_go_together_is_refused() -> None:
         assert "Call it once" in said[3]
         assert said[4].startswith("DistributedLion exchanges votes or codes of gradients itself")
         assert said[5].endswith("was given a Net.")
-        assert "which has its own. Leave it out" in said[6]
+        assert said[6].startswith("blocks.0.weight is trained, and was not when vote_gradients was called")
+        assert "which has its own. Leave it out" in said[7]

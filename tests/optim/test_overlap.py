@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -171,8 +173,17 @@ def infinite_and_moved_up(rank: int, step: int, model: Any, optimizer: Distribut
         del optimizer.param_groups[0]["params"][:2]
 
 
+def gathered(rank: int, step: int, model: nn.Module, optimizer: DistributedLion) -> None:
+    """A script's own collectives while votes are on their way, later on one rank than on the other."""
+    losses = torch.full((4,), float(rank), device=next(model.parameters()).device)
+    for _ in range(3):
+        if rank == step % 2:
+            time.sleep(0.003)
+        dist.all_reduce(losses)
+
+
 EVENTS = [nothing, clipped, bad, infinite, replaced, skipped, loaded, betas, turned, frozen, resized, taken_out]
-EVENTS += [infinite_and_moved_up]
+EVENTS += [infinite_and_moved_up, gathered]
 
 
 def backward(model: nn.Module, rank: int, seed: int, blocks: tuple[int, ...] = (0, 1, 2)) -> None:
