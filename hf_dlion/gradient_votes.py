@@ -13,7 +13,7 @@ goes; each starts when the ones before it have, and its gradients are there, and
 import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -27,12 +27,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .local_gradients import check_hook_is_free, refuse_join, taken_over, voted_on, voting_group
+from .local_gradients import check_hook_is_free, refuse_join, separated, taken_over, voted_on, voting_group
 from .optim.signed_gradients import SignedGradients, check_options
 from .optim.tensors import device_of_backward, local, placed_as, shard_group
 from .optim.workers import members_of
+from .wire.collectives import ProcessChannel
 from .wire.conversation import Conversation, one_turn
 from .wire.groups import rank_in
+from .wire.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +89,7 @@ def vote_gradients(
         dither: whether noise is added before the sign is taken, so that the votes say how large a gradient is.
         exchange: how votes travel, as of :class:`hf_dlion.DistributedLion`.
         on_bad_gradient: ``"abstain"``, a worker has no vote on a bucket in which its gradient has a NaN or Inf;
-            ``"raise"``, all ranks raise.
+            ``"raise"``, all ranks raise; of a sharded module, those that hold that shard.
         scaler: a gradient scaler, if there is one; it gets to see a bad gradient on all ranks, and
             ``on_bad_gradient`` is not asked. An accelerator has its own.
         process_group: of a sharded module, the ranks that hold the same shards in the other replicas,
@@ -111,7 +113,7 @@ def vote_gradients(
 
 def _begin(target: object, group: dist.ProcessGroup | None, options: dict[str, Any]) -> SignedGradients | None:
     if isinstance(target, nn.Module) and not isinstance(target, DistributedDataParallel):
-        if shard_group([parameter for parameter in target.parameters() if parameter.requires_grad]) is not None:
+        if _is_sharded(target):
             return _vote_on_shards(target, group, options)
     elif group is not None:
         raise ValueError(
@@ -127,6 +129,16 @@ def _begin(target: object, group: dist.ProcessGroup | None, options: dict[str, A
         )
     _prepare_votes(target, options)
     return None
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    for part in module.modules():
+        reshard = getattr(part, "reshard", None)
+        if callable(reshard):  # of FSDP2, which after a forward alone leaves whole parameters there
+            reshard()
+    for parameter in module.parameters():
+        local(parameter)  # raises where it is sharded otherwise than inside of replicas
+    return shard_group(list(module.parameters())) is not None
 
 
 def _prepare_votes(accelerator: Accelerator, options: dict[str, Any]) -> None:
@@ -170,7 +182,7 @@ class _Conversations:
             logger.warning(
                 "the workers vote on gradients a second time, and no optimizer has stepped. If the gradients were not "
                 "cleared, these are votes on a decision and a gradient. Put all backward passes of a step but the last "
-                "under no_sync()."
+                "under no_sync(), or after set_requires_gradient_sync(False) where FSDP2 shards."
             )
         running = [conversation, *self.running]
         self.running = []  # should one of them raise
@@ -225,38 +237,28 @@ class _Shards(_Conversations):
 
     Args:
         votes: this worker's part.
-        parameters: on which it votes.
+        parameters: on which it votes; held weakly, since their hooks lead here.
     """
 
     def __init__(self, votes: SignedGradients, parameters: Sequence[Tensor]) -> None:
         super().__init__(votes)
-        self._parameters = parameters
+        self._parameters = [weakref.ref(parameter) for parameter in parameters]
         self._buckets = list(_from_the_last(parameters))
         self._arrived: set[int] = set()
         self._started = 0
         self._in_backward = False
+        self._error: Exception | None = None
 
     def before_forward(self, module: nn.Module, inputs: object) -> None:
-        """A backward that raised has left nothing behind; nothing is trained that has no hook."""
-        known = set(self.votes.names)  # by now FSDP2 has put whole parameters in the places of shards
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad and name not in known:
-                raise RuntimeError(
-                    f"{name} is trained, and was not when vote_gradients was called: nobody would vote on its "
-                    "gradient, and the replicas would come apart. Call vote_gradients when all that will be trained is."
-                )
+        """A backward that raised has left nothing behind."""
         self._arrived, self._started, self._in_backward, self.running = set(), 0, False, []
+        self._error = None
 
     def after_forward(self, module: nn.Module, inputs: object, outputs: object) -> None:
         """What begins at the outputs is the whole backward; checkpointed layers can have others inside of it."""
         for tensor in _tensors_in(outputs):
             if tensor.requires_grad:
                 tensor.register_hook(self._begin_backward)
-
-    def _begin_backward(self, gradient: Tensor | None = None) -> None:
-        if not self._in_backward:
-            self._in_backward = True
-            Variable._execution_engine.queue_callback(self._end_backward)
 
     def arrive(self, index: int, parameter: Tensor) -> None:
         """The gradient of a parameter is there, averaged over the replica."""
@@ -267,23 +269,45 @@ class _Shards(_Conversations):
         while self._started < len(self._buckets) and self._arrived.issuperset(self._buckets[self._started]):
             self._start_next()
 
+    def left_out(self, module: nn.Module) -> str | None:
+        """The name of a parameter of the module with a gradient that nobody has voted on, if there is one."""
+        known = {id(reference()) for reference in self._parameters}
+        return next((n for n, p in module.named_parameters() if p.grad is not None and id(p) not in known), None)
+
+    def _begin_backward(self, gradient: Tensor | None = None) -> None:
+        if not self._in_backward:
+            self._in_backward = True
+            Variable._execution_engine.queue_callback(self._queue_end)
+
+    def _queue_end(self) -> None:
+        """After what FSDP2 has queued since: the gradients of modules around others come there."""
+        Variable._execution_engine.queue_callback(self._end_backward)
+
     def _end_backward(self) -> None:
         self._in_backward = False
         if not self._arrived:  # the gradients of a micro-batch that is not the last
             return
         while self._started < len(self._buckets):
             self._start_next()
-        self.end()
         self._arrived, self._started = set(), 0
+        if self._error is not None:
+            self.running = []
+            raise self._error
+        self.end()
 
     def _start_next(self) -> None:
+        """What goes wrong is raised when backward has ended, for it would leave FSDP2's modules halfway."""
         bucket = self._buckets[self._started]
         self._started += 1
-        self.start(self._conversation(bucket))
+        if self._error is None:
+            try:
+                self.start(self._conversation(bucket))
+            except Exception as error:
+                self._error = error
 
     @torch.no_grad()
     def _conversation(self, bucket: Sequence[int]) -> Conversation[None]:
-        parameters = [self._parameters[index] for index in bucket]
+        parameters = [parameter for index in bucket if (parameter := self._parameters[index]()) is not None]
         given = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in parameters]
         sizes, absent = [own.numel() for own in given], [i for i, p in enumerate(parameters) if p.grad is None]
         flat = torch.cat([own.flatten() for own in given])
@@ -295,26 +319,31 @@ class _Shards(_Conversations):
 
 
 def _tensors_in(outputs: object) -> Iterator[Tensor]:
-    """Those of a tensor, or of mappings and sequences of them."""
+    """Those of a tensor, or of mappings, sequences and dataclasses of them."""
     if isinstance(outputs, Tensor):
         yield outputs
     elif isinstance(outputs, Mapping | list | tuple):
         for output in outputs.values() if isinstance(outputs, Mapping) else outputs:
             yield from _tensors_in(output)
+    elif is_dataclass(outputs):
+        yield from _tensors_in([getattr(outputs, field.name) for field in fields(outputs)])
 
 
 def _from_the_last(parameters: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Buckets of parameters of one dtype."""
+    """Buckets of parameters of one dtype, of which this rank holds something."""
     bucket: list[int] = []
     size = 0
     for index in reversed(range(len(parameters))):
         own = local(parameters[index])
+        if not own.nbytes:
+            continue
         if bucket and (size + own.nbytes > _BUCKET or own.dtype != parameters[bucket[0]].dtype):
             yield bucket
             bucket, size = [], 0
         bucket.append(index)
         size += own.nbytes
-    yield bucket
+    if bucket:
+        yield bucket
 
 
 @torch.no_grad()
@@ -345,25 +374,10 @@ def _vote_on(module: DistributedDataParallel, options: dict[str, Any]) -> Signed
 def _vote_on_shards(module: nn.Module, group: dist.ProcessGroup | None, options: dict[str, Any]) -> SignedGradients:
     trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     parameters = [parameter for _, parameter in trained]
+    _check_shards(module, parameters, group, options["scaler"])
+    names, held = [name for name, _ in trained], [local(parameter) for parameter in parameters]
     shards = shard_group(parameters)
-    assert shards is not None
-    if group is None or set(dist.get_process_group_ranks(group)) & set(dist.get_process_group_ranks(shards)) != {
-        dist.get_rank()
-    }:
-        raise ValueError(
-            "vote_gradients was given a module that fully_shard has sharded, and no process_group of the ranks that "
-            'hold the same shards in the other replicas. Give it: process_group=mesh["dp_replicate"].get_group().'
-        )
-    if module in _voting:
-        raise ValueError("vote_gradients was called for this module before. Call it once.")
-    if options["scaler"] is not None and options["scaler"].is_enabled():
-        raise ValueError(
-            "vote_gradients was given a gradient scaler and a sharded module: a bad gradient in one shard would be "
-            "seen by the ranks that hold it alone. Train in bfloat16, which needs no scaler."
-        )
-    names = [name for name, _ in trained]
-    held = [local(parameter) for parameter in parameters]
-    votes = SignedGradients(held, names, group, shard=rank_in(shards), **options)
+    votes = SignedGradients(held, names, _of_its_own(group), shard=rank_in(shards), **options)
     buckets = _voting[module] = _Shards(votes, parameters)
     for index, parameter in enumerate(parameters):
         parameter.register_post_accumulate_grad_hook(partial(buckets.arrive, index))
@@ -373,10 +387,45 @@ def _vote_on_shards(module: nn.Module, group: dist.ProcessGroup | None, options:
     return votes
 
 
+def _of_its_own(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """Another one of the same ranks: several modules may vote in one backward, each in an order of its own."""
+    return ProcessChannel(group, Ledger()).beside().group
+
+
+def _check_shards(
+    module: nn.Module, parameters: Sequence[Tensor], group: dist.ProcessGroup | None, scaler: Any
+) -> None:
+    """Raise ValueError where these ranks cannot vote on the shards of a module."""
+    if module in _voting or not parameters:
+        raise ValueError(
+            "vote_gradients was called for this module before. Call it once, when all that will be trained can be."
+            if parameters
+            else "vote_gradients was given a module in which nothing is trained. Call it when all is that will be."
+        )
+    inside = set(dist.get_process_group_ranks(shard_group(parameters)))
+    if group is None or inside.intersection(dist.get_process_group_ranks(group)) != {dist.get_rank()}:
+        raise ValueError(
+            "vote_gradients was given a module that fully_shard has sharded, and no process_group of the ranks that "
+            'hold the same shards in the other replicas. Give it: process_group=mesh["dp_replicate"].get_group().'
+        )
+    scalers = [scaler, *(one.scaler for one in separated if any(model is module for model in one._models))]
+    if any(one is not None and one.is_enabled() for one in scalers):
+        raise ValueError(
+            "vote_gradients was given a sharded module, and there is a gradient scaler: a bad gradient in one shard "
+            "would be seen by the ranks that hold it alone. Train in bfloat16, which needs no scaler."
+        )
+
+
 def _before_a_step(optimizer: Optimizer, args: object, keywords: object) -> None:
     """Of any optimizer. Before its first: one that exchanges its own codes needs gradients of its own."""
-    for buckets in _voting.values():
+    for module, buckets in _voting.items():
         buckets.voted = False
+        if isinstance(buckets, _Shards) and buckets.votes.workers > 1 and (name := buckets.left_out(module)):
+            raise RuntimeError(
+                f"{name} has a gradient that nobody has voted on, and the replicas would come apart: it was not "
+                "trained, or not there, when vote_gradients was called. Call it when weights are loaded, and "
+                "all is unfrozen that will be trained; what is to be trained later can be frozen again after it."
+            )
     if optimizer in _checked:
         return
     _checked.add(optimizer)

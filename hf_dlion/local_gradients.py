@@ -105,7 +105,8 @@ def keep_gradients_local(target: Accelerator | DistributedDataParallel) -> None:
         kept = SeparateReplicas(**{f.name: getattr(config, f.name) for f in fields(config)})
         kept.device_mesh = config.device_mesh
         target.state.parallelism_config = kept
-        _separated.add(target)
+    if voting_group(target) is not None:
+        separated.add(target)
     target.ddp_handler = LocalGradients(**{f.name: getattr(handler, f.name) for f in fields(handler)})
 
 
@@ -168,7 +169,7 @@ def _check_launch(accelerator: Accelerator) -> None:
 
 
 _local_modules: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
-_separated: weakref.WeakSet[Accelerator] = weakref.WeakSet()
+separated: weakref.WeakSet[Accelerator] = weakref.WeakSet()
 """Those that shard a model inside each replica."""
 voted_on: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """The modules whose gradients become the same on all replicas by :func:`hf_dlion.vote_gradients`."""
@@ -255,7 +256,7 @@ def _check_votes(optimizer: Optimizer, args: object, keywords: object) -> None:
 
 def _check_shards_are_voted_on(optimizer: Optimizer, own: set[int]) -> None:
     """Raise RuntimeError if it would step shards that nobody makes the same on all replicas; of ids of parameters."""
-    for accelerator in _separated:
+    for accelerator in separated:
         left = own & {id(parameter) for model in accelerator._models for parameter in model.parameters()}
         if left - {id(parameter) for module in voted_on for parameter in module.parameters()}:
             raise RuntimeError(

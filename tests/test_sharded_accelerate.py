@@ -223,10 +223,15 @@ def test_votes_on_gradients_in_a_loop_of_accelerate() -> None:
 def voting_trainer(rank: int, folder: str) -> tuple[list[torch.Tensor], list[dict[str, float]], dict[str, Any]]:
     act_as_launched(rank)
     options: dict[str, Any] = {"optim": "adamw_torch", "gradient_votes": "avg", "learning_rate": 1e-2}
-    options |= {"max_steps": 30, "logging_steps": 10, "gradient_accumulation_steps": 2}
-    run = ShardedTrainer(model=tiny(), args=arguments(folder, **options), train_dataset=rows())
+    options |= {"max_steps": 30, "logging_steps": 10, "gradient_accumulation_steps": 2, "bf16": True}
+    options |= {"eval_strategy": "steps", "eval_steps": 20, "eval_on_start": True}
+    run = ShardedTrainer(model=tiny(), args=arguments(folder, **options), train_dataset=rows(), eval_dataset=rows(8))
     run.train()
-    return shards_of(run.model), [one for one in run.state.log_history if "grad_norm" in one], run_report(run)
+    assert run.voting is not None
+    assert run.voting.ledger.steps == 30
+    assert run.optimizer is not None
+    shards = [local(p).clone() for group in run.optimizer.param_groups for p in group["params"]]
+    return shards, [one for one in run.state.log_history if "grad_norm" in one], run_report(run)
 
 
 @of_new_accelerate

@@ -285,12 +285,11 @@ class DLionArgumentsMixin:
         self.average_tokens_across_devices = False
         check_known("vote_exchange", self.vote_exchange, EXCHANGES)
         check_known("on_bad_gradient", self.on_bad_gradient, ON_BAD_GRADIENT)
-        for name in ("fsdp", "deepspeed", "adversaries", "local_steps"):
+        for name in ("deepspeed", "adversaries", "local_steps"):
             if getattr(self, name, None):
                 raise ValueError(
                     f"gradient_votes={self.gradient_votes!r} with {name}={getattr(self, name)!r}: votes on gradients "
-                    "are a hook of DDP, each worker with the whole model and its own, at every step. Leave one of the "
-                    "two out."
+                    "are a hook of DDP or FSDP2, of every worker and at every step. Leave one of the two out."
                 )
         self._check_unread({"vote_exchange", "on_bad_gradient"})
 
