@@ -1,19 +1,10 @@
-"""Votes as a communication hook: what reaches the optimizer is what the workers' signs decide.
-
-DDP calls the hook with each bucket as its gradients become ready, in one order on all ranks. The hook starts the
-bucket's conversation and takes the earlier ones to their next wait; the last bucket's hook ends them all. So one bucket
-is on its way while backward computes the next.
-
-FSDP2 averages a gradient inside a replica, and calls the hooks of its parameter then. Replicas need not reach the same
-parameters, nor in one order, so buckets are laid out beforehand, from the last parameter to the first, as backward
-goes; each starts when the ones before it have, and its gradients are there, and the rest when backward ends.
-"""
+"""Votes as a communication hook: what reaches the optimizer is what the workers' signs decide."""
 
 # No `from __future__ import annotations`: DDP reads those of the hook, and they must be classes.
 import logging
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -22,24 +13,20 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
-from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from .gradient_buckets import Buckets, Conversations, ShardedBuckets
 from .local_gradients import check_hook_is_free, refuse_join, separated, taken_over, voted_on, voting_group
 from .optim.signed_gradients import SignedGradients, check_options
-from .optim.tensors import device_of_backward, local, placed_as, shard_group
+from .optim.tensors import local, shard_group
 from .optim.workers import members_of
 from .wire.collectives import ProcessChannel
-from .wire.conversation import Conversation, one_turn
 from .wire.groups import rank_in
 from .wire.ledger import Ledger
 
 logger = logging.getLogger(__name__)
-
-_BUCKET = 25 << 20
-"""Bytes of the gradients of a sharded module that are voted on together, as DDP's."""
 
 
 class VotedGradients(DistributedDataParallelKwargs):
@@ -162,197 +149,13 @@ def _prepare_votes(accelerator: Accelerator, options: dict[str, Any]) -> None:
     accelerator.ddp_handler = voted
 
 
-class _Conversations:
-    """Those of a module's buckets.
-
-    Args:
-        votes: this worker's part.
-    """
-
-    def __init__(self, votes: SignedGradients) -> None:
-        self.votes = votes
-        self.running: list[Conversation[None]] = []
-        self.voted = False  # since an optimizer's last step
-        self._warned = False
-
-    def start(self, conversation: Conversation[None]) -> None:
-        """Take it, and then those before it, to their next wait."""
-        if self.voted and not self._warned and self.votes.scaler is None:  # which leaves steps out
-            self._warned = True
-            logger.warning(
-                "the workers vote on gradients a second time, and no optimizer has stepped. If the gradients were not "
-                "cleared, these are votes on a decision and a gradient. Put all backward passes of a step but the last "
-                "under no_sync(), or after set_requires_gradient_sync(False) where FSDP2 shards."
-            )
-        running = [conversation, *self.running]
-        self.running = []  # should one of them raise
-        self.running = one_turn(running)
-
-    def end(self) -> None:
-        """All conversations of a step, which have been started."""
-        running = self.running
-        self.running = []
-        while running:
-            running = one_turn(running)
-        self.votes.end_step()
-        self.voted = True
-
-
-class _Buckets(_Conversations):
-    """Of DDP.
-
-    Args:
-        votes: this worker's part.
-        parameters: on which it votes.
-    """
-
-    def __init__(self, votes: SignedGradients, parameters: Sequence[Tensor]) -> None:
-        super().__init__(votes)
-        self.index = {id(parameter): index for index, parameter in enumerate(parameters)}
-
-    def add(self, bucket: Any) -> torch.futures.Future[Tensor]:
-        """Start the conversation of a bucket; after the last one, all have ended."""
-        buffer = bucket.buffer()
-        if buffer.layout != torch.strided:
-            raise RuntimeError(
-                f"a gradient of layout {buffer.layout}: votes are on every element. Use dense gradients, as "
-                "nn.Embedding(sparse=False) gives."
-            )
-        future: torch.futures.Future[Tensor] = torch.futures.Future(
-            devices=None if buffer.device.type == "cpu" else [buffer.device]
-        )
-        self.start(self._conversation(bucket, buffer, future))
-        if bucket.is_last():
-            self.end()
-        return future
-
-    def _conversation(self, bucket: Any, buffer: Tensor, future: torch.futures.Future[Tensor]) -> Conversation[None]:
-        parts = [(self.index[id(parameter)], parameter.numel()) for parameter in bucket.parameters()]
-        yield from self.votes.vote(buffer, parts)
-        future.set_result(buffer)
-
-
-class _Shards(_Conversations):
-    """Of a module that FSDP2 shards.
-
-    Args:
-        votes: this worker's part.
-        parameters: on which it votes; held weakly, since their hooks lead here.
-    """
-
-    def __init__(self, votes: SignedGradients, parameters: Sequence[Tensor]) -> None:
-        super().__init__(votes)
-        self._parameters = [weakref.ref(parameter) for parameter in parameters]
-        self._buckets = list(_from_the_last(parameters))
-        self._arrived: set[int] = set()
-        self._started = 0
-        self._in_backward = False
-        self._error: Exception | None = None
-
-    def before_forward(self, module: nn.Module, inputs: object) -> None:
-        """A backward that raised has left nothing behind."""
-        self._arrived, self._started, self._in_backward, self.running = set(), 0, False, []
-        self._error = None
-
-    def after_forward(self, module: nn.Module, inputs: object, outputs: object) -> None:
-        """What begins at the outputs is the whole backward; checkpointed layers can have others inside of it."""
-        for tensor in _tensors_in(outputs):
-            if tensor.requires_grad:
-                tensor.register_hook(self._begin_backward)
-
-    def arrive(self, index: int, parameter: Tensor) -> None:
-        """The gradient of a parameter is there, averaged over the replica."""
-        self._begin_backward()  # of one that does not begin at the module's outputs
-        self._arrived.add(index)
-        if device_of_backward(parameter) != "cpu":
-            return  # these hooks run on a stream of FSDP2
-        while self._started < len(self._buckets) and self._arrived.issuperset(self._buckets[self._started]):
-            self._start_next()
-
-    def left_out(self, module: nn.Module) -> str | None:
-        """The name of a parameter of the module with a gradient that nobody has voted on, if there is one."""
-        known = {id(reference()) for reference in self._parameters}
-        return next((n for n, p in module.named_parameters() if p.grad is not None and id(p) not in known), None)
-
-    def _begin_backward(self, gradient: Tensor | None = None) -> None:
-        if not self._in_backward:
-            self._in_backward = True
-            Variable._execution_engine.queue_callback(self._queue_end)
-
-    def _queue_end(self) -> None:
-        """After what FSDP2 has queued since: the gradients of modules around others come there."""
-        Variable._execution_engine.queue_callback(self._end_backward)
-
-    def _end_backward(self) -> None:
-        self._in_backward = False
-        if not self._arrived:  # the gradients of a micro-batch that is not the last
-            return
-        while self._started < len(self._buckets):
-            self._start_next()
-        self._arrived, self._started = set(), 0
-        if self._error is not None:
-            self.running = []
-            raise self._error
-        self.end()
-
-    def _start_next(self) -> None:
-        """What goes wrong is raised when backward has ended, for it would leave FSDP2's modules halfway."""
-        bucket = self._buckets[self._started]
-        self._started += 1
-        if self._error is None:
-            try:
-                self.start(self._conversation(bucket))
-            except Exception as error:
-                self._error = error
-
-    @torch.no_grad()
-    def _conversation(self, bucket: Sequence[int]) -> Conversation[None]:
-        parameters = [parameter for index in bucket if (parameter := self._parameters[index]()) is not None]
-        given = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in parameters]
-        sizes, absent = [own.numel() for own in given], [i for i, p in enumerate(parameters) if p.grad is None]
-        flat = torch.cat([own.flatten() for own in given])
-        present = yield from self.votes.vote(flat, list(zip(bucket, sizes, strict=True)), absent)
-        for place, decided in enumerate(flat.split(sizes)):
-            given[place].copy_(decided.view_as(given[place]))
-            if place in absent and present[place]:
-                parameters[place].grad = placed_as(parameters[place], given[place])
-
-
-def _tensors_in(outputs: object) -> Iterator[Tensor]:
-    """Those of a tensor, or of mappings, sequences and dataclasses of them."""
-    if isinstance(outputs, Tensor):
-        yield outputs
-    elif isinstance(outputs, Mapping | list | tuple):
-        for output in outputs.values() if isinstance(outputs, Mapping) else outputs:
-            yield from _tensors_in(output)
-    elif is_dataclass(outputs):
-        yield from _tensors_in([getattr(outputs, field.name) for field in fields(outputs)])
-
-
-def _from_the_last(parameters: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Buckets of parameters of one dtype, of which this rank holds something."""
-    bucket: list[int] = []
-    size = 0
-    for index in reversed(range(len(parameters))):
-        own = local(parameters[index])
-        if not own.nbytes:
-            continue
-        if bucket and (size + own.nbytes > _BUCKET or own.dtype != parameters[bucket[0]].dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(index)
-        size += own.nbytes
-    if bucket:
-        yield bucket
-
-
 @torch.no_grad()
-def _vote(state: _Buckets, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
+def _vote(state: Buckets, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
     """The hook."""
     return state.add(bucket)
 
 
-_voting: weakref.WeakKeyDictionary[nn.Module, _Conversations] = weakref.WeakKeyDictionary()
+_voting: weakref.WeakKeyDictionary[nn.Module, Conversations] = weakref.WeakKeyDictionary()
 _checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
@@ -365,7 +168,7 @@ def _vote_on(module: DistributedDataParallel, options: dict[str, Any]) -> Signed
     ]
     parameters = [parameter for _, parameter in trained]
     votes = SignedGradients(parameters, [name for name, _ in trained], module.process_group, **options)
-    buckets = _voting[module] = _Buckets(votes, parameters)
+    buckets = _voting[module] = Buckets(votes, parameters)
     module.register_comm_hook(buckets, _vote)
     module.register_forward_pre_hook(refuse_join)
     return votes
@@ -378,7 +181,7 @@ def _vote_on_shards(module: nn.Module, group: dist.ProcessGroup | None, options:
     names, held = [name for name, _ in trained], [local(parameter) for parameter in parameters]
     shards = shard_group(parameters)
     votes = SignedGradients(held, names, _of_its_own(group), shard=rank_in(shards), **options)
-    buckets = _voting[module] = _Shards(votes, parameters)
+    buckets = _voting[module] = ShardedBuckets(votes, parameters)
     for index, parameter in enumerate(parameters):
         parameter.register_post_accumulate_grad_hook(partial(buckets.arrive, index))
     module.register_forward_pre_hook(buckets.before_forward)
@@ -396,11 +199,13 @@ def _check_shards(
     module: nn.Module, parameters: Sequence[Tensor], group: dist.ProcessGroup | None, scaler: Any
 ) -> None:
     """Raise ValueError where these ranks cannot vote on the shards of a module."""
-    if module in _voting or not parameters:
+    if not parameters:
         raise ValueError(
-            "vote_gradients was called for this module before. Call it once, when all that will be trained can be."
-            if parameters
-            else "vote_gradients was given a module in which nothing is trained. Call it when all is that will be."
+            "vote_gradients was given a module in which nothing is trained. Unfreeze what will be, then call it."
+        )
+    if module in _voting:
+        raise ValueError(
+            "vote_gradients was called for this module before. Call it once, when all is unfrozen that will be trained."
         )
     inside = set(dist.get_process_group_ranks(shard_group(parameters)))
     if group is None or inside.intersection(dist.get_process_group_ranks(group)) != {dist.get_rank()}:
@@ -420,7 +225,7 @@ def _before_a_step(optimizer: Optimizer, args: object, keywords: object) -> None
     """Of any optimizer. Before its first: one that exchanges its own codes needs gradients of its own."""
     for module, buckets in _voting.items():
         buckets.voted = False
-        if isinstance(buckets, _Shards) and buckets.votes.workers > 1 and (name := buckets.left_out(module)):
+        if isinstance(buckets, ShardedBuckets) and buckets.votes.workers > 1 and (name := buckets.left_out(module)):
             raise RuntimeError(
                 f"{name} has a gradient that nobody has voted on, and the replicas would come apart: it was not "
                 "trained, or not there, when vote_gradients was called. Call it when weights are loaded, and "

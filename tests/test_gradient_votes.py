@@ -205,7 +205,7 @@ def test_an_accelerate_loop_with_accumulation() -> None:
 
 
 def backwards_in_a_step(rank: int, backwards: int) -> list[str]:
-    said = what_is_logged("hf_dlion.gradient_votes")
+    said = what_is_logged("hf_dlion.gradient_buckets")
     inner = torch.nn.Linear(5, 3)
     module, optimizer = DistributedDataParallel(inner), torch.optim.AdamW(inner.parameters())
     vote_gradients(module)

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from hf_dlion import DistributedLion, gradient_votes, vote_gradients
+from hf_dlion import DistributedLion, gradient_buckets, gradient_votes, vote_gradients
 from tests.harness import run_workers, what_is_logged
 from tests.optim.test_sharded_replicas import TORCH
 from tests.optim.test_sharding import make_mesh
@@ -74,16 +74,16 @@ def backward(model: Any, rank: int, step: int, spoil: bool = False) -> list[torc
 def follow(rank: int, replicas: int, settings: list[tuple[str, bool, str]]) -> list[tuple[int, int]]:
     """For each setting the bytes sent, and how many buckets began during backward; decisions are compared here."""
     mesh, replica, shard = make_mesh(replicas, SHARDS), rank // SHARDS, rank % SHARDS
-    gradient_votes._BUCKET = 2000
+    gradient_buckets._BUCKET = 2000
     group, found, early = mesh["dp_replicate"].get_group(), [], []
-    arrive = gradient_votes._Shards.arrive
+    arrive = gradient_buckets.ShardedBuckets.arrive
 
     def noting(buckets: Any, index: int, parameter: torch.Tensor) -> None:
         if index == 4:  # of the middle of the model
             early.extend(range(buckets._started))
         arrive(buckets, index, parameter)
 
-    gradient_votes._Shards.arrive = noting  # type: ignore[method-assign]
+    gradient_buckets.ShardedBuckets.arrive = noting  # type: ignore[method-assign]
     for number, (aggregation, dither, exchange) in enumerate(settings):
         policy = CAST if number % 2 else WIDE
         plain, model = sharded(mesh, policy), sharded(mesh, policy)
