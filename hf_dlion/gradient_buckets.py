@@ -21,14 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from .optim.signed_gradients import SignedGradients
+from .optim.signed_gradients import SignedGradients, in_buckets
 from .optim.tensors import device_of_backward, local, placed_as
 from .wire.conversation import Conversation, one_turn
 
 logger = logging.getLogger(__name__)
-
-_BUCKET = 25 << 20
-"""Bytes of the gradients of a sharded module that are voted on together, as DDP's."""
 
 
 class Conversations:
@@ -112,7 +109,9 @@ class ShardedBuckets(Conversations):
     def __init__(self, votes: SignedGradients, parameters: Sequence[Tensor]) -> None:
         super().__init__(votes)
         self._parameters = [weakref.ref(parameter) for parameter in parameters]
-        self._buckets = list(_from_the_last(parameters))
+        held = [local(parameter) for parameter in parameters]
+        from_the_last = [index for index in reversed(range(len(held))) if held[index].nbytes]
+        self._buckets = list(in_buckets(from_the_last, held))
         self._arrived: set[int] = set()
         self._started = 0
         self._in_backward = False
@@ -196,20 +195,3 @@ def _tensors_in(outputs: object) -> Iterator[Tensor]:
             yield from _tensors_in(output)
     elif is_dataclass(outputs):
         yield from _tensors_in([getattr(outputs, field.name) for field in fields(outputs)])
-
-
-def _from_the_last(parameters: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Buckets of parameters of one dtype, of which this rank holds something."""
-    bucket: list[int] = []
-    size = 0
-    for index in reversed(range(len(parameters))):
-        own = local(parameters[index])
-        if not own.nbytes:
-            continue
-        if bucket and (size + own.nbytes > _BUCKET or own.dtype != parameters[bucket[0]].dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(index)
-        size += own.nbytes
-    if bucket:
-        yield bucket

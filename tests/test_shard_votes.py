@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import weakref
@@ -17,6 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from hf_dlion import DistributedLion, gradient_buckets, gradient_votes, vote_gradients
+from hf_dlion.optim import signed_gradients
 from tests.harness import run_workers, what_is_logged
 from tests.optim.test_sharded_replicas import TORCH
 from tests.optim.test_sharding import make_mesh
@@ -74,7 +76,7 @@ def backward(model: Any, rank: int, step: int, spoil: bool = False) -> list[torc
 def follow(rank: int, replicas: int, settings: list[tuple[str, bool, str]]) -> list[tuple[int, int]]:
     """For each setting the bytes sent, and how many buckets began during backward; decisions are compared here."""
     mesh, replica, shard = make_mesh(replicas, SHARDS), rank // SHARDS, rank % SHARDS
-    gradient_buckets._BUCKET = 2000
+    signed_gradients._BUCKET = 2000
     group, found, early = mesh["dp_replicate"].get_group(), [], []
     arrive = gradient_buckets.ShardedBuckets.arrive
 
@@ -165,6 +167,13 @@ def test_after_an_error_the_next_backward_is_voted_on() -> None:
         [one] = said
         assert one.startswith("rank 1: the gradient of ")
         assert "has a NaN or Inf at step 0" in one
+
+
+def test_the_tensors_in_outputs_are_found() -> None:
+    found = dataclasses.make_dataclass("Found", ["loss", "states", "cache"])
+    one, two, three = torch.ones(3).unbind()
+    nested = {"outputs": found(one, (two, [three]), None), "name": "none"}
+    assert [id(tensor) for tensor in gradient_buckets._tensors_in(nested)] == [id(one), id(two), id(three)]
 
 
 def left_behind(rank: int) -> list[bool]:

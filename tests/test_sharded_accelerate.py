@@ -201,7 +201,12 @@ def voted(rank: int) -> list[torch.Tensor]:
     with pytest.raises(RuntimeError, match="the replicas would come apart.*vote_gradients.model, process_group"):
         optimizer.step()
     optimizer.zero_grad()
-    votes = vote_gradients(model, process_group=accelerator.torch_device_mesh["dp_replicate"].get_group())
+    group = accelerator.torch_device_mesh["dp_replicate"].get_group()
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(ValueError, match="there is a gradient scaler"):
+        vote_gradients(model, process_group=group)
+    accelerator.scaler = None
+    votes = vote_gradients(model, process_group=group)
     for step in range(6):
         generator = torch.Generator().manual_seed(10 * step + rank)
         with accelerator.accumulate(model):

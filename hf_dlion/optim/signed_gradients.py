@@ -6,7 +6,7 @@ Nothing is kept from step to step but counters, so there is nothing to save.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -240,7 +240,7 @@ class VirtualGradients:
         turns = self._turns
         self.forget_turns()  # should there be an error
         voted = [i for i in range(len(self.parameters)) if any(turn[i] is not None for turn in turns)]
-        for bucket in self._buckets(voted):
+        for bucket in in_buckets(voted, self.parameters):
             of_workers = [self._flat(turn, bucket) for turn in turns]
             parts = [(index, self.parameters[index].numel()) for index in bucket]
             self._group.run(lambda rank: run(self.members[rank].vote(of_workers[rank], parts)))  # noqa: B023
@@ -284,19 +284,6 @@ class VirtualGradients:
         """Drop the gradients taken since the last decision."""
         self._turns = [[None] * len(self.parameters) for _ in self._turns]
 
-    def _buckets(self, indices: Sequence[int]) -> Iterator[list[int]]:
-        bucket: list[int] = []
-        size = 0
-        for index in indices:
-            parameter = self.parameters[index]
-            if bucket and (size + parameter.nbytes > _BUCKET or parameter.dtype != self.parameters[bucket[0]].dtype):
-                yield bucket
-                bucket, size = [], 0
-            bucket.append(index)
-            size += parameter.nbytes
-        if bucket:
-            yield bucket
-
     def _flat(self, turn: Sequence[Tensor | None], bucket: Sequence[int]) -> Tensor:
         gradients = []
         for index in bucket:
@@ -311,6 +298,21 @@ def check_options(aggregation: str, exchange: str, on_bad_gradient: str) -> None
     check_known("aggregation", aggregation, AGGREGATIONS)
     check_known("exchange", exchange, EXCHANGES)
     check_known("on_bad_gradient", on_bad_gradient, ON_BAD_GRADIENT)
+
+
+def in_buckets(indices: Iterable[int], tensors: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Indices of tensors whose gradients are voted on together: consecutive ones, of one dtype, 25 MiB at most."""
+    bucket: list[int] = []
+    size = 0
+    for index in indices:
+        tensor = tensors[index]
+        if bucket and (size + tensor.nbytes > _BUCKET or tensor.dtype != tensors[bucket[0]].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(index)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
 
 
 def _chunk(tensor: Tensor) -> int:

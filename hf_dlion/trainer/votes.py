@@ -43,8 +43,10 @@ class GradientVotesMixin(WorkersMixin):
 
     def _vote_on_shards(self, model: nn.Module) -> None:
         """Before a step: a model that has been sharded since the last one gets its hooks."""
-        group = voting_group(self.accelerator) if self._gradient_votes and self.args.world_size > 1 else None
-        if group is None or self._hooked_in is model:
+        if self._hooked_in is model or not self._gradient_votes or self.args.world_size == 1:
+            return
+        group = voting_group(self.accelerator)
+        if group is None:
             return
         if self.args.gradient_accumulation_steps > 1 and compare_versions("accelerate", "<", "1.11"):
             raise ValueError(
