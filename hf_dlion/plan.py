@@ -42,11 +42,15 @@ class Traffic:
         sent_bytes: by each worker.
         buckets: in how many conversations, one after the other.
         rounds: how often each of them waits for the network.
+        late_bytes: of those sent, the ones that leave after backward in any case.
+        late_buckets: their conversations.
     """
 
     sent_bytes: float
     buckets: int
     rounds: int
+    late_bytes: float = 0.0
+    late_buckets: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ class Method:
     """What the prediction knows of a method.
 
     Attributes:
-        name: as ``optim=`` takes it; ``gradient_votes`` stands for votes with AdamW behind them, ``ddp_`` for DDP.
+        name: as ``optim=`` takes it; ``dmuon_averages`` stands for dmuon_mavo with ``muon_rest="average"``,
+            ``gradient_votes`` for votes with AdamW behind them, ``ddp_`` for DDP.
         memory: bytes that its local work moves through memory, per parameter: what its measured time is at the rate of
             a copy; first those of every step, then those per bit that is sent.
         aggregation: of what votes; None for DDP.
@@ -63,6 +68,7 @@ class Method:
         orthogonal: whether it orthogonalises.
         every: steps from one vote to the next.
         hook: whether a hook of DDP sends, during backward everywhere; others do so on CPUs.
+        averages: whether what is no hidden matrix is averaged in 32 bits, in place of votes.
     """
 
     name: str
@@ -73,19 +79,22 @@ class Method:
     orthogonal: bool = False
     every: int = 1
     hook: bool = False
+    averages: bool = False
 
 
 # Fitted to model_cards/network, at the rate of a copy measured there; update included.
 ALONE = 28.0  # AdamW's memory per parameter: read parameter, gradient and two states, write three
+OF_AVERAGES = 2.4  # bytes moved per bit of an average that is sent
 _VOTE = (38.0, 24.0)
 METHODS = (
     Method("dmuon_mavo", _VOTE, "mavo", "alternate", orthogonal=True),
     Method("dmuon_avg", _VOTE, "avg", orthogonal=True),
+    Method("dmuon_averages", _VOTE, "mavo", "alternate", orthogonal=True, averages=True),
     Method("dlion_mavo", _VOTE, "mavo"),
     Method("dlion_avg", _VOTE, "avg"),
     # AdamW, the exchange, and the hook's own 8 ns a parameter, timed once on the same machine.
     Method("gradient_votes", (200.0, 24.0), "avg", hook=True),
-    Method("ddp_fp32", (ALONE, 2.4), bytes_sent=4, hook=True),
+    Method("ddp_fp32", (ALONE, OF_AVERAGES), bytes_sent=4, hook=True),
     Method("ddp_bf16", (ALONE, 5.5), bytes_sent=2, hook=True),
 )
 
@@ -108,6 +117,7 @@ class Setting:
         latency: seconds of a round, besides its bytes.
         orthogonal: what orthogonalising adds, as a share of ``compute``.
         gpu: whether the models are on GPUs.
+        hidden: the share of the parameters that are hidden matrices.
     """
 
     parameters: float
@@ -118,6 +128,7 @@ class Setting:
     latency: float
     orthogonal: float = 0.0
     gpu: bool = False
+    hidden: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -143,12 +154,12 @@ class Prediction:
     bits_per_parameter: float
 
 
-def traffic(method: Method, parameters: float, workers: int) -> Traffic:
-    """What it sends in a step with an exchange."""
+def traffic(method: Method, parameters: float, workers: int, hidden: float = 1.0) -> Traffic:
+    """What it sends in a step with an exchange; ``hidden`` as of :class:`Setting`."""
     from .bits.packing import BLOCK
+    from .optim.averages import BUCKET
     from .optim.displacements import SCALED
     from .optim.layout import MAX_BUCKET_BLOCKS
-    from .optim.mean_gradient import BUCKET
     from .optim.overlap import BUCKETS
     from .wire.exchange import GatherExchange, ShardedExchange, highest_level
 
@@ -158,7 +169,8 @@ def traffic(method: Method, parameters: float, workers: int) -> Traffic:
     if method.aggregation is None:
         of_parameters = method.bytes_sent * parameters
         return Traffic(ring / workers * of_parameters, math.ceil(4 * parameters / DDP_BUCKET), ring)
-    words = math.ceil(parameters / BLOCK) * BLOCK // 32
+    voted = parameters * hidden if method.averages else parameters
+    words = math.ceil(voted / BLOCK) * BLOCK // 32
     planes = highest_level(method.aggregation, method.tie, workers).bit_length()
     sent = {kind: kind.words_sent(words, workers, planes) for kind in (GatherExchange, ShardedExchange)}
     kind = min(sent, key=lambda one: sent[one])
@@ -166,33 +178,40 @@ def traffic(method: Method, parameters: float, workers: int) -> Traffic:
     if method.every > 1:
         scales = 4 * parameters / SCALED
         return Traffic(4 * sent[kind] + ring / workers * scales, math.ceil(parameters / BUCKET), rounds + ring)
-    fewest = math.ceil(parameters / BLOCK / MAX_BUCKET_BLOCKS)
-    return Traffic(4 * sent[kind], max(BUCKETS, fewest), rounds)
+    averages = ring / workers * 4 * (parameters - voted)
+    late = math.ceil((parameters - voted) / BUCKET)
+    fewest = math.ceil(voted / BLOCK / MAX_BUCKET_BLOCKS)
+    return Traffic(4 * sent[kind] + averages, max(BUCKETS, fewest), rounds, averages, late)
 
 
 def predict(method: Method, setting: Setting) -> Prediction:
     """A whole step of each worker, or the average of a round of local steps.
 
     Buckets are complete at even intervals of backward, and what the network takes is hidden behind what is left of it;
-    not so for local steps, nor, on GPUs, for votes that no hook sends. Half of the rest hides behind the local work, or
-    the other way round, where there are several buckets.
+    not so for local steps, for averages beside votes, nor, on GPUs, for votes that no hook sends. Half of the rest
+    hides behind the local work, or the other way round, where there are several buckets.
     """
-    sent = traffic(method, setting.parameters, setting.workers)
+    sent = traffic(method, setting.parameters, setting.workers, setting.hidden)
     sent_bytes = sent.sent_bytes / method.every
-    bits = 8 * sent_bytes / setting.parameters
     fixed, of_bits = method.memory
-    local = setting.parameters * (fixed + of_bits * bits) / setting.bandwidth
-    network = FRAMES * 8 * sent_bytes / setting.link + sent.buckets * sent.rounds / method.every * setting.latency
-    shown = network
+    of_votes = 8 * (sent_bytes - sent.late_bytes) * of_bits
+    moved = fixed * setting.parameters + of_votes + 8 * sent.late_bytes * OF_AVERAGES
+    local = moved / setting.bandwidth
+    late = FRAMES * 8 * sent.late_bytes / setting.link + 2 * sent.late_buckets * setting.latency
+    early = FRAMES * 8 * (sent_bytes - sent.late_bytes) / setting.link
+    early += sent.buckets * sent.rounds / method.every * setting.latency
+    shown = early
     if method.every == 1 and (method.hook or not setting.gpu):
         last = 1 / sent.buckets
-        shown = max(last * network, network - (1 - last) * BACKWARD * setting.compute)
+        shown = max(last * early, early - (1 - last) * BACKWARD * setting.compute)
+    shown += late
     if sent.buckets > 1:
         shown -= min(local, shown) / 2
     compute = setting.compute * (1 + setting.orthogonal * method.orthogonal)
     alone = setting.compute + setting.parameters * ALONE / setting.bandwidth
     step = compute + local + shown
-    return Prediction(method.name, step, step / alone, local, network, sent_bytes, bits)
+    bits = 8 * sent_bytes / setting.parameters
+    return Prediction(method.name, step, step / alone, local, early + late, sent_bytes, bits)
 
 
 def recommend(predictions: Sequence[Prediction], local: Prediction) -> tuple[str, str]:
@@ -214,8 +233,8 @@ def recommend(predictions: Sequence[Prediction], local: Prediction) -> tuple[str
     return name, why
 
 
-def shape_of(model: str) -> tuple[float, float]:
-    """How many parameters a model has, and the smaller side of their hidden matrix, 0 for others, in the mean.
+def shape_of(model: str) -> tuple[float, float, float]:
+    """How many parameters a model has, the mean of the smaller sides of their matrices (0 for others), and their share.
 
     Args:
         model: a count such as 124M, or what has a configuration.
@@ -226,7 +245,7 @@ def shape_of(model: str) -> tuple[float, float]:
     count = re.fullmatch(r"([\d.]+(?:e\d+)?)([kmbt]?)", re.sub("[,_]", "", model.lower()))
     if count:
         parameters = _number(count, _COUNTS, model)
-        return parameters, _usual_side(parameters)
+        return parameters, *_usual_matrices(parameters)
     try:
         import torch
         from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -251,17 +270,18 @@ def shape_of(model: str) -> tuple[float, float]:
     matrices = [
         part for group in hidden for _, weight in group["params"] for part in matrices_of(weight, group["split"])
     ]
-    return parameters, sum(min(matrix.shape) * matrix.numel() for matrix in matrices) / parameters
+    side = sum(min(matrix.shape) * matrix.numel() for matrix in matrices) / parameters
+    return parameters, side, sum(matrix.numel() for matrix in matrices) / parameters
 
 
-def _usual_side(parameters: float) -> float:
-    """Of a GPT-2 whose depth is a 64th of its width, with 12 squares of the width a layer."""
+def _usual_matrices(parameters: float) -> tuple[float, float]:
+    """The latter two of a GPT-2 whose depth is a 64th of its width, with 12 squares of the width a layer."""
     narrow, wide = 0.0, parameters ** (1 / 2)
     for _ in range(60):
         width = (narrow + wide) / 2
         hidden = 12 / 64 * width**3
         narrow, wide = (narrow, width) if hidden + VOCABULARY * width > parameters else (width, wide)
-    return hidden / parameters * width
+    return hidden / parameters * width, hidden / parameters
 
 
 def link_rate(text: str) -> float:
@@ -339,7 +359,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         _check(options)
         bandwidth = measured_bandwidth() if options.bandwidth is None else 1e9 * options.bandwidth
-        (parameters, side), link = shape_of(options.model), link_rate(options.link)
+        (parameters, side, hidden), link = shape_of(options.model), link_rate(options.link)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -352,6 +372,7 @@ def run(options: argparse.Namespace) -> int:
         latency=options.latency / 1e3,
         orthogonal=ORTHOGONAL * side / options.tokens,
         gpu=options.gpu,
+        hidden=hidden,
     )
     found = report(setting, options.local_steps)
     sys.stdout.write((json.dumps(found, indent=1) if options.json else table(found)) + "\n")

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .bits import DROP_SHARE, PREDICTED, local_bits, paper_bits, wire_bits
+from .bits import DROP_SHARE, PREDICTED, Bits, local_bits, paper_bits, wire_bits
 from .measures import MEASURES, Measure
 from .records import grouped, runs_of
 
@@ -78,13 +78,13 @@ def bits_table(runs: Sequence[Mapping[str, Any]]) -> str | None:
             continue
         drop = float(settings.get("drop_share", DROP_SHARE))
         votes = {"tie": settings.get("vote_tie", "auto"), "exchange": settings.get("vote_exchange", "auto")}
+        paper: Bits | None = None
+        wire: Bits | None = None
         if every:
-            paper = None
             wire = local_bits(settings.get("outer_aggregation", "mavo"), workers, every, **votes)
         elif voted:
-            paper = None
             wire = wire_bits(f"dlion_{voted}", workers, exchange=votes["exchange"])
-        else:
+        elif settings.get("muon_rest") != "average":  # else it depends on how large the rest is
             paper = paper_bits(settings["optim"], workers, drop)
             wire = wire_bits(settings["optim"], workers, **votes, drop_share=drop)
         rows.append(
@@ -92,10 +92,10 @@ def bits_table(runs: Sequence[Mapping[str, Any]]) -> str | None:
                 f"`{label}`",
                 str(workers),
                 f"{paper.up:.2f}, {paper.down:.2f}" if paper else "-",
-                f"{wire.up:.3f} + {wire.down:.3f} = {sum(wire):.3f}",
+                f"{wire.up:.3f} + {wire.down:.3f} = {sum(wire):.3f}" if wire else "-",
                 f"{sent:.3f}",
                 "not counted" if received is None else f"{received:.3f}",
-                f"{sent / sum(wire):.3f}" if sum(wire) else "-",
+                f"{sent / sum(wire):.3f}" if wire and sum(wire) else "-",
             ]
         )
     head = ["method", "workers", "paper: up, down", "predicted: up + down", "counted: sent", "received"]

@@ -139,6 +139,7 @@ class Agreement:
         bad_gradients: workers left out of a step for a bad gradient, over all steps.
         scaled: whether a gradient scaler calls, which handles overflows itself.
         good: indices of gradients of the next step that are known to be finite.
+        voting: the ranks whose votes count in this step.
         absent: indices of the parameters that no worker whose vote counts has a gradient for, in this step. They are
             left alone, as torch's optimizers do.
     """
@@ -153,7 +154,7 @@ class Agreement:
         self.absent: frozenset[int] = frozenset()
         self._comparing_gradients = True
         self._overflows = 0
-        self._voters: list[int] = []
+        self.voting: Sequence[int] = ()
         self._unheard = False
 
     def options(self) -> dict[str, Any]:
@@ -271,7 +272,7 @@ class Agreement:
             packed.view(torch.int64)[1:2] = inputs.verdict  # in the place of `bad_gradient`
         return packed
 
-    def voters(self, channel: Channel, replica: Replica, headers: Tensor) -> list[int]:
+    def voters(self, channel: Channel, replica: Replica, headers: Tensor) -> Sequence[int]:
         """The ranks that do not abstain, the same on all ranks; none, where a gradient scaler overflowed on all.
 
         Args:
@@ -285,8 +286,8 @@ class Agreement:
             FloatingPointError: a bad gradient is to be raised, or all ranks have one and no gradient scaler.
         """
         if headers.shape[1]:
-            self._voters = self._hear(channel, replica, Header.unpack(headers))
-        return self._voters
+            self.voting = self._hear(channel, replica, Header.unpack(headers))
+        return self.voting
 
     def stands(self, headers: Sequence[Header], parameters: int) -> bool:
         """Whether votes that were sent before the headers decide the step: all ranks vote, and nothing is amiss.
@@ -300,6 +301,7 @@ class Agreement:
         if not alike or any(header.changed or header.bad_gradient != -1 for header in headers):
             return False
         self._overflows = 0
+        self.voting = range(len(headers))
         self._note_absent(headers, parameters)
         return True
 

@@ -16,7 +16,7 @@ from ..bits.kernels import EAGER, Kernels
 from ..bits.native import NATIVE_FROM, load_passes
 from ..bits.packing import LANES
 from ..wire.collectives import Channel, ProcessChannel
-from ..wire.conversation import Conversation
+from ..wire.conversation import Conversation, side_by_side
 from ..wire.exchange import (
     AGGREGATIONS,
     EXCHANGES,
@@ -30,6 +30,7 @@ from ..wire.exchange import (
 from ..wire.shards import Shards
 from ..wire.shares import VoteShares, shares_of
 from .agreement import StepInputs
+from .averages import Averages
 from .launches import LaunchedViews
 from .layout import Bucket, buckets_of, fills_several
 from .overlap import BUCKETS, EarlyVotes
@@ -67,6 +68,7 @@ class VotePlan(Plan):
         group_of: the index of each parameter's group.
         buckets_of: the numbers of the buckets with a part of each parameter.
         overlaps: whether votes can leave during backward.
+        averages: of parameters that are not voted on; None, if all are.
     """
 
     views: SegmentViews
@@ -75,6 +77,7 @@ class VotePlan(Plan):
     group_of: Sequence[int]
     buckets_of: Sequence[Sequence[int]]
     overlaps: bool
+    averages: Averages | None = None
 
     @override
     def settle(self, compiled: bool) -> None:
@@ -256,8 +259,8 @@ class DistributedLion(WorkersOptimizer):
         if early is not None and not early.agreed:
             early.look()
         decisions = early.finish(inputs) if early is not None and early.under_way else None
-        if decisions is not None:
-            self._apply_all(plan, inputs, decisions)
+        if early is not None and decisions is not None:
+            self._apply_all(plan, inputs, decisions, early.channel_beside)
         else:
             super()._decide(plan, inputs)
         if early is not None and early.plan is plan:
@@ -280,13 +283,16 @@ class DistributedLion(WorkersOptimizer):
         assert old.exchange is not None
         self.plan.exchange.statistics = old.exchange.statistics
 
-    def _apply_all(self, plan: VotePlan, inputs: StepInputs, decisions: Iterable[tuple[Bucket, Decision]]) -> None:
+    def _apply_all(
+        self, plan: VotePlan, inputs: StepInputs, decisions: Iterable[tuple[Bucket, Decision]], channel: Channel
+    ) -> None:
         """A step whose votes are being decided, and have not moved the momenta."""
         hypers = self._hypers(plan)
         if self.norm_gradients:
             _norm(inputs.gradients, all_parameters(self), plan.shards)
         plan.views.move(inputs.gradients, hypers, MOMENTUM)
         ballots = self._begin(plan, inputs, hypers)
+        side_by_side(self._beside_votes(plan, inputs, channel))
         for bucket, decision in decisions:
             self._apply(plan, bucket, decision, ballots)
 
@@ -300,6 +306,7 @@ class DistributedLion(WorkersOptimizer):
             return
         ballots = self._begin(plan, inputs, hypers)
         header = self._header(plan, ballots)
+        yield from self._beside_votes(plan, inputs, plan.exchange.channel)
         for bucket in plan.buckets:
             yield self._vote(plan, plan.exchange, bucket, ballots, header)
             header = header[:0]  # it travels with the first
@@ -307,6 +314,13 @@ class DistributedLion(WorkersOptimizer):
     def _header(self, plan: VotePlan, ballots: Ballots) -> Tensor:
         """What travels with the first bucket."""
         return self.agreement.header(ballots.inputs)
+
+    def _beside_votes(self, plan: VotePlan, inputs: StepInputs, channel: Channel) -> Iterable[Conversation[None]]:
+        """What else is exchanged in a step: the voters are known."""
+        if plan.averages is None:
+            return ()
+        judged = self.agreement
+        return plan.averages.conversations(channel, judged.voting, self.param_groups, inputs.gradients, judged.absent)
 
     def _vote(
         self, plan: VotePlan, exchange: Exchange, bucket: Bucket, ballots: Ballots, header: Tensor
@@ -364,15 +378,16 @@ class DistributedLion(WorkersOptimizer):
         shards = find_shards(all_parameters(self), self.process_group)
         parameters = [local(parameter) for parameter in all_parameters(self)]
         device, workers = parameters[0].device, channel.size if channel else 1
-        elements = sum(parameter.numel() for parameter in parameters)
+        group_of = [index for index, group in enumerate(self.param_groups) for _ in group["params"]]
+        voted = [self._votes_on(group) for group in self.param_groups]
+        elements = sum(p.numel() for p, group in zip(parameters, group_of, strict=True) if voted[group])
         exchange = None
         if channel is not None:
             exchange = make_exchange(self.exchange, channel, elements // 32, self.aggregation, self.tie, device)
         overlaps = self._can_overlap(device, shards) and isinstance(channel, ProcessChannel)
         count = BUCKETS if overlaps else exchange.buckets if exchange else 1
-        buckets = lay_out(self.param_groups, shards, count)
+        buckets = lay_out(self.param_groups, voted, shards, count)
         kernels = make_kernels(elements, device)
-        group_of = [index for index, group in enumerate(self.param_groups) for _ in group["params"]]
         views = self._make_views(buckets, device, group_of, kernels or EAGER)
         return VotePlan(
             workers=workers,
@@ -385,8 +400,15 @@ class DistributedLion(WorkersOptimizer):
             exchange=exchange,
             group_of=group_of,
             buckets_of=buckets_of(buckets, len(parameters)),
-            overlaps=overlaps and fills_several(largest_share(all_parameters(self), shards)),
+            overlaps=overlaps and fills_several(largest_share(self._voted_parameters(), shards)),
         )
+
+    def _votes_on(self, group: dict[str, Any]) -> bool:
+        """Whether workers vote on a group's parameters."""
+        return True
+
+    def _voted_parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups if self._votes_on(group) for parameter in group["params"]]
 
     def _can_overlap(self, device: torch.device, shards: Shards | None) -> bool:
         if device_of_backward(all_parameters(self)[0]) == "cpu":

@@ -86,9 +86,10 @@ class LaunchedViews(SegmentViews):
         before = self.parameters
         Views.follow(self, parameters, states)
         if self.parameters is not before:
+            momenta = [state.get(self._state_name) for state in self.states]
             rows = [
-                (parameter.data_ptr(), state[self._state_name].data_ptr(), len(parameter), group)
-                for parameter, state, group in zip(self.parameters, self.states, self._group_of, strict=True)
+                (parameter.data_ptr(), 0 if momentum is None else momentum.data_ptr(), len(parameter), group)
+                for parameter, momentum, group in zip(self.parameters, momenta, self._group_of, strict=True)
             ]
             self._held = send_to(self.device, rows, torch.int64)
             self._align = alignment(*(address for row in rows for address in row[:2]))
@@ -125,7 +126,7 @@ class LaunchedViews(SegmentViews):
         from ..bits import gpu
 
         given = self._addresses(gradients, [parameter.dtype for parameter in self.parameters])
-        present = [index for index, gradient in enumerate(gradients) if gradient is not None]
+        present = [i for i, g in enumerate(gradients) if g is not None and state_name in self.states[i]]
         for (dtype, align), chosen in self._by_dtype(present).items():
             chunks = self._chunks_of(chosen)
             gpu.direct(chunks, self._held, given.addresses, None, hypers, given.verdict, dtype, min(align, given.align))

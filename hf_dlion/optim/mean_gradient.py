@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,12 +11,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack, override
 
-from ..bits.rounding import round_at_random, rounding_seed
 from ..wire.collectives import Channel
 from ..wire.conversation import Conversation
 from ..wire.shards import Shards
 from ..wire.sums import sum_dense
 from .agreement import StepInputs
+from .averages import BUCKET, gradients_in, states_in, step_by_means
 from .layout import Span, batches, cut
 from .rules import RULES
 from .sharding import find_shards, shard_sizes
@@ -32,9 +31,6 @@ from .workers import (
     check_known,
     check_range,
 )
-
-BUCKET = 1 << 19
-"""Elements a bucket, at most, where parameters can be cut. Bounds the memory of a step."""
 
 
 class RuleOptions(WorkersOptions, total=False):
@@ -161,7 +157,7 @@ class CodedMean(WorkersOptimizer):
             if spans := [span for span in bucket if span.parameter not in self.agreement.absent]:
                 yield self._average(plan, voters, spans, inputs, shared)
 
-    def _voters(self, channel: Channel | None, inputs: StepInputs) -> list[int]:
+    def _voters(self, channel: Channel | None, inputs: StepInputs) -> Sequence[int]:
         if channel is None:
             return [0] if inputs.bad_gradient < 0 else []
         headers, work = channel.all_gather(self.agreement.header(inputs))
@@ -172,38 +168,14 @@ class CodedMean(WorkersOptimizer):
         self, plan: MeanPlan, voters: Sequence[int], spans: Sequence[Span], inputs: StepInputs, shared: Any
     ) -> Conversation[None]:
         """One bucket's way through a step."""
-        states = [{n: span.of(s) for n, s in plan.views.states[span.parameter].items()} for span in spans]
-        gradients = [_gradient(inputs.gradients[s.parameter], s, plan.views.parameters[s.parameter]) for s in spans]
+        states = states_in(plan.views, spans)
+        gradients = gradients_in(plan.views, spans, inputs.gradients)
         abstains = inputs.bad_gradient >= 0  # it takes part in the rounds, uncounted, and keeps what is its own
         kept = [{name: tensor.clone() for name, tensor in state.items()} for state in states] if abstains else states
         mean = yield from self._mean(plan.channel, voters, Share(spans, gradients, kept, inputs.step, shared))
         del gradients, kept
-        means = mean.split([span.length for span in spans])
-        numbered = zip(spans, means, states, strict=True)
-        for group, members in itertools.groupby(numbered, lambda one: plan.group_of[one[0].parameter]):
-            self._apply(self.param_groups[group], plan.views.parameters, *zip(*members, strict=True))
-
-    def _apply(
-        self,
-        group: dict[str, Any],
-        parameters: Sequence[Tensor],
-        spans: Sequence[Span],
-        means: Sequence[Tensor],
-        states: Sequence[dict[str, Tensor]],
-    ) -> None:
-        """Step by the rule: spans of one param group, their mean gradients and states."""
-        parts = [span.of(parameters[span.parameter]) for span in spans]
-        wide = [part if part.dtype == torch.float32 else part.float() for part in parts]
-        self._step_by_rule(group, spans, wide, means, states)
-        for span, part, updated in zip(spans, parts, wide, strict=True):
-            if part.dtype == torch.bfloat16:
-                end = span.start + span.length
-                elements = torch.arange(span.start, end, dtype=torch.int32, device=part.device)
-                updated = round_at_random(
-                    updated, elements, rounding_seed(group["step"], span.parameter, 0, part.device)
-                )
-            if updated is not part:
-                part.copy_(updated)
+        groups = [self.param_groups[plan.group_of[span.parameter]] for span in spans]
+        step_by_means(plan.views, spans, groups, mean, self._step_by_rule)
 
 
 class MeanGradient(CodedMean):
@@ -302,10 +274,3 @@ class DenseMean(MeanGradient):
         if channel is None:
             return flat
         return (yield from sum_dense(channel, flat, voters))
-
-
-def _gradient(gradient: Tensor | None, span: Span, parameter: Tensor) -> Tensor:
-    """Float32; zeros where there is none."""
-    if gradient is None:
-        return torch.zeros(span.length, dtype=torch.float32, device=parameter.device)
-    return span.of(gradient).float()

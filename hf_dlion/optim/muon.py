@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,15 +12,20 @@ from typing_extensions import Unpack, override
 
 from ..bits.devices import send_to
 from ..bits.orthogonal import orthogonalize_into
+from ..wire.collectives import Channel
 from ..wire.exchange import Decision
 from ..wire.shards import Shards
 from .agreement import StepInputs
+from .averages import STATES, Averages
 from .dlion import MOMENTUM, Ballots, DistributedLion, VoteOptions, VotePlan
 from .hidden import ORTHOGONAL, SPLIT, UPDATE_RMS, HiddenMatricesMixin, begin_direction
 from .layout import Bucket
 from .sharding import orthogonalize_shards
 from .states import all_parameters
 from .tensors import flatten, local, memory_order
+from .workers import check_known, check_range
+
+RESTS = ("vote", "average")
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,9 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
     what orthogonalising the largest takes. A matrix whose size is no multiple of 1024 keeps its direction until the
     last bucket of its group.
 
+    With ``rest="average"``, workers send their gradients of the rest, 32 bits a parameter each way, and AdamW steps it
+    by their mean. They leave in ``step()``, after the headers; votes on hidden matrices are as before.
+
     The ranks of a sharded replica gather whole matrices in turns, one a rank at a time. Where D can be 0 or is a mean,
     they keep all decisions until they have added up the squares of their shards, a few bits a parameter.
 
@@ -72,7 +80,10 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         params: param groups that say which are hidden matrices, as :func:`hidden_matrices` makes them: with
             ``orthogonal``, and ``split`` for weights that are several matrices.
         lr: learning rate, as of AdamW.
-        betas: the decays of direction and momentum, of the rest.
+        betas: the decays of direction and momentum, of the rest; by default 0.9 and 0.99. If it is averaged, those of
+            AdamW; by default 0.9 and 0.999.
+        eps: of that AdamW.
+        rest: ``"vote"``, as in Distributed Lion, or ``"average"``.
         hidden_betas: those of hidden matrices.
         weight_decay: decoupled, as of AdamW.
         aggregation, exchange: as in :class:`DistributedLion`.
@@ -90,24 +101,70 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         self,
         params: Iterable[Any],
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.99),
+        betas: tuple[float, float] | None = None,
         weight_decay: float = 0.0,
         *,
         hidden_betas: tuple[float, float] = (0.9, 0.95),
+        rest: str = "vote",
+        eps: float = 1e-8,
         aggregation: str = "mavo",
         tie: str = "alternate",
         exchange: str = "auto",
         **options: Unpack[VoteOptions],
     ) -> None:
+        check_known("rest", rest, RESTS)
         self.hidden_betas = hidden_betas
+        self.rest = rest
+        self.eps = eps
+        if betas is None:
+            betas = (0.9, 0.99) if rest == "vote" else (0.9, 0.999)
         super().__init__(
             params, lr, betas, weight_decay, aggregation=aggregation, tie=tie, exchange=exchange, **options
         )
+        if rest == "average":
+            self.state_names = (*STATES, MOMENTUM)
         self.check_hidden()
 
     @override
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self.rest == "average":
+            param_group.setdefault("eps", self.eps)
+        super().add_param_group(param_group)
+
+    @override
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        if self.rest == "average":
+            check_range("eps", group["eps"], "it cannot be negative.")
+
+    @override
+    def options(self) -> dict[str, Any]:
+        return super().options() | ({"rest": self.rest} if self.rest != "vote" else {})  # checkpoints have no default
+
+    @override
+    def hyperparameters(self) -> tuple[str, ...]:
+        return (*super().hyperparameters(), *(["eps"] if self.rest == "average" else []))
+
+    @override
+    def states_of(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        return (MOMENTUM,) if self._votes_on(group) else STATES
+
+    @override
+    def _votes_on(self, group: Mapping[str, Any]) -> bool:
+        return self.rest == "vote" or bool(group[ORTHOGONAL])
+
+    @override
+    def _make_plan(self, channel: Channel | None) -> VotePlan:
+        plan = super()._make_plan(channel)
+        if self.rest == "average":
+            parameters, voted = all_parameters(self), set(map(id, self._voted_parameters()))
+            sizes = [0 if id(parameter) in voted else local(parameter).numel() for parameter in parameters]
+            plan.averages = Averages(plan.views, sizes, plan.group_of)
+        return plan
+
+    @override
     def _vote_states(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return () if group[ORTHOGONAL] else super()._vote_states(group)
+        return () if group[ORTHOGONAL] or not self._votes_on(group) else super()._vote_states(group)
 
     @override
     def _votes_alone(self, shards: Shards | None) -> bool:
@@ -116,7 +173,7 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
     @override
     def _plain(self, plan: VotePlan, inputs: StepInputs) -> list[Tensor | None]:
         found = enumerate(inputs.gradients)
-        return [None if g is None or self._is_hidden(plan, index) else g for index, g in found]
+        return [g if g is not None and self._votes_plainly(plan, index) else None for index, g in found]
 
     @override
     def _ballots(self, plan: VotePlan, ballots: Ballots) -> DirectedBallots:
@@ -125,11 +182,14 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
 
     @override
     def _header(self, plan: VotePlan, ballots: Ballots) -> Tensor:
-        """Of shards it goes ahead: a rank may raise by it, and no other may wait for its matrices by then."""
+        """Of shards it goes ahead: a rank may raise by it, and no other may wait for its matrices by then.
+
+        Ahead of averages, too, since whoever sums up must know whose gradients count.
+        """
         header = super()._header(plan, ballots)
-        if plan.shards is None or plan.channel is None:
+        if plan.exchange is None or (plan.shards is None and plan.averages is None):
             return header
-        headers, work = plan.channel.all_gather(header)
+        headers, work = plan.exchange.channel.all_gather(header)
         work.wait()
         ballots.voters(headers)
         return header[:0]
@@ -180,8 +240,10 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
     @override
     def _step_alone(self, plan: VotePlan, inputs: StepInputs, hypers: Tensor) -> None:
         hidden = self._with_gradients(plan, inputs)
-        rest = [i for i, g in enumerate(inputs.gradients) if g is not None and not self._is_hidden(plan, i)]
+        rest = [index for index, gradient in enumerate(self._plain(plan, inputs)) if gradient is not None]
         plan.views.step_alone(rest, inputs.gradients, hypers, inputs.step, UPDATE_RMS)
+        if plan.averages is not None:
+            plan.averages.step_alone(self.param_groups, inputs.gradients, self.agreement.absent)
         for indices in self._rounds(plan, hidden):
             directions = self._directions(plan, inputs, indices, hypers)
             decisions = {index: direction.sign() for index, direction in directions.items()}
@@ -217,6 +279,10 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
             indices = ballots.undirected[: plan.shards.size]
             del ballots.undirected[: plan.shards.size]
             yield indices
+
+    def _votes_plainly(self, plan: VotePlan, index: int) -> bool:
+        group = self.param_groups[plan.group_of[index]]
+        return self._votes_on(group) and not group[ORTHOGONAL]
 
     def _is_hidden(self, plan: VotePlan, index: int) -> bool:
         return bool(self.param_groups[plan.group_of[index]][ORTHOGONAL])

@@ -206,6 +206,11 @@ class EarlyVotes:
             logger.warning(_WHY_NOT, _IN_ITS_PLACE if shards is None else "")
 
     @property
+    def channel_beside(self) -> Channel:
+        """For what else is exchanged in a step, once its votes are being decided."""
+        return self._exchange.channel if self._headers_last else self._channel
+
+    @property
     def agreed(self) -> bool:
         """Whether the ranks have agreed on an order."""
         return bool(self._order)

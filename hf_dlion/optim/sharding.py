@@ -72,23 +72,26 @@ def largest_share(parameters: Sequence[Tensor], shards: Shards | None) -> int:
     return sum(shard_sizes(parameter.shape, shards.size)[0] for parameter in parameters)
 
 
-def lay_out(groups: Sequence[dict[str, Any]], shards: Shards | None, count: int) -> list[Bucket]:
-    """The layout of what this process holds of the parameters of all groups, in about so many buckets.
+def lay_out(groups: Sequence[dict[str, Any]], voted: Sequence[bool], shards: Shards | None, count: int) -> list[Bucket]:
+    """The layout of what this process holds of the parameters of groups that are voted on, in about so many buckets.
 
     Elements of shards vote as those of whole replicas do: a vote of zero, and a tie that alternates, follow the parity
     of an element's place in the layout, so its place in that of its shard gets the parity that it has in that of all.
     """
     parameters = [parameter for group in groups for parameter in group["params"]]
-    held = _grouped(groups, [local(parameter) for parameter in parameters])
+    held = _grouped(groups, voted, [local(parameter) for parameter in parameters])
     if shards is None:
         return make_buckets(held, count)
-    whole = make_buckets(_grouped(groups, parameters), 1)
+    whole = make_buckets(_grouped(groups, voted, parameters), 1)
     return make_buckets(held, count, _pieces(whole, [parameter.shape for parameter in parameters], shards))
 
 
-def _grouped(groups: Sequence[dict[str, Any]], tensors: Sequence[Tensor]) -> list[list[tuple[int, Tensor]]]:
+def _grouped(
+    groups: Sequence[dict[str, Any]], voted: Sequence[bool], tensors: Sequence[Tensor]
+) -> list[list[tuple[int, Tensor]]]:
     numbered = iter(enumerate(tensors))
-    return [[next(numbered) for _ in group["params"]] for group in groups]
+    members = [[next(numbered) for _ in group["params"]] for group in groups]
+    return [of_group if votes else [] for of_group, votes in zip(members, voted, strict=True)]
 
 
 def _pieces(whole: Sequence[Bucket], shapes: Sequence[torch.Size], shards: Shards) -> list[list[Piece]]:

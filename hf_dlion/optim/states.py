@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,8 +31,8 @@ _OF_ANOTHER = (
 class StatefulOptimizer(Optimizer, ABC):
     """An optimizer whose workers have a state each.
 
-    The state of a parameter is float32 tensors of its shape, by the names of ``state_names``, made at the first step
-    or when a state is loaded.
+    The state of a parameter is float32 tensors of its shape, by the names that :meth:`states_of` its group, made at the
+    first step or when a state is loaded.
 
     Attributes:
         state_names: keys of a parameter's state.
@@ -104,7 +103,7 @@ class StatefulOptimizer(Optimizer, ABC):
         states: list[dict[str, Tensor]] = []
 
         def check(_: Optimizer, given: dict[str, Any]) -> None:
-            states.extend(fitting_states(given, all_parameters(self), self.state_names, self.hyperparameters()))
+            states.extend(fitting_states(given, self._named_states(), self.hyperparameters()))
 
         last_hook = self.register_load_state_dict_pre_hook(check)  # it sees what others have made of the state dict
         try:
@@ -119,8 +118,17 @@ class StatefulOptimizer(Optimizer, ABC):
 
     def make_state(self) -> None:
         """Zeros for parameters that have no state yet, and each state in the memory order of its parameter."""
-        for parameter, name in itertools.product(all_parameters(self), self.state_names):
-            self.state[parameter][name] = laid_out_state(parameter, self.state[parameter].get(name))
+        for parameter, names in self._named_states():
+            for name in names:
+                self.state[parameter][name] = laid_out_state(parameter, self.state[parameter].get(name))
+
+    def states_of(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """Those of ``state_names`` that the parameters of a group have."""
+        return self.state_names
+
+    def _named_states(self) -> list[tuple[Tensor, tuple[str, ...]]]:
+        """Each parameter, with the names of its states."""
+        return [(parameter, self.states_of(group)) for group in self.param_groups for parameter in group["params"]]
 
     def vote(self) -> None:
         """Make the parameters those of all again, before a round of local steps ends by itself. A collective."""
@@ -207,9 +215,14 @@ def check_owner(groups: list[dict[str, Any]], rank: int, workers: int, local_sta
 
 
 def fitting_states(
-    state_dict: dict[str, Any], parameters: Sequence[Tensor], names: Sequence[str], hyperparameters: Sequence[str]
+    state_dict: dict[str, Any], named: Sequence[tuple[Tensor, Sequence[str]]], hyperparameters: Sequence[str]
 ) -> list[dict[str, Tensor]]:
     """The state of each parameter, from a state dict; none, if it has none yet.
+
+    Args:
+        state_dict: of an optimizer.
+        named: the parameters, each with the names of its states.
+        hyperparameters: names of what its param groups have.
 
     Raises:
         ValueError: a tensor is missing or of another shape, or a param group has not these hyperparameters.
@@ -221,7 +234,7 @@ def fitting_states(
     if not state_dict["state"] and all(STEP in group for group in groups):  # of this package, before its first step
         return []
     states = []
-    for index, parameter in zip([i for group in groups for i in group["params"]], parameters, strict=False):
+    for index, (parameter, names) in zip([i for group in groups for i in group["params"]], named, strict=False):
         found = state_dict["state"].get(index, {})
         states.append({name: _fitting(found.get(name), name, index, parameter) for name in names})
     return states

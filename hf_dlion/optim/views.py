@@ -105,7 +105,8 @@ class SegmentViews(Views):
         for segment in (segment for bucket in self.buckets for segment in bucket.segments):
             self._parameter_cuts[id(segment)] = _cut(self.parameters, segment)
             self._state_cuts[id(segment)] = [
-                _cut([state[name] for state in self.states], segment) for name in self._state_names[segment.group]
+                _cut({span.parameter: self.states[span.parameter][name] for span in segment.spans}, segment)
+                for name in self._state_names[segment.group]
             ]
 
     def given(self, gradients: Sequence[Tensor | None], verdict: Tensor | None) -> Sequence[Tensor | None]:
@@ -154,7 +155,7 @@ class SegmentViews(Views):
         return words.view(-1)
 
     def move(self, gradients: Sequence[Tensor | None], hypers: Tensor, state_name: str) -> None:
-        """Update the momentum of all parameters with a gradient, as the vote would.
+        """Update the momentum of all parameters that have one, and a gradient, as the vote would.
 
         Args:
             gradients: of all parameters, flat.
@@ -162,7 +163,7 @@ class SegmentViews(Views):
             state_name: of the momentum.
         """
         for state, gradient, group in zip(self.states, gradients, self._group_of, strict=True):
-            if gradient is not None:
+            if gradient is not None and state_name in state:
                 hyper = hypers[group]
                 (self.kernels if len(gradient) >= BLOCK else EAGER).move(gradient, state[state_name], hyper)
 
@@ -374,7 +375,7 @@ def _squares_of_planes(planes: Sequence[Tensor], highest: int, elements: int) ->
     return 4 * squares - 4 * highest * levels + highest**2 * elements
 
 
-def _cut(flat: Sequence[Tensor], segment: Segment) -> list[Tensor]:
+def _cut(flat: Sequence[Tensor] | Mapping[int, Tensor], segment: Segment) -> list[Tensor]:
     if segment.staged:
         return [span.of(flat[span.parameter]) for span in segment.spans]
     return [_blocks(flat[span.parameter], span) for span in segment.spans]

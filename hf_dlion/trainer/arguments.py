@@ -18,6 +18,7 @@ from transformers.training_args import OptimizerNames
 from ..checkpoint.workers import WORLD_SIZE_POLICIES
 from ..optim.agreement import ON_BAD_GRADIENT
 from ..optim.local_steps import OUTER_AGGREGATIONS
+from ..optim.muon import RESTS
 from ..optim.virtual import ADVERSARIES
 from ..optim.workers import check_known
 from ..wire.exchange import AGGREGATIONS, EXCHANGES, TIES
@@ -71,6 +72,15 @@ class DLionArgumentsMixin:
     muon_beta2: float = field(
         default=0.95,
         metadata={"help": "The decay of the momentum of hidden matrices in dmuon and gmuon; lion_beta1 is the other."},
+    )
+    muon_rest: str = field(
+        default="vote",
+        metadata={
+            "help": "What dmuon does with embedding, head, norms and biases: `vote`, on Lion's direction; or "
+            "`average`, their gradients travel in 32 bits, and AdamW steps with the mean. In finetuning that trained "
+            "better. It is cheap if they are a small part of the model.",
+            "choices": list(RESTS),
+        },
     )
     vote_tie: str = field(
         default="auto",
@@ -354,6 +364,7 @@ class DLionArgumentsMixin:
 
     def _check_method(self) -> None:
         for given, value, known in (
+            ("muon_rest", self.muon_rest, RESTS),
             ("vote_tie", self.vote_tie, ("auto", *TIES)),
             ("vote_exchange", self.vote_exchange, EXCHANGES),
             ("base_rule", self.base_rule, ("sgd", "adamw")),

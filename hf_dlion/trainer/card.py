@@ -108,7 +108,8 @@ def _how(report: dict[str, Any]) -> str:
         )
     if method in METHODS:
         source = {"dlion": f", as in {_PAPER}", "dmuon": f", after {_PAPER}"}.get(method.partition("_")[0], "")
-        return f'Trained with `optim="{method}"` of hf_dlion ({METHODS[method].summary}){source}.'
+        rest = "; embedding, head, norms and biases by AdamW on averaged gradients" * (options.get("rest") == "average")
+        return f'Trained with `optim="{method}"` of hf_dlion ({METHODS[method].summary}{rest}){source}.'
     if votes:
         return (
             f'Trained with `optim="{method}"` of transformers on gradients that the workers voted on, one bit a '

@@ -122,12 +122,14 @@ def _lion_options(arguments: Any) -> dict[str, Any]:
     return {"betas": (arguments.lion_beta1, arguments.lion_beta2)}
 
 
-def _muon_options(arguments: Any) -> dict[str, Any]:
-    return {**_lion_options(arguments), "hidden_betas": (arguments.lion_beta1, arguments.muon_beta2)}
-
-
 def _adam_options(arguments: Any) -> dict[str, Any]:
     return {"betas": (arguments.adam_beta1, arguments.adam_beta2), "eps": arguments.adam_epsilon}
+
+
+def _muon_options(arguments: Any) -> dict[str, Any]:
+    rest = arguments.muon_rest
+    of_rest = _adam_options(arguments) if rest == "average" else _lion_options(arguments)
+    return {"rest": rest, **of_rest, "hidden_betas": (arguments.lion_beta1, arguments.muon_beta2)}
 
 
 def _rule_options(arguments: Any) -> dict[str, Any]:

@@ -72,6 +72,7 @@ SCHEDULE = {"max_steps": 6, "lr_scheduler_type": "constant_with_warmup", "warmup
         (3, {"optim": "dlion_mavo", "dropout": 0.1, "gradient_accumulation_steps": 2, "vote_tie": "alternate"}),
         (2, {"optim": "dlion_avg", "dropout": 0.1, "lora": True}),
         (2, {"optim": "dmuon_mavo", "dropout": 0.1}),
+        (2, {"optim": "dmuon_mavo", "muon_rest": "average", "adam_beta2": 0.95}),
         (2, {"optim": "dmuon_avg", "lora": True}),
         (2, {"optim": "dgc", "learning_rate": 0.05, "dgc_warmup_steps": 5}),
         (2, {"optim": "terngrad", "base_rule": "adamw"}),

@@ -14,9 +14,8 @@ from torch import nn
 from hf_dlion import DistributedLion
 from hf_dlion.optim.glion import GlobalLion
 from hf_dlion.optim.virtual import VirtualWorkers
-from hf_dlion.trainer.methods import METHODS
 from tests.harness import run_workers
-from tests.optim.test_methods import OPTIONS, gradients, groups, optimizer, parameters
+from tests.optim.test_methods import METHODS, OPTIONS, gradients, groups, optimizer, parameters
 
 Absent = Callable[[int], list[int]]
 

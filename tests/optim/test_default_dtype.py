@@ -23,6 +23,7 @@ SHAPES = [(40, 1000), (300,), (7,)]
 CASES: list[tuple[Any, dict[str, Any]]] = [
     (DistributedLion, {"aggregation": "avg", "norm_gradients": True}),
     (DistributedMuon, {"tie": "zero"}),
+    (DistributedMuon, {"rest": "average"}),
     (GlobalAdamW, {}),
     (GlobalMuon, {}),
     (TernGrad, {}),

@@ -41,6 +41,10 @@ def signed_muon(params: Any, **options: Any) -> torch.optim.Optimizer:
     return DistributedMuon(_hidden("dmuon_mavo", params), lr=LR, weight_decay=DECAY, **options)
 
 
+def signed_muon_and_adamw(params: Any, **options: Any) -> torch.optim.Optimizer:
+    return DistributedMuon(_hidden("dmuon_mavo", params), lr=LR, weight_decay=DECAY, rest="average", **options)
+
+
 def lion(params: Any, **options: Any) -> torch.optim.Optimizer:
     return DistributedLion(params, lr=LR, weight_decay=DECAY, **options)
 
@@ -59,6 +63,7 @@ VARIANTS: dict[str, tuple[Inner, dict[str, Any]]] = {
     "muon": (muon, {"every": 4, "exchange": "sharded", "tie": "zero"}),
     "muloco": (muon, {"every": 4, "aggregation": "mean"}),
     "signs of muon": (signed_muon, {"every": 2}),
+    "signs of muon, and adamw": (signed_muon_and_adamw, {"every": 3}),
     "lion": (lion, {"every": 5, "outer_lr": 0.5}),
     "sgd": (sgd, {"every": 4}),
     "fragments": (adamw, {"every": 5, "fragments": 3, **MOMENTUM}),
@@ -166,7 +171,10 @@ def virtually(name: str, workers: int, interrupted: bool = False) -> tuple[list[
 
     def make(params: Any) -> VirtualWorkers:
         return VirtualWorkers(
-            _hidden("gmuon", params) if inner in (muon, signed_muon) else params, workers, method, **options
+            _hidden("gmuon", params) if inner in (muon, signed_muon, signed_muon_and_adamw) else params,
+            workers,
+            method,
+            **options,
         )
 
     params = parameters()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,12 +16,16 @@ from hf_dlion.optim import mean_gradient, sparse
 from hf_dlion.optim.dgc import DeepGradientCompression
 from hf_dlion.optim.terngrad import TernGrad
 from hf_dlion.optim.virtual import VirtualWorkers
-from hf_dlion.trainer.methods import METHODS
+from hf_dlion.trainer import methods
 from hf_dlion.wire.conversation import run
 from hf_dlion.wire.sums import sum_ternary
 from tests.harness import run_workers
 from tests.reference import newton_schulz
 
+AVERAGED = "dmuon_mavo, the rest averaged"
+METHODS = methods.METHODS | {
+    AVERAGED: replace(methods.METHODS["dmuon_mavo"], fixed={"aggregation": "mavo", "rest": "average"})
+}
 SHAPES = [(7,), (), (300, 70), (0,), (33, 5)]
 STEPS = 6
 LR, DECAY = 1e-2, 0.1
@@ -135,6 +140,20 @@ def muon_votes(aggregation: str) -> Callable[[int], Update]:
     return make
 
 
+def muon_votes_and_averages(workers: int) -> Update:
+    votes, averages = muon_votes("mavo")(workers), global_adamw(workers)
+
+    def update(step: int, x: list[torch.Tensor], g: Gradients) -> None:
+        rest = [parameter.clone() for parameter in x]
+        averages(step, rest, g)
+        votes(step, x, g)
+        for j, parameter in enumerate(x):
+            if j not in HIDDEN:
+                parameter.copy_(rest[j])
+
+    return update
+
+
 def global_muon(workers: int) -> Update:
     rest = global_adamw(workers)
     m = [torch.zeros(shape) for shape in SHAPES]
@@ -232,13 +251,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "terngrad": {"seed": 42},
     "dgc": {"warmup_steps": 4},
     "dmuon_mavo": {"tie": "zero"},  # as of the others; tests of its own have the other
+    AVERAGED: {"tie": "zero"},
 }
-TOLERANCE = {"gadamw": 1e-6, "gmuon": 1e-6}  # the formula of AdamW leaves the order of factors open
+TOLERANCE = {"gadamw": 1e-6, "gmuon": 1e-6, AVERAGED: 1e-6}  # the formula of AdamW leaves the order of factors open
 ORACLES: dict[str, Callable[[int], Update]] = {
     "dsignum_mavo": signum("mavo"),
     "dsignum_avg": signum("avg"),
     "dmuon_mavo": muon_votes("mavo"),
     "dmuon_avg": muon_votes("avg"),
+    AVERAGED: muon_votes_and_averages,
     "glion": global_lion,
     "gadamw": global_adamw,
     "gmuon": global_muon,
@@ -361,6 +382,7 @@ def test_bits_are_those_of_the_codes() -> None:
         "dsignum_avg": workers - 1,
         "dmuon_mavo": share * 2,
         "dmuon_avg": workers - 1,
+        AVERAGED: share * (2 * (size - 8) + 64 * 8) / size,
         "glion": share * 64,
         "gmuon": share * 64,
         "gadamw": share * 64,

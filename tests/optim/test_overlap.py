@@ -20,7 +20,6 @@ from torch.distributed.fsdp import fully_shard
 from hf_dlion import DistributedLion, DistributedMuon, hidden_matrices
 from hf_dlion.optim import layout
 from hf_dlion.optim.arrivals import Arrivals
-from hf_dlion.optim.gadamw import GlobalAdamW
 from hf_dlion.optim.overlap import EarlyVotes
 from hf_dlion.optim.signum import DistributedSignum
 
@@ -64,6 +63,10 @@ def muon(model: nn.Module, **options: Any) -> DistributedLion:
     return DistributedMuon(hidden_matrices(model), 1e-2, weight_decay=0.1, **options)
 
 
+def muon_and_adamw(model: nn.Module, **options: Any) -> DistributedLion:
+    return muon(model, rest="average", **options)
+
+
 def muon_of_shards(model: nn.Module, **options: Any) -> DistributedLion:
     return DistributedMuon(hidden_matrices(model, others=["embedding.weight"]), 1e-2, weight_decay=0.1, **options)
 
@@ -76,7 +79,7 @@ Case = tuple[Make, Event, int, dict[str, Any]]
 """A method, an event, the micro-batches of a step, and options of the optimizer."""
 
 Train = Callable[[Make, Event, int, dict[str, Any]], tuple[list[Tensor], Any]]
-"""Of a case, parameters and momenta after some steps, and the optimizer."""
+"""Of a case, parameters and states after some steps, and the optimizer."""
 
 
 def nothing(rank: int, step: int, model: nn.Module, optimizer: DistributedLion) -> None:
@@ -131,7 +134,7 @@ def loaded(rank: int, step: int, model: nn.Module, optimizer: DistributedLion) -
     if step == 4:
         state = copy.deepcopy(optimizer.state_dict())
         for one in state["state"].values():
-            one["momentum"].mul_(0.5)
+            torch._foreach_mul_(list(one.values()), 0.5)
         optimizer.load_state_dict(state)
 
 
@@ -196,7 +199,7 @@ def backward(model: nn.Module, rank: int, seed: int, blocks: tuple[int, ...] = (
 def train(
     rank: int, make: Make, event: Event, micro_batches: int, options: dict[str, Any], device: str = "cpu"
 ) -> tuple[list[Tensor], Any]:
-    """Parameters and momenta after some steps, and the optimizer."""
+    """Parameters and states after some steps, and the optimizer."""
     torch.manual_seed(0)
     model = Net().to(device)
     optimizer = make(model, **options)
@@ -209,7 +212,7 @@ def train(
         if event is infinite and step == 5:
             assert optimizer.bad_gradients == 1
         optimizer.zero_grad()
-    state = [optimizer.state[p]["momentum"] for group in optimizer.param_groups for p in group["params"]]
+    state = [held for group in optimizer.param_groups for p in group["params"] for held in optimizer.state[p].values()]
     return [p.detach().clone() for p in model.parameters()] + state, optimizer
 
 
@@ -305,6 +308,7 @@ METHODS = [
     (muon, {"aggregation": "avg"}),
     (lion, {"norm_gradients": True}),
     (muon, {"norm_gradients": True, "exchange": "sharded"}),
+    (muon_and_adamw, {"norm_gradients": True}),
 ]
 
 
@@ -314,6 +318,7 @@ def test_all_methods_and_events_end_in_the_same_bits(
 ) -> None:
     cases = [(make, nothing, micro_batches, options) for make, options in METHODS]
     cases += [(spoiled[0], event, 1, spoiled[1]) for event in EVENTS]
+    cases += [(muon_and_adamw, event, 1, {}) for event in (clipped, bad, infinite, loaded, frozen, gathered)]
     for name, same, early in (
         case for rank in run_workers(whole_replicas, workers, cases, timeout=400) for case in rank
     ):
@@ -349,32 +354,6 @@ def test_what_is_made_whole_from_shards_leaves_after_backward() -> None:
     cases: list[Any] = [(muon_of_shards, nothing, 1, {}), (lion, nothing, 1, {"norm_gradients": True})]
     for rank in run_workers(sharded_replicas, 4, cases):
         assert all(same and not early for _, same, early in rank), rank
-
-
-def _beside_averages(rank: int, overlap: bool | None) -> tuple[list[Tensor], int]:
-    sent = small_buckets()
-    torch.manual_seed(0)
-    model = Net()
-    groups = hidden_matrices(model)
-    hidden = [group for group in groups if group["orthogonal"]]
-    votes = DistributedMuon(hidden, 1e-2, overlap=overlap)
-    averages = GlobalAdamW([group for group in groups if not group["orthogonal"]], 1e-2)
-    for step in range(STEPS):
-        backward(model, rank, step)
-        bad(rank, step, model.blocks, votes)
-        for optimizer in (votes, averages):
-            optimizer.step()
-            optimizer.zero_grad()
-    assert (votes.bad_gradients, averages.bad_gradients) == (2, 0)
-    return [parameter.detach().clone() for parameter in model.parameters()], len(sent)
-
-
-def test_votes_on_some_parameters_beside_averages_of_others() -> None:
-    (first, early), (second, _) = run_workers(_beside_averages, 2, None)
-    (plain, none), _ = run_workers(_beside_averages, 2, False)
-    assert early > 10 > none
-    for others in (second, plain):
-        assert all(torch.equal(one, other) for one, other in zip(first, others, strict=True))
 
 
 def test_fewer_accumulations_are_waited_for_after_some_steps() -> None:

@@ -146,6 +146,7 @@ def vote_cases(method: type[WorkersOptimizer]) -> list[Any]:
 
 
 LION, SIGNUM, MUON = map(vote_cases, (DistributedLion, DistributedSignum, DistributedMuon))
+AVERAGED: list[Any] = [(method, options | {"rest": "average"}) for method, options in MUON]
 MEANS: list[Any] = [(GlobalLion, {}), (GlobalAdamW, {}), (GlobalMuon, {})]
 
 
@@ -154,9 +155,9 @@ MEANS: list[Any] = [(GlobalLion, {}), (GlobalAdamW, {}), (GlobalMuon, {})]
     [
         (2, 2, [*LION, *SIGNUM[:1], *MEANS], False),
         (2, 3, [*LION[:2], SIGNUM[3], MEANS[2]], True),
-        (2, 2, MUON, True),
-        (2, 3, MUON[:3], False),
-        (1, 2, [LION[0], MUON[0], MEANS[2]], False),
+        (2, 2, [*MUON, *AVERAGED[:2]], True),
+        (2, 3, [*MUON[:3], AVERAGED[3]], False),
+        (1, 2, [LION[0], MUON[0], AVERAGED[0], MEANS[2]], False),
     ],
     ids=["2x2", "2x3", "2x2 muon", "2x3 muon", "one replica"],
 )

@@ -12,11 +12,10 @@ import torch.distributed as dist
 from hf_dlion import DistributedLion
 from hf_dlion.optim.gadamw import GlobalAdamW
 from hf_dlion.optim.virtual import VirtualWorkers
-from hf_dlion.trainer.methods import METHODS
 from hf_dlion.wire.ledger import Ledger
 from tests.harness import run_workers
 from tests.kernels import use_kernels
-from tests.optim.test_methods import DECAY, LR, OPTIONS, STEPS, gradients, groups, parameters
+from tests.optim.test_methods import DECAY, LR, METHODS, OPTIONS, STEPS, gradients, groups, parameters
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, OPTIONS.get(name, {})) for name in METHODS),

@@ -85,6 +85,16 @@ def test_a_run_of_another_optimizer_without_validation(tmp_path: Path) -> None:
     assert "`adamw_torch` of transformers" in card.text or 'optim="adamw_torch"' in card.text
 
 
+def test_the_card_says_what_is_averaged(tmp_path: Path) -> None:
+    for rest in ("vote", "average"):
+        trainer = tiny.trainer(0, tmp_path, optim="dmuon_avg", muon_rest=rest, max_steps=2)
+        trainer.train()
+        trainer.create_model_card()
+        text = ModelCard.load(tmp_path / CARD).text
+        assert ("norms and biases by AdamW on averaged gradients)" in text) == (rest == "average")
+        assert f"| `rest` | `{rest}` |" in text
+
+
 def test_the_card_takes_what_push_to_hub_gives() -> None:
     theirs = inspect.signature(Trainer.create_model_card).parameters
     assert set(theirs) <= set(inspect.signature(DLionTrainer.create_model_card).parameters)

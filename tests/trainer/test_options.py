@@ -28,6 +28,7 @@ def optimizer(folder: Path, **options: Any) -> Any:
         ("dlion_avg", "overlap=True", {"overlap": True}),
         ("dsignum_mavo", "momentum=0.5", {"betas": (0.5, 0.5)}),
         ("dmuon_mavo", "hidden_betas=(0.5,0.6)", {"hidden_betas": (0.5, 0.6)}),
+        ("dmuon_avg", "rest=average,betas=(0.8,0.7)", {"rest": "average", "betas": (0.8, 0.7)}),
         ("gadamw", "eps=1e-6", {"eps": 1e-6}),
         ("dgc", "drop=0.5,clip=0", {"drop": 0.5, "clip": 0}),
     ],
@@ -68,6 +69,18 @@ def test_what_others_take_is_taken_or_refused(optim: str, tmp_path: Path) -> Non
         assert made.defaults["betas"] == (0.5, 0.999)
     with pytest.raises(ValueError, match="optim_target_modules=.*would change nothing"):
         tiny.arguments(tmp_path, optim=optim, optim_target_modules=["q_proj"])
+
+
+def test_what_adamw_takes_is_dmuon_s_where_the_rest_is_averaged(tmp_path: Path) -> None:
+    said = what_is_logged()
+    adam = {"adam_beta1": 0.5, "adam_beta2": 0.6, "adam_epsilon": 1e-3}
+    made = optimizer(tmp_path, optim="dmuon_mavo", muon_rest="average", lion_beta1=0.7, **adam)
+    found = {group["orthogonal"]: (group["betas"], group["eps"]) for group in made.param_groups}
+    assert found == {True: ((0.7, 0.95), 1e-3), False: ((0.5, 0.6), 1e-3)}
+    tiny.arguments(tmp_path, optim="dmuon_mavo", muon_rest="average", lion_beta2=0.9)
+    assert [message.partition(" would be")[0] for message in said] == ["lion_beta2=0.9"]
+    with pytest.raises(ValueError, match="muon_rest='mean' is not known; it is one of 'vote', 'average'"):
+        tiny.arguments(tmp_path, optim="dmuon_mavo", muon_rest="mean")
 
 
 def test_options_of_another_method_are_named(tmp_path: Path) -> None:

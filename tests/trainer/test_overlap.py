@@ -16,6 +16,7 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {"max_grad_norm": 0.0},
     "accumulated": {"max_grad_norm": 0.0, "gradient_accumulation_steps": 2, "optim": "dmuon_mavo"},
     "normed": {"norm_gradients": True, "optim": "dmuon_mavo"},
+    "beside averages": {"max_grad_norm": 0.0, "optim": "dmuon_mavo", "muon_rest": "average"},
     "checkpointed": {"max_grad_norm": 0.0, "gradient_checkpointing": True},
     "below the limit": {"optim": "dmuon_mavo", "max_grad_norm": 50.0},
     "clipped": {"optim": "dmuon_mavo", "max_grad_norm": 0.1},

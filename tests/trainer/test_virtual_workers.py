@@ -27,10 +27,17 @@ def train(rank: int, folder: str, options: dict[str, Any]) -> tuple[list[dict[st
 
 
 @pytest.mark.parametrize(
-    ("optim", "workers"), [("dlion_mavo", 3), ("dlion_avg", 2), ("dmuon_mavo", 2), ("terngrad", 2)]
+    ("chosen", "workers"),
+    [
+        ({"optim": "dlion_mavo"}, 3),
+        ({"optim": "dlion_avg"}, 2),
+        ({"optim": "dmuon_mavo"}, 2),
+        ({"optim": "dmuon_avg", "muon_rest": "average"}, 3),
+        ({"optim": "terngrad"}, 2),
+    ],
 )
-def test_bitwise_what_processes_train(optim: str, workers: int, tmp_path: Path) -> None:
-    options = {"optim": optim, "max_steps": 5, "logging_steps": 1, "max_grad_norm": 0.5}
+def test_bitwise_what_processes_train(chosen: dict[str, str], workers: int, tmp_path: Path) -> None:
+    options = chosen | {"max_steps": 5, "logging_steps": 1, "max_grad_norm": 0.5}
     processes = run_workers(train, workers, str(tmp_path), options)
     log, ours, report = train(0, str(tmp_path), options | {"virtual_workers": workers})
     expected_log, theirs, expected = processes[0]

@@ -71,3 +71,10 @@ def test_votes_on_gradients_have_their_row(aggregation: str, predicted: float) -
     table = bits_table([run])
     assert table is not None
     assert f"= {predicted:.3f} | 3.300 | 3.300 | {3.3 / predicted:.3f} |" in table
+
+
+def test_nothing_is_predicted_where_it_depends_on_the_model() -> None:
+    settings = {"optim": "dmuon_mavo", "muon_rest": "average"}
+    table = bits_table([{"method": "x", "workers": 4, "settings": settings, "bits_sent": 7.5, "bits_received": 7.5}])
+    assert table is not None
+    assert table.endswith("| `x` | 4 | - | - | 7.500 | 7.500 | - |")
