@@ -125,7 +125,7 @@ class ReferenceMuon(ReferenceLion):
 
 def newton_schulz(u: Tensor) -> Tensor:
     """Five iterations, on the transpose where there are more rows than columns."""
-    x = u.T if u.shape[0] > u.shape[1] else u
+    x = u.T.contiguous() if u.shape[0] > u.shape[1] else u
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
         a = x @ x.T

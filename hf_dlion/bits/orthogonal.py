@@ -14,24 +14,31 @@ _MAX_BATCH, _MAX_BATCH_ON_GPU = 1 << 22, 1 << 24
 """Elements that go through one batched product, at most, if they are of several matrices."""
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Sequence[Tensor]) -> Tensor:
     """Five iterations that take all singular values to about 1, and leave the singular vectors.
 
     Args:
-        matrices: float32 ``[k, rows, columns]``.
+        matrices: k of them, each ``[rows, columns]``.
 
     Returns:
-        Of that shape; bfloat16 on GPUs, float32 on CPUs. Zero where a matrix is zero.
+        ``[k, rows, columns]``; bfloat16 on GPUs, float32 on CPUs. Zero where a matrix is zero.
     """
     a, b, c = _COEFFICIENTS
-    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
-    x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + _EPS)
+    rows, columns = matrices[0].shape
+    x = torch.stack([matrix.mT if rows > columns else matrix for matrix in matrices]).float()
+    x.div_(torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + _EPS)
     if x.device.type != "cpu":
         x = x.bfloat16()
+    # In place: what an iteration needs is as large as the matrices, and pages that are new take their time.
+    gram = x.new_empty(len(x), x.shape[1], x.shape[1])
+    square, moved = torch.empty_like(gram), torch.empty_like(x)
     for _ in range(_ITERATIONS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if matrices.shape[1] > matrices.shape[2] else x
+        torch.bmm(x, x.mT, out=gram)
+        torch.bmm(gram, gram, out=square)
+        gram.mul_(b).add_(square.mul_(c))
+        torch.bmm(gram, x, out=moved)
+        x.mul_(a).add_(moved)
+    return x.mT if rows > columns else x
 
 
 def orthogonalize_into(matrices: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
@@ -39,7 +46,7 @@ def orthogonalize_into(matrices: Sequence[Tensor], outputs: Sequence[Tensor]) ->
 
     Args:
         matrices: 2-D.
-        outputs: of the shapes of the matrices, of any dtype.
+        outputs: of the shapes of the matrices, of any dtype; or the matrices themselves.
     """
     shapes: dict[torch.Size, list[int]] = {}
     for index, matrix in enumerate(matrices):
@@ -49,6 +56,6 @@ def orthogonalize_into(matrices: Sequence[Tensor], outputs: Sequence[Tensor]) ->
         count = max(1, most // max(shape.numel(), 1))
         for start in range(0, len(indices), count):
             chosen = indices[start : start + count]
-            found = orthogonalize(torch.stack([matrices[index] for index in chosen]).float())
+            found = orthogonalize([matrices[index] for index in chosen])
             for index, result in zip(chosen, found, strict=True):
                 outputs[index].copy_(result)

@@ -9,12 +9,12 @@ from torch import Tensor
 from typing_extensions import Unpack, override
 
 from ..bits.orthogonal import orthogonalize_into
-from .hidden import ORTHOGONAL, SPLIT, UPDATE_RMS, HiddenMatricesMixin, begin_direction, move_momentum
+from .hidden import ORTHOGONAL, SPLIT, UPDATE_RMS, HiddenMatricesMixin, move_momentum, orthogonalize_directions
 from .layout import Span
 from .mean_gradient import DenseMean
 from .sharding import orthogonalize_shards
 from .states import all_parameters
-from .tensors import flatten, local, memory_order
+from .tensors import local
 from .workers import WorkersOptions
 
 
@@ -90,15 +90,8 @@ class GlobalMuon(HiddenMatricesMixin, DenseMean):
                 splits = [group[SPLIT]] * len(shapes)
                 found += orthogonalize_shards(shards, directions[some], shapes, splits, _updates_into)
             return found
-        updates: list[Tensor] = []
-        matrices, outputs = [], []
-        for parameter, direction in zip(parameters, directions, strict=True):
-            update, own, results = begin_direction(local(parameter), direction, group)
-            updates.append(update)
-            matrices += own
-            outputs += results
-        _updates_into(matrices, outputs)
-        return [flatten(update, memory_order(local(p))) for p, update in zip(parameters, updates, strict=True)]
+        wholes = [local(parameter) for parameter in parameters]
+        return orthogonalize_directions(wholes, directions, [group[SPLIT]] * len(wholes), _updates_into)
 
 
 def _updates_into(matrices: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .tensors import as_laid_out, memory_order
+from .tensors import as_laid_out, flatten, memory_order
 
 Split = tuple[int, ...]
 """The dimension in which a weight is cut, and the sizes of its parts; empty, if it is one matrix."""
@@ -120,22 +120,34 @@ def matrices_of(weight: Tensor, split: Split) -> list[Tensor]:
     return [weight.flatten(1)]
 
 
-def begin_direction(
-    parameter: Tensor, direction: Tensor, group: dict[str, Any]
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """What is to be orthogonalised of a hidden parameter.
+def orthogonalize_directions(
+    parameters: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    splits: Sequence[Split],
+    orthogonalize: Callable[[Sequence[Tensor], Sequence[Tensor]], None],
+) -> list[Tensor]:
+    """Orthogonalise the directions of hidden parameters, in place where their matrices are views of them.
 
     Args:
-        parameter: for its shape and memory order.
-        direction: float32, flat, in that order.
-        group: its param group.
+        parameters: for their shapes and memory orders.
+        directions: float32, flat, in those orders.
+        splits: which matrices are in each.
+        orthogonalize: takes matrices, and where what becomes of each is written.
 
     Returns:
-        An empty tensor of its shape; the matrices of its direction; and those of the empty tensor, for the result.
+        The results, flat.
     """
-    result = torch.empty(parameter.shape, dtype=torch.float32, device=direction.device)
-    matrices = matrices_of(as_laid_out(direction, parameter.shape, memory_order(parameter)), group[SPLIT])
-    return result, matrices, matrices_of(result, group[SPLIT])
+    results, matrices, outputs = [], [], []
+    for parameter, direction, split in zip(parameters, directions, splits, strict=True):
+        direction = as_laid_out(direction, parameter.shape, memory_order(parameter))
+        views = split or direction.dim() == 2 or direction.is_contiguous()
+        results.append(
+            direction if views else torch.empty(direction.shape, dtype=torch.float32, device=direction.device)
+        )
+        matrices += matrices_of(direction, split)
+        outputs += matrices_of(results[-1], split)
+    orthogonalize(matrices, outputs)
+    return [flatten(result, memory_order(p)) for result, p in zip(results, parameters, strict=True)]
 
 
 def move_momentum(gradient: Tensor, momentum: Tensor, group: dict[str, Any]) -> Tensor:

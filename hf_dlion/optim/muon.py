@@ -18,11 +18,11 @@ from ..wire.shards import Shards
 from .agreement import StepInputs
 from .averages import STATES, Averages
 from .dlion import MOMENTUM, Ballots, DistributedLion, VoteOptions, VotePlan
-from .hidden import ORTHOGONAL, SPLIT, UPDATE_RMS, HiddenMatricesMixin, begin_direction
+from .hidden import ORTHOGONAL, SPLIT, UPDATE_RMS, HiddenMatricesMixin, orthogonalize_directions
 from .layout import Bucket
 from .sharding import orthogonalize_shards
 from .states import all_parameters
-from .tensors import flatten, local, memory_order
+from .tensors import local
 from .workers import check_known, check_range
 
 RESTS = ("vote", "average")
@@ -298,18 +298,14 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
             return {}
         parameters = all_parameters(self)
         held = plan.views.directions(indices, inputs.gradients, hypers, MOMENTUM, inputs.verdict, keep=early)
-        groups = [self.param_groups[plan.group_of[index]] for index in indices]
+        splits = [self.param_groups[plan.group_of[index]][SPLIT] for index in indices]
         if plan.shards is not None:
-            shapes, splits = [parameters[index].shape for index in indices], [group[SPLIT] for group in groups]
-            return dict(zip(indices, orthogonalize_shards(plan.shards, held, shapes, splits), strict=True))
-        wholes: dict[int, Tensor] = {}
-        matrices, outputs = [], []
-        for index, direction, group in zip(indices, held, groups, strict=True):
-            wholes[index], own, results = begin_direction(local(parameters[index]), direction, group)
-            matrices += own
-            outputs += results
-        orthogonalize_into(matrices, outputs)
-        return {i: flatten(whole, memory_order(local(parameters[i]))) for i, whole in wholes.items()}
+            shapes = [parameters[index].shape for index in indices]
+            found = orthogonalize_shards(plan.shards, held, shapes, splits)
+        else:
+            wholes = [local(parameters[index]) for index in indices]
+            found = orthogonalize_directions(wholes, held, splits, orthogonalize_into)
+        return dict(zip(indices, found, strict=True))
 
     def _sum_squares(self, plan: VotePlan, shards: Shards, squares: dict[int, Tensor]) -> None:
         """To those of whole matrices; the shards may know of others, since a shard can be empty."""

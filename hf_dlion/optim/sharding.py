@@ -150,9 +150,10 @@ def orthogonalize_shards(
     parts = shards.channel.all_to_all_uneven([*held, *absent], sizes)
     results = [nothing] * shards.size
     if mine is not None:
-        weight = torch.cat(parts).view(shapes[mine])
-        result = torch.empty_like(weight)
-        orthogonalize(matrices_of(weight, splits[mine]), matrices_of(result, splits[mine]))
-        results = list(result.view(-1).split(sizes))
+        weight = torch.cat(parts)
+        del parts
+        matrices = matrices_of(weight.view(shapes[mine]), splits[mine])
+        orthogonalize(matrices, matrices)
+        results = list(weight.split(sizes))
     lengths = [len(part) for part in held] + [0] * len(absent)
     return shards.channel.all_to_all_uneven(results, lengths)[: len(held)]
