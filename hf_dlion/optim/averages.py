@@ -13,6 +13,7 @@ from ..bits.rounding import round_at_random, rounding_seed
 from ..wire.collectives import Channel
 from ..wire.conversation import Conversation
 from ..wire.sums import sum_dense
+from .agreement import StepInputs
 from .layout import Span, batches, cut
 from .rules import RULES
 from .views import Views
@@ -25,8 +26,7 @@ StepByRule = Callable[
 BUCKET = 1 << 19
 """Elements a bucket, at most, where parameters can be cut. Bounds the memory of a step."""
 
-
-STATES = RULES["adamw"].state_names
+ADAMW_STATES = RULES["adamw"].state_names
 """Of a parameter that is averaged; the same on all workers."""
 
 
@@ -45,31 +45,23 @@ class Averages:
         self._group_of = group_of
 
     def conversations(
-        self,
-        channel: Channel,
-        voting: Sequence[int],
-        groups: Sequence[dict[str, Any]],
-        gradients: Sequence[Tensor | None],
-        absent: Container[int],
+        self, channel: Channel, inputs: StepInputs, voting: Sequence[int], absent: Container[int]
     ) -> Iterator[Conversation[None]]:
         """Average and step, bucket by bucket.
 
         Args:
             channel: the workers.
+            inputs: of the step.
             voting: the ranks that count.
-            groups: the param groups.
-            gradients: this worker's, flat, by parameter.
             absent: indices of the parameters that are left alone.
         """
         for spans in self._present(absent) if voting else ():
-            yield self._average(channel, voting, groups, gradients, spans)
+            yield self._average(channel, inputs, voting, spans)
 
-    def step_alone(
-        self, groups: Sequence[dict[str, Any]], gradients: Sequence[Tensor | None], absent: Container[int]
-    ) -> None:
+    def step_alone(self, inputs: StepInputs, absent: Container[int]) -> None:
         """The step of one worker alone; arguments as of :meth:`conversations`."""
         for spans in self._present(absent):
-            self._step(groups, spans, torch.cat(gradients_in(self._views, spans, gradients)))
+            self._step(inputs, spans, torch.cat(gradients_in(self._views, spans, inputs.gradients)))
 
     def _present(self, absent: Container[int]) -> Iterator[list[Span]]:
         for bucket in self._buckets:
@@ -77,20 +69,15 @@ class Averages:
                 yield spans
 
     def _average(
-        self,
-        channel: Channel,
-        voting: Sequence[int],
-        groups: Sequence[dict[str, Any]],
-        gradients: Sequence[Tensor | None],
-        spans: Sequence[Span],
+        self, channel: Channel, inputs: StepInputs, voting: Sequence[int], spans: Sequence[Span]
     ) -> Conversation[None]:
-        own = torch.cat(gradients_in(self._views, spans, gradients))
+        own = torch.cat(gradients_in(self._views, spans, inputs.gradients))
         total = yield from sum_dense(channel, own, voting)
-        self._step(groups, spans, total.div_(len(voting)))
+        self._step(inputs, spans, total.div_(len(voting)))
 
-    def _step(self, groups: Sequence[dict[str, Any]], spans: Sequence[Span], mean: Tensor) -> None:
-        of_spans = [groups[self._group_of[span.parameter]] for span in spans]
-        step_by_means(self._views, spans, of_spans, mean, _adamw)
+    def _step(self, inputs: StepInputs, spans: Sequence[Span], mean: Tensor) -> None:
+        groups = [inputs.replica.groups[self._group_of[span.parameter]] for span in spans]
+        step_by_means(self._views, spans, groups, mean, _adamw)
 
 
 def _adamw(

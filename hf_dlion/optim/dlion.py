@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -320,7 +320,7 @@ class DistributedLion(WorkersOptimizer):
         if plan.averages is None:
             return ()
         judged = self.agreement
-        return plan.averages.conversations(channel, judged.voting, self.param_groups, inputs.gradients, judged.absent)
+        return plan.averages.conversations(channel, inputs, judged.voting, judged.absent)
 
     def _vote(
         self, plan: VotePlan, exchange: Exchange, bucket: Bucket, ballots: Ballots, header: Tensor
@@ -403,7 +403,7 @@ class DistributedLion(WorkersOptimizer):
             overlaps=overlaps and fills_several(largest_share(self._voted_parameters(), shards)),
         )
 
-    def _votes_on(self, group: dict[str, Any]) -> bool:
+    def _votes_on(self, group: Mapping[str, Any]) -> bool:
         """Whether workers vote on a group's parameters."""
         return True
 

@@ -163,7 +163,8 @@ class LocalSteps(CodedMean):
     @property
     @override
     def method(self) -> str:
-        return f"LocalSteps({type(self.inner).__name__})"
+        inner = self.inner
+        return f"LocalSteps({inner.method if isinstance(inner, WorkersOptimizer) else type(inner).__name__})"
 
     @property
     def between_votes(self) -> bool:  # type: ignore[override]

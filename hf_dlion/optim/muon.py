@@ -16,7 +16,7 @@ from ..wire.collectives import Channel
 from ..wire.exchange import Decision
 from ..wire.shards import Shards
 from .agreement import StepInputs
-from .averages import STATES, Averages
+from .averages import ADAMW_STATES, Averages
 from .dlion import MOMENTUM, Ballots, DistributedLion, VoteOptions, VotePlan
 from .hidden import ORTHOGONAL, SPLIT, UPDATE_RMS, HiddenMatricesMixin, orthogonalize_directions
 from .layout import Bucket
@@ -71,7 +71,9 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
     last bucket of its group.
 
     With ``rest="average"``, workers send their gradients of the rest, 32 bits a parameter each way, and AdamW steps it
-    by their mean. They leave in ``step()``, after the headers; votes on hidden matrices are as before.
+    by their mean. They leave in ``step()``, once all headers are known; votes on hidden matrices are as before. AdamW's
+    bias correction counts the steps of the optimizer: a parameter whose first gradient comes late starts with updates
+    up to three times as large.
 
     The ranks of a sharded replica gather whole matrices in turns, one a rank at a time. Where D can be 0 or is a mean,
     they keep all decisions until they have added up the squares of their shards, a few bits a parameter.
@@ -88,7 +90,7 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         weight_decay: decoupled, as of AdamW.
         aggregation, exchange: as in :class:`DistributedLion`.
         tie: as there; by default ``"alternate"``.
-        norm_gradients: as there.
+        norm_gradients: as there, of what is averaged, too.
         process_group, on_bad_gradient, check_replicas_steps: as in :class:`hf_dlion.optim.workers.WorkersOptimizer`.
 
     Raises:
@@ -121,44 +123,50 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         super().__init__(
             params, lr, betas, weight_decay, aggregation=aggregation, tie=tie, exchange=exchange, **options
         )
-        if rest == "average":
-            self.state_names = (*STATES, MOMENTUM)
+        if self._averages:
+            self.state_names = (*ADAMW_STATES, MOMENTUM)
         self.check_hidden()
+
+    @property
+    @override
+    def method(self) -> str:
+        return super().method + "(rest='average')" * self._averages
+
+    @property
+    def _averages(self) -> bool:
+        return self.rest == "average"
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if self.rest == "average":
+        if self._averages:
             param_group.setdefault("eps", self.eps)
         super().add_param_group(param_group)
 
     @override
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
-        if self.rest == "average":
+        if self._averages:
             check_range("eps", group["eps"], "it cannot be negative.")
 
     @override
-    def options(self) -> dict[str, Any]:
-        return super().options() | ({"rest": self.rest} if self.rest != "vote" else {})  # checkpoints have no default
-
-    @override
     def hyperparameters(self) -> tuple[str, ...]:
-        return (*super().hyperparameters(), *(["eps"] if self.rest == "average" else []))
+        return super().hyperparameters() + ("eps",) * self._averages
 
     @override
     def states_of(self, group: Mapping[str, Any]) -> tuple[str, ...]:
-        return (MOMENTUM,) if self._votes_on(group) else STATES
+        return (MOMENTUM,) if self._votes_on(group) else ADAMW_STATES
 
     @override
     def _votes_on(self, group: Mapping[str, Any]) -> bool:
-        return self.rest == "vote" or bool(group[ORTHOGONAL])
+        return not self._averages or bool(group[ORTHOGONAL])
 
     @override
     def _make_plan(self, channel: Channel | None) -> VotePlan:
         plan = super()._make_plan(channel)
-        if self.rest == "average":
-            parameters, voted = all_parameters(self), set(map(id, self._voted_parameters()))
-            sizes = [0 if id(parameter) in voted else local(parameter).numel() for parameter in parameters]
+        if len(self._voted_parameters()) < len(plan.group_of):
+            voted = [self._votes_on(self.param_groups[group]) for group in plan.group_of]
+            held = zip(all_parameters(self), voted, strict=True)
+            sizes = [0 if votes else local(parameter).numel() for parameter, votes in held]
             plan.averages = Averages(plan.views, sizes, plan.group_of)
         return plan
 
@@ -243,7 +251,7 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         rest = [index for index, gradient in enumerate(self._plain(plan, inputs)) if gradient is not None]
         plan.views.step_alone(rest, inputs.gradients, hypers, inputs.step, UPDATE_RMS)
         if plan.averages is not None:
-            plan.averages.step_alone(self.param_groups, inputs.gradients, self.agreement.absent)
+            plan.averages.step_alone(inputs, self.agreement.absent)
         for indices in self._rounds(plan, hidden):
             directions = self._directions(plan, inputs, indices, hypers)
             decisions = {index: direction.sign() for index, direction in directions.items()}

@@ -181,7 +181,8 @@ class EarlyVotes:
 
     def look(self) -> None:
         """At the beginning of a step, before the ranks have agreed: whether gradients are as backward has left them."""
-        self._unchanged = self._arrivals.unchanged(self._arrivals.order)
+        voted = [index for index in self._arrivals.order if self.plan.buckets_of[index]]
+        self._unchanged = self._arrivals.unchanged(voted)
 
     def next_step(self) -> None:
         """After a step: agree with the others, if that is still to be done, and begin to listen for the next one."""

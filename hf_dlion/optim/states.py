@@ -35,7 +35,7 @@ class StatefulOptimizer(Optimizer, ABC):
     first step or when a state is loaded.
 
     Attributes:
-        state_names: keys of a parameter's state.
+        state_names: keys of all parameters' states.
         local_state_names: those of them that each worker has for itself.
         inner: the optimizer that steps on this worker alone between two exchanges; None, if each step is an exchange.
         between_votes: whether the parameters are this worker's own now, and not those of all.

@@ -60,13 +60,17 @@ class DLionArgumentsMixin:
     )
     # Lion's betas are fields of their own: Adam's default of 0.999 for the second is not Lion's.
     lion_beta1: float = field(
-        default=0.9, metadata={"help": "The decay of the direction that is voted on, in dlion, dmuon and glion."}
+        default=0.9,
+        metadata={
+            "help": "The decay of the direction that is voted on, in dlion, dmuon (of all that votes) and glion; of "
+            "hidden matrices in gmuon."
+        },
     )
     lion_beta2: float = field(
         default=0.99,
         metadata={
             "help": "The decay of the momentum that a worker keeps, in dlion and glion, and in dmuon for embedding, "
-            "norms and biases. In runs of a few hundred steps, 0.95 may be better."
+            "norms and biases that vote. In runs of a few hundred steps, 0.95 may be better."
         },
     )
     muon_beta2: float = field(
@@ -78,7 +82,7 @@ class DLionArgumentsMixin:
         metadata={
             "help": "What dmuon does with embedding, head, norms and biases: `vote`, on Lion's direction; or "
             "`average`, their gradients travel in 32 bits, and AdamW steps with the mean. In finetuning that trained "
-            "better. It is cheap if they are a small part of the model.",
+            "better. It is cheap if they are a small part of the model. Adam's betas and epsilon are theirs then.",
             "choices": list(RESTS),
         },
     )

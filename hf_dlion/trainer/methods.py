@@ -22,6 +22,9 @@ from ..optim.terngrad import TernGrad
 from ..optim.workers import WorkersOptimizer, members_of
 from ..wire.groups import Group
 
+_REST = "rest"
+"""A keyword that says which others there are: it has an argument, and no place in ``optim_args``."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -51,9 +54,10 @@ class Method:
         """
         own = self.options(arguments)
         given = _keywords_in(arguments.optim_args)
+        taken = {name: default for name, default in own.items() if name != _REST}
         for name, value in given.items():
-            if name not in own or not _alike(value, own[name]):
-                known = ", ".join(f"{known}={default!r}" for known, default in own.items())
+            if name not in taken or not _alike(value, taken[name]):
+                known = ", ".join(f"{known}={default!r}" for known, default in taken.items())
                 raise ValueError(
                     f"optim_args has {name}={value!r}; optim={arguments.optim!r} takes {known} there, or values like "
                     "these. What else there is has arguments of its own: see --help."
@@ -127,9 +131,10 @@ def _adam_options(arguments: Any) -> dict[str, Any]:
 
 
 def _muon_options(arguments: Any) -> dict[str, Any]:
-    rest = arguments.muon_rest
-    of_rest = _adam_options(arguments) if rest == "average" else _lion_options(arguments)
-    return {"rest": rest, **of_rest, "hidden_betas": (arguments.lion_beta1, arguments.muon_beta2)}
+    hidden = {"hidden_betas": (arguments.lion_beta1, arguments.muon_beta2)}
+    if arguments.muon_rest == "average":
+        return {_REST: "average", **_adam_options(arguments), **hidden}
+    return _lion_options(arguments) | hidden
 
 
 def _rule_options(arguments: Any) -> dict[str, Any]:

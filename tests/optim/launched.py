@@ -27,7 +27,11 @@ from tests.harness import run_workers
 from tests.kernels import use_kernels
 from tests.optim import test_overlap as overlap
 
-METHODS = {"dlion": DistributedLion, "dmuon": DistributedMuon}
+METHODS = {
+    "dlion": DistributedLion,
+    "dmuon": DistributedMuon,
+    "averages": partial(DistributedMuon, rest="average"),
+}
 # Sizes that fill no word, a block and its rest, one that is worked on in place with a rest, and a split matrix.
 SHAPES = [(7,), (3, 11), (), (0,), (9, 120), (13, 1301)]
 CASES = [
@@ -79,7 +83,7 @@ def train(kernels: str, method: str, workers: int, dtype: torch.dtype, aggregati
             if workers > 1:
                 optimizer.next_worker()
         optimizer.step()
-    states = [state["momentum"] for member in optimizer.members for state in member.state.values()]
+    states = [held for member in optimizer.members for state in member.state.values() for held in state.values()]
     assert optimizer.members[0].plan.views.__class__.__name__.startswith(kernels.capitalize()) == (
         kernels == "launched"
     )
@@ -205,7 +209,7 @@ def train_mixed(kernels: str, method: str, device: str, workers: int, **options:
     hidden = [i for i, parameter in enumerate(parameters) if parameter.dim() > 1]
     rest = [parameter for i, parameter in enumerate(parameters) if i not in hidden]
     made: Any = [{"params": [parameters[i] for i in hidden]}, {"params": rest, "lr": 2e-3, "weight_decay": 0.2}]
-    for group, orthogonal in zip(made, (True, False) if method == "dmuon" else (), strict=False):
+    for group, orthogonal in zip(made, () if method == "dlion" else (True, False), strict=False):
         group["orthogonal"] = orthogonal
     kind = METHODS[method]
     optimizer: Any = kind(made, **options) if workers == 1 else VirtualWorkers(made, workers, kind, **options)
@@ -221,8 +225,8 @@ def train_mixed(kernels: str, method: str, device: str, workers: int, **options:
                 optimizer.next_worker()
         optimizer.step()
         optimizer.zero_grad()
-    assert len(optimizer.members[0].plan.buckets) > 2
-    states = [state["momentum"] for member in optimizer.members for state in member.state.values()]
+    assert len(optimizer.members[0].plan.buckets) > (1 if method == "averages" else 2)
+    states = [held for member in optimizer.members for state in member.state.values() for held in state.values()]
     return [*(parameter.detach() for parameter in parameters), *states]
 
 
@@ -277,6 +281,7 @@ def check_early(method: str) -> None:
             (overlap.signum, overlap.replaced, 2, {"exchange": "sharded"}),
         ],
         "dmuon": [(overlap.muon, overlap.infinite, 1, {"tie": "zero"})],
+        "averages": [(overlap.muon_and_adamw, overlap.infinite, 1, {})],
     }
     for rank in run_workers(early, 2, cases[method], timeout=280):
         assert all(same and early > 10 for _, same, early in rank), rank

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from hf_dlion import DistributedMuon
+from hf_dlion import DistributedMuon, LocalSteps, load_workers, save_workers
+from hf_dlion.checkpoint.manifest import CheckpointError
 from hf_dlion.optim.virtual import VirtualWorkers
 from hf_dlion.wire.ledger import Ledger
 from tests.harness import run_workers
@@ -141,6 +143,29 @@ def test_states_of_the_other_kind_are_refused() -> None:
     again.load_state_dict(averages.state_dict())
     for parameter, other in zip(again.state.values(), averages.state.values(), strict=True):
         assert all(torch.equal(parameter[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("local_steps", [False, True])
+@pytest.mark.parametrize("written", ["vote", "average"])
+def test_checkpoints_of_the_other_kind_are_refused(written: str, local_steps: bool, tmp_path: Path) -> None:
+    def made(rest: str) -> Any:
+        inner = DistributedMuon(groups_of(parameters()), rest=rest, **SETTINGS)
+        return LocalSteps(inner, every=2) if local_steps else inner
+
+    here = made("average" if written == "vote" else "vote")
+    optimizer = made(written)
+    for given in (optimizer, here):
+        for parameter in (p for group in given.param_groups for p in group["params"]):
+            parameter.grad = torch.ones_like(parameter)
+        given.step()
+    save_workers(tmp_path, optimizer)
+    before = copy.deepcopy(here.state_dict())
+    with pytest.raises(
+        CheckpointError, match=r"written by .*DistributedMuon.*, whose state is not that of .*DistributedMuon"
+    ) as caught:
+        load_workers(tmp_path, here)
+    assert "(rest='average')" in str(caught.value)
+    assert str(before) == str(here.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("triton", "3.6", reason="no Triton of 3.6 or newer is installed, whose interpreter works")
 
 
-PARTS = ["counts", "mixed dlion", "mixed dmuon", "early dmuon", "dlion 2", "dmuon 3"]
-REST = ["early dlion", "dlion 1", "dlion 3", "dmuon 1", "dmuon 2"]
+PARTS = ["counts", "mixed dlion", "mixed dmuon", "early dmuon", "dlion 2", "dmuon 3", "averages 2"]
+REST = ["early dlion", "early averages", "mixed averages", "dlion 1", "dlion 3", "dmuon 1", "dmuon 2", "averages 1"]
 
 
 @pytest.mark.parametrize("part", [*PARTS, *(pytest.param(part, marks=pytest.mark.slow) for part in REST)])

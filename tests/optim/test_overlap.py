@@ -326,6 +326,23 @@ def test_all_methods_and_events_end_in_the_same_bits(
         assert early > 10, name
 
 
+def _clip_averages(rank: int) -> tuple[bool, int, list[str]]:
+    sent, said = small_buckets(), what_is_logged("hf_dlion.optim.overlap")
+
+    def clip(r: int, step: int, model: Any, optimizer: Any) -> None:
+        nn.utils.clip_grad_norm_([model.embedding.weight, *model.norm.parameters()], 0.01)
+
+    ours, theirs = (train(rank, muon_and_adamw, clip, 1, {"overlap": overlap})[0] for overlap in (None, False))
+    return all(map(torch.equal, ours, theirs)), len(sent), said
+
+
+def test_what_is_averaged_may_change_after_backward() -> None:
+    for same, sent, said in run_workers(_clip_averages, 2):
+        assert same
+        assert sent > 10
+        assert said == []
+
+
 def _clip_always(rank: int) -> tuple[int, list[str]]:
     sent, said = small_buckets(), what_is_logged("hf_dlion.optim.overlap")
     for _ in range(2):

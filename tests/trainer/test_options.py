@@ -28,7 +28,6 @@ def optimizer(folder: Path, **options: Any) -> Any:
         ("dlion_avg", "overlap=True", {"overlap": True}),
         ("dsignum_mavo", "momentum=0.5", {"betas": (0.5, 0.5)}),
         ("dmuon_mavo", "hidden_betas=(0.5,0.6)", {"hidden_betas": (0.5, 0.6)}),
-        ("dmuon_avg", "rest=average,betas=(0.8,0.7)", {"rest": "average", "betas": (0.8, 0.7)}),
         ("gadamw", "eps=1e-6", {"eps": 1e-6}),
         ("dgc", "drop=0.5,clip=0", {"drop": 0.5, "clip": 0}),
     ],
@@ -53,6 +52,14 @@ def test_optim_args_are_the_optimizer_s(optim: str, optim_args: str, expected: d
 def test_other_optim_args_are_refused(optim_args: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         tiny.arguments(tmp_path, optim_args=optim_args)
+
+
+@pytest.mark.parametrize("rest", ["vote", "average"])
+def test_what_becomes_of_the_rest_is_no_optim_arg(rest: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"optim_args has rest=.*takes betas=.*has arguments of its own"):
+        tiny.arguments(tmp_path, optim="dmuon_avg", muon_rest=rest, optim_args="rest=average")
+    options: dict[str, Any] = {"optim_args": "betas=(0.8,0.7)", "muon_rest": rest}
+    assert optimizer(tmp_path, optim="dmuon_avg", **options).defaults["betas"] == (0.8, 0.7)
 
 
 @pytest.mark.parametrize("optim", METHODS)
