@@ -9,13 +9,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_dlion import DistributedLion, last_complete_checkpoint, load_workers, save_workers
+from hf_dlion import DistributedLion, DistributedMuon, last_complete_checkpoint, load_workers, save_workers
 from hf_dlion.optim.gadamw import GlobalAdamW
 from tests.harness import run_workers
 from tests.optim.test_sharding import Parameters, cut, held, make_mesh, sharded
 
 SHAPES = [(7, 3), (5,), (1, 4), (12, 2)]
-METHODS: list[Any] = [DistributedLion, GlobalAdamW]
+
+
+def muon_and_adamw(params: list[Any], **options: Any) -> DistributedMuon:
+    groups = [{"params": params[:1], "orthogonal": True}, {"params": params[1:]}]
+    return DistributedMuon(groups, rest="average", **options)
+
+
+METHODS: list[Any] = [DistributedLion, GlobalAdamW, muon_and_adamw]
 
 
 def gradients(worker: int, step: int) -> list[Tensor]:
@@ -47,7 +54,8 @@ class Run:
         )
 
     def states(self, name: str) -> list[Tensor]:
-        return [self.optimizer.state[parameter][name] for parameter in self.params]
+        states = [self.optimizer.state[parameter] for parameter in self.params]
+        return [state[name] for state in states if name in state]
 
     def local_parameters(self) -> list[Tensor]:
         return [parameter.to_local() if self.sharded else parameter.detach() for parameter in self.params]
