@@ -24,7 +24,7 @@ CLOSE = 1.05  # two predictions that differ by less are the same
 WORTH = 1.2  # so much longer may a step be of a method that trains better
 AS_GOOD_AS_ADAMW = ("dmuon_mavo", "dmuon_avg", "ddp_fp32", "ddp_bf16")  # or better, in most of the studies
 # Orthogonalising, of forward and backward: so many times the smaller side of the matrices, in the mean over all
-# parameters, over the tokens of a step. 2.7 to 3.7 in model_cards/orthogonal and whole_step; about 4 by the operations.
+# parameters, over the tokens of a step. 2.2 to 3.7 in model_cards/orthogonal and whole_step; about 4 by the operations.
 ORTHOGONAL = 3.2
 VOCABULARY = 50257  # of a model of which only the number of parameters is given
 
@@ -68,7 +68,7 @@ class Method:
         orthogonal: whether it orthogonalises.
         every: steps from one vote to the next.
         hook: whether a hook of DDP sends, during backward everywhere; others do so on CPUs.
-        averages: whether what is no hidden matrix is averaged in 32 bits, in place of votes.
+        averages_rest: whether what is no hidden matrix is averaged in 32 bits, in place of votes.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Method:
     orthogonal: bool = False
     every: int = 1
     hook: bool = False
-    averages: bool = False
+    averages_rest: bool = False
 
 
 # Fitted to model_cards/network, at the rate of a copy measured there; update included.
@@ -89,7 +89,7 @@ _VOTE = (38.0, 24.0)
 METHODS = (
     Method("dmuon_mavo", _VOTE, "mavo", "alternate", orthogonal=True),
     Method("dmuon_avg", _VOTE, "avg", orthogonal=True),
-    Method("dmuon_averages", _VOTE, "mavo", "alternate", orthogonal=True, averages=True),
+    Method("dmuon_averages", _VOTE, "mavo", "alternate", orthogonal=True, averages_rest=True),
     Method("dlion_mavo", _VOTE, "mavo"),
     Method("dlion_avg", _VOTE, "avg"),
     # AdamW, the exchange, and the hook's own 8 ns a parameter, timed once on the same machine.
@@ -169,7 +169,7 @@ def traffic(method: Method, parameters: float, workers: int, hidden: float = 1.0
     if method.aggregation is None:
         of_parameters = method.bytes_sent * parameters
         return Traffic(ring / workers * of_parameters, math.ceil(4 * parameters / DDP_BUCKET), ring)
-    voted = parameters * hidden if method.averages else parameters
+    voted = parameters * hidden if method.averages_rest else parameters
     words = math.ceil(voted / BLOCK) * BLOCK // 32
     planes = highest_level(method.aggregation, method.tie, workers).bit_length()
     sent = {kind: kind.words_sent(words, workers, planes) for kind in (GatherExchange, ShardedExchange)}
@@ -234,7 +234,7 @@ def recommend(predictions: Sequence[Prediction], local: Prediction) -> tuple[str
 
 
 def shape_of(model: str) -> tuple[float, float, float]:
-    """How many parameters a model has, the mean of the smaller sides of their matrices (0 for others), and their share.
+    """How many parameters a model has, the mean smaller side of their matrices (0 for others), and the matrices' share.
 
     Args:
         model: a count such as 124M, or what has a configuration.
@@ -275,7 +275,7 @@ def shape_of(model: str) -> tuple[float, float, float]:
 
 
 def _usual_matrices(parameters: float) -> tuple[float, float]:
-    """The latter two of a GPT-2 whose depth is a 64th of its width, with 12 squares of the width a layer."""
+    """The same mean and share, of a GPT-2 whose depth is a 64th of its width, with 12 squares of the width a layer."""
     narrow, wide = 0.0, parameters ** (1 / 2)
     for _ in range(60):
         width = (narrow + wide) / 2

@@ -80,6 +80,10 @@ def test_bytes_are_those_of_the_table_of_methods() -> None:
     assert bits("dlion_mavo", 2) == bits("dlion_avg", 2) == 1
     assert bits("dlion_mavo", 4) == 3 / 4 * 3
     assert bits("dmuon_mavo", 8) == 7 / 8 * 2
+    averages = traffic(BY_NAME["dmuon_averages"], 2**20, 4, hidden=0.75)
+    assert 8 * averages.sent_bytes / 2**20 == 0.75 * 1.5 + 0.25 * 48
+    assert 8 * averages.late_bytes / 2**20 == 0.25 * 48
+    assert averages.late_buckets == 1
     assert bits("dlion_avg", 16) == 15 / 16 * (1 + 5)
     assert bits("ddp_fp32", 4) == 3 / 4 * 64
     assert bits("ddp_bf16", 2) == 16
@@ -116,6 +120,17 @@ def test_what_it_says_to_take_is_no_slower_than_ddp(capsys: pytest.CaptureFixtur
         taken.add(found["take"])
     assert taken > {"dmuon_mavo", "ddp_fp32"}
     assert "one worker sends nothing" in printed(capsys, "124M", "--workers", "1", "--link", "1gbit", "--compute", "1")
+
+
+def test_averages_beside_votes_wait_for_the_link() -> None:
+    method = BY_NAME["dmuon_averages"]
+    slow, fast = (Setting(2**20, 4, link, 10.0, 1e9, latency=0.0, hidden=0.75) for link in (1e6, 2e6))
+    votes, averages = plan.FRAMES * 2**20 * 0.75 * 1.5 / 1e6, plan.FRAMES * 2**20 * 0.25 * 48 / 1e6
+    one, other = predict(method, slow), predict(method, fast)
+    assert one.network_seconds == pytest.approx(votes + averages) == pytest.approx(2 * other.network_seconds)
+    # Backward hides all votes but the last bucket's sixteenth, and half of the local work hides behind the rest.
+    shown = votes / 16 + averages
+    assert one.step_seconds == pytest.approx(10 + one.local_seconds + shown - min(one.local_seconds, shown) / 2)
 
 
 def test_on_gpus_only_what_a_hook_sends_hides_behind_backward(capsys: pytest.CaptureFixture[str]) -> None:

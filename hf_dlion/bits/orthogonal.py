@@ -29,7 +29,7 @@ def orthogonalize(matrices: Sequence[Tensor]) -> Tensor:
     x.div_(torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + _EPS)
     if x.device.type != "cpu":
         x = x.bfloat16()
-    # In place: what an iteration needs is as large as the matrices, and pages that are new take their time.
+    # In place: what an iteration needs is as large as the matrices, and fresh memory costs page faults.
     gram = x.new_empty(len(x), x.shape[1], x.shape[1])
     square, moved = torch.empty_like(gram), torch.empty_like(x)
     for _ in range(_ITERATIONS):

@@ -120,13 +120,13 @@ def step_by_means(
         rule: changes float32 parameters.
     """
     means = mean.split([span.length for span in spans])
-    numbered = zip(spans, groups, means, states_in(views, spans), strict=True)
-    for _, members in itertools.groupby(numbered, lambda one: id(one[1])):
-        some, (group, *_), of_group, states = zip(*members, strict=True)
-        parts = [span.of(views.parameters[span.parameter]) for span in some]
+    together = zip(spans, groups, means, states_in(views, spans), strict=True)
+    for _, members in itertools.groupby(together, lambda one: id(one[1])):
+        spans_of, (group, *_), means_of, states_of = zip(*members, strict=True)
+        parts = [span.of(views.parameters[span.parameter]) for span in spans_of]
         wide = [part if part.dtype == torch.float32 else part.float() for part in parts]
-        rule(group, some, wide, of_group, states)
-        for span, part, updated in zip(some, parts, wide, strict=True):
+        rule(group, spans_of, wide, means_of, states_of)
+        for span, part, updated in zip(spans_of, parts, wide, strict=True):
             _write_back(span, part, updated, group["step"])
 
 

@@ -319,8 +319,7 @@ class DistributedLion(WorkersOptimizer):
         """What else is exchanged in a step: the voters are known."""
         if plan.averages is None:
             return ()
-        judged = self.agreement
-        return plan.averages.conversations(channel, inputs, judged.voting, judged.absent)
+        return plan.averages.conversations(channel, inputs, self.agreement.voting, self.agreement.absent)
 
     def _vote(
         self, plan: VotePlan, exchange: Exchange, bucket: Bucket, ballots: Ballots, header: Tensor

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from .tensors import as_laid_out, flatten, memory_order
@@ -126,7 +125,7 @@ def orthogonalize_directions(
     splits: Sequence[Split],
     orthogonalize: Callable[[Sequence[Tensor], Sequence[Tensor]], None],
 ) -> list[Tensor]:
-    """Orthogonalise the directions of hidden parameters, in place where their matrices are views of them.
+    """Orthogonalise the directions of hidden parameters; they are overwritten, or copied first.
 
     Args:
         parameters: for their shapes and memory orders.
@@ -137,16 +136,14 @@ def orthogonalize_directions(
     Returns:
         The results, flat.
     """
-    results, matrices, outputs = [], [], []
+    results, matrices = [], []
     for parameter, direction, split in zip(parameters, directions, splits, strict=True):
         direction = as_laid_out(direction, parameter.shape, memory_order(parameter))
-        views = split or direction.dim() == 2 or direction.is_contiguous()
-        results.append(
-            direction if views else torch.empty(direction.shape, dtype=torch.float32, device=direction.device)
-        )
+        if direction.dim() > 2 and not split:  # a convolution, which is flattened
+            direction = direction.contiguous()
+        results.append(direction)
         matrices += matrices_of(direction, split)
-        outputs += matrices_of(results[-1], split)
-    orthogonalize(matrices, outputs)
+    orthogonalize(matrices, matrices)
     return [flatten(result, memory_order(p)) for result, p in zip(results, parameters, strict=True)]
 
 

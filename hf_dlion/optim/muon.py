@@ -72,8 +72,8 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
 
     With ``rest="average"``, workers send their gradients of the rest, 32 bits a parameter each way, and AdamW steps it
     by their mean. They leave in ``step()``, once all headers are known; votes on hidden matrices are as before. AdamW's
-    bias correction counts the steps of the optimizer: a parameter whose first gradient comes late starts with updates
-    up to three times as large.
+    bias correction counts the steps of the optimizer: a parameter whose first gradient comes late starts with some
+    updates that are three to seven times as large.
 
     The ranks of a sharded replica gather whole matrices in turns, one a rank at a time. Where D can be 0 or is a mean,
     they keep all decisions until they have added up the squares of their shards, a few bits a parameter.
@@ -84,7 +84,7 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         lr: learning rate, as of AdamW.
         betas: the decays of direction and momentum, of the rest; by default 0.9 and 0.99. If it is averaged, those of
             AdamW; by default 0.9 and 0.999.
-        eps: of that AdamW.
+        eps: of that AdamW; by default 1e-8.
         rest: ``"vote"``, as in Distributed Lion, or ``"average"``.
         hidden_betas: those of hidden matrices.
         weight_decay: decoupled, as of AdamW.
@@ -108,7 +108,7 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         *,
         hidden_betas: tuple[float, float] = (0.9, 0.95),
         rest: str = "vote",
-        eps: float = 1e-8,
+        eps: float | None = None,
         aggregation: str = "mavo",
         tie: str = "alternate",
         exchange: str = "auto",
@@ -116,41 +116,45 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
     ) -> None:
         check_known("rest", rest, RESTS)
         self.hidden_betas = hidden_betas
+        if rest == "vote" and eps is not None:
+            raise ValueError(f"eps={eps} with rest='vote': there is no AdamW. Leave it out, or give rest='average'.")
         self.rest = rest
-        self.eps = eps
+        self.eps = 1e-8 if eps is None else eps
         if betas is None:
             betas = (0.9, 0.99) if rest == "vote" else (0.9, 0.999)
         super().__init__(
             params, lr, betas, weight_decay, aggregation=aggregation, tie=tie, exchange=exchange, **options
         )
-        if self._averages:
+        if self._averages_rest:
             self.state_names = (*ADAMW_STATES, MOMENTUM)
         self.check_hidden()
 
     @property
     @override
     def method(self) -> str:
-        return super().method + "(rest='average')" * self._averages
+        averaged = any(group["params"] and not self._votes_on(group) for group in self.param_groups)
+        return f"{super().method}(rest={self.rest!r})" if averaged else super().method
 
     @property
-    def _averages(self) -> bool:
+    def _averages_rest(self) -> bool:
         return self.rest == "average"
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if self._averages:
+        if self._averages_rest:
             param_group.setdefault("eps", self.eps)
         super().add_param_group(param_group)
 
     @override
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
-        if self._averages:
+        if self._averages_rest:
             check_range("eps", group["eps"], "it cannot be negative.")
 
     @override
     def hyperparameters(self) -> tuple[str, ...]:
-        return super().hyperparameters() + ("eps",) * self._averages
+        names = super().hyperparameters()
+        return (*names, "eps") if self._averages_rest else names
 
     @override
     def states_of(self, group: Mapping[str, Any]) -> tuple[str, ...]:
@@ -158,7 +162,7 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
 
     @override
     def _votes_on(self, group: Mapping[str, Any]) -> bool:
-        return not self._averages or bool(group[ORTHOGONAL])
+        return not self._averages_rest or bool(group[ORTHOGONAL])
 
     @override
     def _make_plan(self, channel: Channel | None) -> VotePlan:

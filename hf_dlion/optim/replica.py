@@ -23,7 +23,7 @@ class Replica:
     """What an optimizer holds at one step.
 
     Attributes:
-        method: class of the optimizer.
+        method: of the optimizer, as it names itself.
         options: what must be the same on all ranks, besides hyperparameters.
         groups: the param groups.
         hyperparameters: names of those that must be the same on all ranks at every step.

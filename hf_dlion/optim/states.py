@@ -31,8 +31,8 @@ _OF_ANOTHER = (
 class StatefulOptimizer(Optimizer, ABC):
     """An optimizer whose workers have a state each.
 
-    The state of a parameter is float32 tensors of its shape, by the names that :meth:`states_of` its group, made at the
-    first step or when a state is loaded.
+    The state of a parameter is float32 tensors of its shape, by the names that :meth:`states_of` gives for its
+    group, made at the first step or when a state is loaded.
 
     Attributes:
         state_names: keys of all parameters' states.

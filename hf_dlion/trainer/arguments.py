@@ -81,8 +81,8 @@ class DLionArgumentsMixin:
         default="vote",
         metadata={
             "help": "What dmuon does with embedding, head, norms and biases: `vote`, on Lion's direction; or "
-            "`average`, their gradients travel in 32 bits, and AdamW steps with the mean. In finetuning that trained "
-            "better. It is cheap if they are a small part of the model. Adam's betas and epsilon are theirs then.",
+            "`average`: gradients are averaged in 32 bits, and AdamW steps with adam_beta1, adam_beta2 and "
+            "adam_epsilon. In finetuning that trained better. It is cheap if they are a small part of the model.",
             "choices": list(RESTS),
         },
     )

@@ -108,7 +108,8 @@ def _how(report: dict[str, Any]) -> str:
         )
     if method in METHODS:
         source = {"dlion": f", as in {_PAPER}", "dmuon": f", after {_PAPER}"}.get(method.partition("_")[0], "")
-        rest = "; embedding, head, norms and biases by AdamW on averaged gradients" * (options.get("rest") == "average")
+        averages = options.get("rest") == "average"
+        rest = "; AdamW on averaged gradients for what is no hidden matrix" if averages else ""
         return f'Trained with `optim="{method}"` of hf_dlion ({METHODS[method].summary}{rest}){source}.'
     if votes:
         return (

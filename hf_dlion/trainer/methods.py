@@ -23,7 +23,7 @@ from ..optim.workers import WorkersOptimizer, members_of
 from ..wire.groups import Group
 
 _REST = "rest"
-"""A keyword that says which others there are: it has an argument, and no place in ``optim_args``."""
+"""Decides what the other keywords are, so only ``muon_rest`` sets it."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,13 @@ class Method:
         """
         own = self.options(arguments)
         given = _keywords_in(arguments.optim_args)
-        taken = {name: default for name, default in own.items() if name != _REST}
+        if _REST in given:
+            raise ValueError(
+                f"optim_args has {_REST}={given[_REST]!r}: it decides which options there are. Use muon_rest."
+            )
         for name, value in given.items():
-            if name not in taken or not _alike(value, taken[name]):
-                known = ", ".join(f"{known}={default!r}" for known, default in taken.items())
+            if name not in own or not _alike(value, own[name]):
+                known = ", ".join(f"{known}={default!r}" for known, default in own.items() if known != _REST)
                 raise ValueError(
                     f"optim_args has {name}={value!r}; optim={arguments.optim!r} takes {known} there, or values like "
                     "these. What else there is has arguments of its own: see --help."

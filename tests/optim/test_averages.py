@@ -168,11 +168,20 @@ def test_checkpoints_of_the_other_kind_are_refused(written: str, local_steps: bo
     assert str(before) == str(here.state_dict())
 
 
+def test_nothing_to_average_is_as_votes() -> None:
+    for rest in ("vote", "average"):
+        hidden = DistributedMuon([{"params": [torch.nn.Parameter(torch.ones(8, 8))], "orthogonal": True}], rest=rest)
+        assert hidden.method == "DistributedMuon"
+        hidden.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+        assert hidden.method == ("DistributedMuon" if rest == "vote" else "DistributedMuon(rest='average')")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"rest": "mean"}, "rest='mean' is not known; it is one of 'vote', 'average'"),
         ({"rest": "average", "eps": -1.0}, "eps=-1.0"),
+        ({"eps": 1e-3}, "eps=0.001 with rest='vote'"),
         ({"rest": "average", "betas": (0.9, 1.0)}, "betas"),
     ],
 )

@@ -15,7 +15,7 @@ from hf_dlion import DistributedLion
 from hf_dlion.optim.glion import GlobalLion
 from hf_dlion.optim.virtual import VirtualWorkers
 from tests.harness import run_workers
-from tests.optim.test_methods import METHODS, OPTIONS, gradients, groups, optimizer, parameters
+from tests.optim.test_methods import CASES, OPTIONS, gradients, groups, optimizer, parameters
 
 Absent = Callable[[int], list[int]]
 
@@ -25,7 +25,7 @@ FROZEN = [0, 2, 4]  # a vector, a matrix that dmuon orthogonalises, one that it 
 def workers_of(name: str, params: list[nn.Parameter], workers: int) -> Any:
     if workers == 1:
         return optimizer(name, params)
-    method = METHODS[name]
+    method = CASES[name]
     options = method.fixed | OPTIONS.get(name, {})
     return VirtualWorkers(groups(name, params), workers, method.optimizer, lr=1e-2, weight_decay=0.1, **options)
 
@@ -43,7 +43,7 @@ def step(
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CASES)
 def test_what_nobody_has_a_gradient_for_is_left_alone(name: str, workers: int) -> None:
     params = parameters()
     chosen = workers_of(name, params, workers)
@@ -61,7 +61,7 @@ def test_what_nobody_has_a_gradient_for_is_left_alone(name: str, workers: int) -
     assert not any(torch.equal(params[index], before[index]) for index in FROZEN)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CASES)
 def test_what_one_worker_has_a_gradient_for_is_updated(name: str) -> None:
     params = parameters()
     chosen = workers_of(name, params, 3)
@@ -246,7 +246,7 @@ def test_parameters_may_be_taken_out_on_all_ranks_and_not_on_one() -> None:
         assert said.startswith("[" if i % 4 < 2 else "a parameter was changed on some ranks only: "), said
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CASES)
 def test_virtual_workers_follow_values_that_were_set(name: str) -> None:
     params = parameters()
     chosen = workers_of(name, params, 2)
@@ -275,7 +275,7 @@ def test_float64_is_refused() -> None:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CASES)
 def test_a_copy_goes_on_as_the_original(name: str, workers: int, copied: Callable[[Any], Any]) -> None:
     params = parameters()
     chosen = workers_of(name, params, workers)

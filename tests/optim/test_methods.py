@@ -23,7 +23,7 @@ from tests.harness import run_workers
 from tests.reference import newton_schulz
 
 AVERAGED = "dmuon_mavo, the rest averaged"
-METHODS = methods.METHODS | {
+CASES = methods.METHODS | {
     AVERAGED: replace(methods.METHODS["dmuon_mavo"], fixed={"aggregation": "mavo", "rest": "average"})
 }
 SHAPES = [(7,), (), (300, 70), (0,), (33, 5)]
@@ -271,7 +271,7 @@ ORACLES: dict[str, Callable[[int], Update]] = {
 
 def groups(name: str, params: Sequence[torch.nn.Parameter]) -> Any:
     """The parameters as the method takes them."""
-    if not METHODS[name].takes_hidden_matrices:
+    if not CASES[name].takes_hidden_matrices:
         return list(params)
     hidden = [{"params": [params[j]], "orthogonal": True, "split": (0, *rows)} for j, rows in HIDDEN.items()]
     return [{"params": [p for j, p in enumerate(params) if j not in HIDDEN]}, *hidden]
@@ -279,11 +279,11 @@ def groups(name: str, params: Sequence[torch.nn.Parameter]) -> Any:
 
 def one_group(name: str, parameter: torch.nn.Parameter) -> Any:
     """As the method takes a single parameter: a matrix, where it needs one."""
-    return [{"params": [parameter], "orthogonal": True}] if METHODS[name].takes_hidden_matrices else [parameter]
+    return [{"params": [parameter], "orthogonal": True}] if CASES[name].takes_hidden_matrices else [parameter]
 
 
 def optimizer(name: str, params: Sequence[torch.nn.Parameter]) -> Any:
-    method = METHODS[name]
+    method = CASES[name]
     return method.optimizer(groups(name, params), lr=LR, weight_decay=DECAY, **method.fixed, **OPTIONS.get(name, {}))
 
 
@@ -324,8 +324,8 @@ def test_methods_are_those_of_their_papers(workers: int) -> None:
 
 
 def test_methods_go_on_from_their_state() -> None:
-    whole, parts = (run_workers(train, 2, list(METHODS), interrupted)[1] for interrupted in (False, True))
-    for name in METHODS:
+    whole, parts = (run_workers(train, 2, list(CASES), interrupted)[1] for interrupted in (False, True))
+    for name in CASES:
         for one, other in zip(whole[name][0], parts[name][0], strict=True):
             assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), name
 
@@ -334,7 +334,7 @@ def test_methods_go_on_from_their_state() -> None:
 def test_buckets_do_not_change_the_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def trained() -> list[torch.nn.Parameter]:
         params = parameters()
-        workers = VirtualWorkers(groups(name, params), 3, METHODS[name].optimizer, lr=LR, **OPTIONS.get(name, {}))
+        workers = VirtualWorkers(groups(name, params), 3, CASES[name].optimizer, lr=LR, **OPTIONS.get(name, {}))
         for step in range(3):
             for rank in range(3):
                 for parameter, gradient in zip(params, gradients(rank, step), strict=True):
@@ -348,7 +348,7 @@ def test_buckets_do_not_change_the_result(name: str, monkeypatch: pytest.MonkeyP
     assert all(map(torch.equal, trained(), whole))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_group_without_parameters_changes_nothing(name: str, workers: int) -> None:
     def trained(empty: bool) -> list[torch.nn.Parameter]:
@@ -356,8 +356,8 @@ def test_a_group_without_parameters_changes_nothing(name: str, workers: int) -> 
         given = groups(name, params)
         given = given if isinstance(given[0], dict) else [{"params": given}]
         given = [{"params": []}, *given] if empty else given
-        options = {"lr": LR, **METHODS[name].fixed, **OPTIONS.get(name, {})}
-        method = METHODS[name].optimizer
+        options = {"lr": LR, **CASES[name].fixed, **OPTIONS.get(name, {})}
+        method = CASES[name].optimizer
         optimizer: Any = VirtualWorkers(given, workers, method, **options) if workers > 1 else method(given, **options)
         for step in range(3):
             for rank in range(workers):
@@ -373,7 +373,7 @@ def test_a_group_without_parameters_changes_nothing(name: str, workers: int) -> 
 
 def test_bits_are_those_of_the_codes() -> None:
     workers, size = 3, sum(math.prod(shape) for shape in SHAPES)
-    outcome = run_workers(train, workers, list(METHODS), False)[0]
+    outcome = run_workers(train, workers, list(CASES), False)[0]
     share = (workers - 1) / workers
     predicted = {
         "dlion_mavo": share * 2,
@@ -393,7 +393,7 @@ def test_bits_are_those_of_the_codes() -> None:
         sent = 8 * outcome[name][1].sent_bytes / (STEPS * size)
         # The openings and notes, and blocks: of 21,000 parameters a few per cent, of a model's millions nothing.
         overhead = 8 * (workers - 1) * (STEPS * (16 + 4 * len(SHAPES)) + 32) / (STEPS * size)
-        blocks = 2 + 2 * METHODS[name].takes_hidden_matrices  # of a group each
+        blocks = 2 + 2 * CASES[name].takes_hidden_matrices  # of a group each
         assert bits * 0.99 < sent < bits * 1.05 + overhead + blocks * 1024 * (workers - 1) / size, name
 
 
@@ -450,7 +450,7 @@ def test_dgc_warms_up() -> None:
 )
 def test_options_out_of_range(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        METHODS[name].optimizer([torch.nn.Parameter(torch.zeros(3))], **options)
+        CASES[name].optimizer([torch.nn.Parameter(torch.zeros(3))], **options)
 
 
 @pytest.mark.parametrize("name", ["graddrop", "dgc"])
@@ -459,17 +459,17 @@ def test_more_entries_than_indices_are_refused(name: str, monkeypatch: pytest.Mo
     parameter = torch.nn.Parameter(torch.ones(5))
     parameter.grad = torch.ones(5)
     with pytest.raises(ValueError, match="5 parameters: entries travel with an index of 32 bits"):
-        METHODS[name].optimizer([parameter]).step()
+        CASES[name].optimizer([parameter]).step()
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize("name", [name for name in METHODS if name.startswith(("dlion", "dsignum", "dmuon"))])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("dlion", "dsignum", "dmuon"))])
 def test_normed_gradients(name: str, workers: int) -> None:
     """As gradients that were divided by their root mean square, at every scale, before they were given."""
 
     def trained(scale: float | None) -> list[torch.nn.Parameter]:
         params = parameters()
-        method, options = METHODS[name], METHODS[name].fixed | {"norm_gradients": scale is not None, "lr": LR}
+        method, options = CASES[name], CASES[name].fixed | {"norm_gradients": scale is not None, "lr": LR}
         chosen = (
             method.optimizer(groups(name, params), **options)
             if workers == 1

@@ -15,10 +15,10 @@ from hf_dlion.optim.virtual import VirtualWorkers
 from hf_dlion.wire.ledger import Ledger
 from tests.harness import run_workers
 from tests.kernels import use_kernels
-from tests.optim.test_methods import DECAY, LR, METHODS, OPTIONS, STEPS, gradients, groups, parameters
+from tests.optim.test_methods import CASES, DECAY, LR, OPTIONS, STEPS, gradients, groups, parameters
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    *((name, OPTIONS.get(name, {})) for name in METHODS),
+    *((name, OPTIONS.get(name, {})) for name in CASES),
     ("dlion_mavo", {"tie": "alternate", "exchange": "gather"}),
     ("dlion_mavo", {"tie": "zero", "exchange": "sharded"}),
     ("dmuon_mavo", {"tie": "alternate", "exchange": "sharded"}),
@@ -28,7 +28,7 @@ Outcome = tuple[list[list[torch.Tensor]], list[dict[str, torch.Tensor]], Ledger]
 
 
 def options(name: str, own: dict[str, Any]) -> dict[str, Any]:
-    return {"lr": LR, "weight_decay": DECAY, **METHODS[name].fixed, **own}
+    return {"lr": LR, "weight_decay": DECAY, **CASES[name].fixed, **own}
 
 
 def received(rank: int, step: int) -> list[torch.Tensor | None]:
@@ -45,7 +45,7 @@ def in_processes(rank: int) -> list[Outcome]:
     outcomes = []
     for name, own in VARIANTS:
         params = parameters()
-        optimizer = METHODS[name].optimizer(groups(name, params), **options(name, own))
+        optimizer = CASES[name].optimizer(groups(name, params), **options(name, own))
         history = []
         for step in range(STEPS):
             optimizer.param_groups[0]["lr"] = LR / (step + 1)
@@ -68,7 +68,7 @@ def virtually(workers: int, name: str, own: dict[str, Any], interrupted: bool = 
     params = parameters()
 
     def make() -> VirtualWorkers:
-        return VirtualWorkers(groups(name, params), workers, METHODS[name].optimizer, **options(name, own))
+        return VirtualWorkers(groups(name, params), workers, CASES[name].optimizer, **options(name, own))
 
     optimizer = make()
     history = []
@@ -99,7 +99,7 @@ def test_bitwise_what_processes_give(workers: int) -> None:
             assert member.ledger == ledger, (name, own, rank)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CASES)
 def test_goes_on_from_its_state(name: str) -> None:
     whole, parts = (virtually(3, name, OPTIONS.get(name, {}), interrupted)[0] for interrupted in (False, True))
     assert all(map(torch.equal, whole[-1], parts[-1]))
@@ -175,7 +175,7 @@ def test_adversaries_send_what_is_not_theirs(adversary: str) -> None:
 
 def test_a_worker_without_a_turn_has_no_gradient() -> None:
     parameter = torch.nn.Parameter(torch.zeros(4))
-    optimizer = VirtualWorkers([parameter], 2, METHODS["dlion_avg"].optimizer, aggregation="avg", lr=1.0)
+    optimizer = VirtualWorkers([parameter], 2, CASES["dlion_avg"].optimizer, aggregation="avg", lr=1.0)
     parameter.grad = torch.ones(4)
     optimizer.next_worker()
     optimizer.step()

@@ -91,7 +91,7 @@ def test_the_card_says_what_is_averaged(tmp_path: Path) -> None:
         trainer.train()
         trainer.create_model_card()
         text = ModelCard.load(tmp_path / CARD).text
-        assert ("norms and biases by AdamW on averaged gradients)" in text) == (rest == "average")
+        assert ("AdamW on averaged gradients for what is no hidden matrix)" in text) == (rest == "average")
         assert ("| `rest` | `average` |" in text) == (rest == "average")
 
 
