@@ -77,17 +77,10 @@ class Averages:
 
     def _step(self, inputs: StepInputs, spans: Sequence[Span], mean: Tensor) -> None:
         groups = [inputs.replica.groups[self._group_of[span.parameter]] for span in spans]
-        step_by_means(self._views, spans, groups, mean, _adamw)
-
-
-def _adamw(
-    group: dict[str, Any],
-    spans: Sequence[Span],
-    parameters: Sequence[Tensor],
-    means: Sequence[Tensor],
-    states: Sequence[dict[str, Tensor]],
-) -> None:
-    RULES["adamw"].apply(parameters, means, states, group)
+        adamw = RULES["adamw"].apply
+        step_by_means(
+            self._views, spans, groups, mean, lambda group, _, x, means, states: adamw(x, means, states, group)
+        )
 
 
 def states_in(views: Views, spans: Sequence[Span]) -> list[dict[str, Tensor]]:
