@@ -3,9 +3,11 @@
     python -m examples.benchmarks.step --output model_cards/step
 
 Each worker has one thread, and gradients of its own for the parameters of a GPT-2 (9.2 M), or for one tensor of 16.8 M
-or 100 M. The two optimizers take turns, each on parameters of its own. The processor time of a `step()` is that of the
-whole process, with the threads that send and receive; and that of the calling thread alone, which is the local work.
-Memory is what a step adds to the resident set at its peak (Linux only). Writes `results.json`, with every time.
+or 100 M. Optimizers take turns, each on parameters of its own: fused AdamW, `dlion_mavo`, and the same as in a Trainer,
+which finds the norm of the gradients, so that they need not be read to see whether they are finite. The processor time
+of a `step()` is that of the whole process, with the threads that send and receive; and that of the calling thread
+alone, which is the local work. Memory is what a step adds to the resident set at its peak (Linux only). Writes
+`results.json`, with every time.
 """
 
 from __future__ import annotations
@@ -47,13 +49,18 @@ def parameters(shapes: list[tuple[int, ...]]) -> list[torch.nn.Parameter]:
 
 def processor_times(shapes: list[tuple[int, ...]], steps: int) -> dict[str, dict[str, list[float]]]:
     """Seconds of processor time of each step, by clock and optimizer."""
-    optimizers = {
+    optimizers: dict[str, Any] = {
         "adamw_fused": torch.optim.AdamW(parameters(shapes), fused=True),
         "dlion_mavo": DistributedLion(parameters(shapes)),
+        "of_known_norm": DistributedLion(parameters(shapes)),
     }
+    in_trainer = optimizers["of_known_norm"]
     times: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in optimizers} for clock in CLOCKS}
     for step in range(WARMUP_STEPS + steps):
         for name, optimizer in optimizers.items():
+            if optimizer is in_trainer:
+                gradients = [parameter.grad for parameter in in_trainer.param_groups[0]["params"]]
+                in_trainer.agreement.note_norm(gradients, torch.ones(()))
             dist.barrier()
             starts = {clock: read() for clock, read in CLOCKS.items()}
             optimizer.step()
@@ -118,9 +125,10 @@ def describe(found: dict[str, Any]) -> str:
     """One size on one rank, for people: the median ratio to fused AdamW over pairs of steps, and the memory."""
     words = []
     for clock, times in found["processor_seconds"].items():
-        pairs = zip(times["adamw_fused"], times["dlion_mavo"], strict=True)
-        lower, median, upper = statistics.quantiles([own / adamw for adamw, own in pairs], n=4)
-        words.append(f"{clock} {median:.2f} times fused AdamW (quartiles {lower:.2f} to {upper:.2f})")
+        for name in ("dlion_mavo", "of_known_norm"):
+            pairs = zip(times["adamw_fused"], times[name], strict=True)
+            lower, median, upper = statistics.quantiles([own / adamw for adamw, own in pairs], n=4)
+            words.append(f"{clock} {name} {median:.2f} times fused AdamW (quartiles {lower:.2f} to {upper:.2f})")
     peak = found["peak_mebibytes"]
     return ", ".join([*words, "peak memory unknown" if peak is None else f"peak memory {peak:.1f} MiB"])
 

@@ -10,7 +10,7 @@ import logging
 import operator
 import os
 import struct
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -139,6 +139,7 @@ class Agreement:
         bad_gradients: workers left out of a step for a bad gradient, over all steps.
         scaled: whether a gradient scaler calls, which handles overflows itself.
         good: indices of gradients of the next step that are known to be finite.
+        hears_of_norms: whether the norm of gradients was known in the last step, by :meth:`note_norm`.
         voting: the ranks whose votes count in this step.
         absent: indices of the parameters that no worker whose vote counts has a gradient for, in this step. They are
             left alone, as torch's optimizers do.
@@ -151,6 +152,8 @@ class Agreement:
         self.bad_gradients = 0
         self.scaled = False
         self.good: Container[int] = ()
+        self.hears_of_norms = False
+        self._norm: tuple[Tensor, list[tuple[Tensor, int]]] | None = None
         self.absent: frozenset[int] = frozenset()
         self._comparing_gradients = True
         self._overflows = 0
@@ -160,6 +163,15 @@ class Agreement:
     def options(self) -> dict[str, Any]:
         """What must be the same on all ranks."""
         return {"on_bad_gradient": self.on_bad_gradient, "check_replicas_steps": self.check_replicas_steps}
+
+    def note_norm(self, gradients: Iterable[Tensor], norm: Tensor) -> None:
+        """The norm of some gradients is known. If it is finite, the next step reads again only those that have changed.
+
+        Args:
+            gradients: those.
+            norm: of all of them together.
+        """
+        self._norm = norm, [(gradient, gradient._version) for gradient in gradients]
 
     def own_gradients(
         self,
@@ -186,12 +198,15 @@ class Agreement:
         """
         self.scaled = found_inf is not None
         if defer and not self.scaled and self.handshake_done and not self._comparing_gradients:
-            return gradients, -1, verdict_on(gradients, replica.parameters[0].device)
+            normed, norm = self._take_norm()
+            covered = norm is not None and all(g is None or id(g) in normed for g in gradients)
+            return gradients, -1, verdict_on(gradients, replica.parameters[0].device, norm if covered else None)
         present = [gradient for gradient in gradients if gradient is not None]
-        if scale is not None and present:
-            torch._foreach_div_(present, scale.to(present[0].device))
-        good, self.good = (self.good if scale is None else ()), ()
-        bad = first_bad_gradient([None if i in good else gradient for i, gradient in enumerate(gradients)])
+        if scale is not None:
+            self.good = ()
+            if present:
+                torch._foreach_div_(present, scale.to(present[0].device))
+        bad = first_bad_gradient(self._doubtful(gradients))
         if bad < 0 and found_inf is not None and bool(found_inf):
             bad = 0  # something else, clipping by value say, has made finite what the scaler found to be infinite
         if replica.shards is not None:
@@ -200,6 +215,23 @@ class Agreement:
             return gradients, bad, None
         self._warn(rank, replica, bad)
         return [None] * len(gradients), bad, None
+
+    def _doubtful(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Those that are not known to be finite; None in place of the others."""
+        good, self.good = self.good, ()
+        normed, norm = self._take_norm()
+        if norm is None or not bool(norm.isfinite()):
+            normed = frozenset()
+        return [None if i in good or id(gradient) in normed else gradient for i, gradient in enumerate(gradients)]
+
+    def _take_norm(self) -> tuple[frozenset[int], Tensor | None]:
+        """The ids of the gradients that are as they were when their norm was found, and that norm; once a step."""
+        found, self._norm = self._norm, None
+        self.hears_of_norms = found is not None
+        if found is None:
+            return frozenset(), None
+        norm, gradients = found
+        return frozenset(id(gradient) for gradient, version in gradients if gradient._version == version), norm
 
     def settled(self, judged: Judged, replica: Replica, rank: int) -> Judged:
         """As :meth:`own_gradients` without ``defer``, of what it has returned with it."""

@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..optim.states import all_parameters
 from ..optim.tensors import whole
+from ..optim.workers import WorkersOptimizer, members_of
 from .workers import WorkersMixin
 
 
@@ -35,25 +36,28 @@ class ClippingMixin(WorkersMixin):
         self.accelerator.unscale_gradients()
         if self._has_virtual_workers():
             return self._clip_each(model, limit)
-        return self._clip_own(model, limit)
+        [worker] = members_of(self.optimizer)
+        return self._clip_own(model, limit, worker)
 
     def _clip_each(self, model: nn.Module, limit: float) -> torch.Tensor:
         """Of each virtual worker, by its own norm; returns the mean of these."""
         optimizer, norms = self._own_optimizer(), []
-        for gradients in optimizer.gradients:
+        for worker, gradients in zip(optimizer.members, optimizer.gradients, strict=False):
             for parameter, gradient in zip(all_parameters(optimizer), gradients, strict=True):
                 parameter.grad = gradient
-            norms.append(self._clip_own(model, limit))
+            norms.append(self._clip_own(model, limit, worker))
         for parameter in all_parameters(optimizer):
             parameter.grad = None
         return torch.stack(norms).mean()
 
     @staticmethod
-    def _clip_own(model: nn.Module, limit: float) -> torch.Tensor:
+    def _clip_own(model: nn.Module, limit: float, worker: WorkersOptimizer) -> torch.Tensor:
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-        norm = whole(get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = whole(get_total_norm(gradients))
         # On a CPU, which need not wait for the norm, gradients that are short enough are not multiplied by 1: votes on
         # them may be on their way.
         if norm.device.type != "cpu" or limit < norm + 1e-6 < math.inf:
             clip_grads_with_norm_(parameters, limit, torch.where(norm.isfinite(), norm, 0.0))
+        worker.agreement.note_norm(gradients, norm)
         return norm

@@ -124,6 +124,28 @@ def check_first_bad(device: str = "cpu") -> None:
                 assert int(gpu.first_bad(gradients, torch.device(device))) == worst, (dtype, worst, place, bad)
 
 
+def check_norms() -> None:
+    """Gradients whose norm is finite are not read again, unless they have changed."""
+    good, spoiled = good_gradients(torch.float32, "cpu"), good_gradients(torch.float32, "cpu")
+    spoiled[0][LONG // 2] = torch.nan  # type: ignore[index]
+    for norm, first in ((1.0, -1), (torch.inf, 0), (torch.nan, 0)):
+        assert int(gpu.first_bad(good, torch.device("cpu"), torch.tensor(norm))) == -1
+        assert int(gpu.first_bad(spoiled, torch.device("cpu"), torch.tensor(norm))) == first
+    use_kernels("launched")
+    for counted in (False, True):
+        parameter = torch.nn.Parameter(torch.ones(50))
+        optimizer = VirtualWorkers([parameter], 2, DistributedLion)
+        for step in range(2):
+            for rank, member in enumerate(optimizer.members):
+                gradient = parameter.grad = torch.full((50,), 1.0 + rank)
+                optimizer.next_worker()
+                member.agreement.note_norm([gradient], gradient.norm())
+            if step == 1:
+                (gradient if counted else gradient.data)[3] = torch.nan
+            optimizer.step()
+        assert optimizer.bad_gradients == counted
+
+
 def check_what_kernels_are_told() -> None:
     """From now on, at each launch: the interpreter takes no notice of what is aligned."""
     launch = gpu._launch
@@ -291,6 +313,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "counts":
         gpu.try_out(torch.device("cpu"))
         check_counts()
+        check_norms()
         check_what_kernels_are_told()
         check_first_bad()
         assert told == {("_first_bad", 1), ("_first_bad", 16)}

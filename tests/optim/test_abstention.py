@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import logging
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from torch.nn.utils import get_total_norm
 
 from hf_dlion import DistributedLion
-from hf_dlion.optim import bad_gradients
+from hf_dlion.optim import agreement, bad_gradients
 from hf_dlion.optim.bad_gradients import first_bad_gradient, verdict_on
 from hf_dlion.optim.virtual import VirtualWorkers
 from hf_dlion.trainer.methods import METHODS
@@ -254,3 +256,44 @@ def test_the_verdict_of_a_gpu_is_that_of_a_cpu(
         gradients[index].view(-1)[-1] = value
     assert first_bad_gradient(gradients) == first
     assert verdict_on(gradients, torch.device("cpu")).tolist() == [first]
+
+
+def looked_at(optimizer: DistributedLion, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many gradients the next step looks at to find those that are not finite."""
+    counts: list[int] = []
+
+    def count(gradients: Any) -> int:
+        counts.append(sum(gradient is not None for gradient in gradients))
+        return first_bad_gradient(gradients)
+
+    monkeypatch.setattr(agreement, "first_bad_gradient", count)
+    optimizer.step()
+    return counts
+
+
+def test_gradients_of_which_the_norm_is_known_are_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = [torch.nn.Parameter(torch.ones(8)) for _ in range(3)]
+    optimizer = DistributedLion(mine, lr=0.1)
+
+    def give_gradients() -> list[torch.Tensor]:
+        given = [torch.ones(8) for _ in mine]
+        for parameter, gradient in zip(mine, given, strict=True):
+            parameter.grad = gradient
+        return given
+
+    given = give_gradients()
+    optimizer.agreement.note_norm(given, get_total_norm(given))
+    assert looked_at(optimizer, monkeypatch) == [0]
+    assert looked_at(optimizer, monkeypatch) == [3], "for one step"
+    optimizer.agreement.note_norm(given, get_total_norm(given))
+    mine[1].grad = torch.full((8,), torch.nan)
+    given[2].mul_(2)
+    with pytest.raises(FloatingPointError, match=r"parameter 1"):
+        looked_at(optimizer, monkeypatch)
+    given = give_gradients()
+    optimizer.agreement.note_norm(given, get_total_norm(given))
+    optimizer.step()
+    kept = weakref.ref(given[0])
+    optimizer.zero_grad()
+    del given
+    assert kept() is None, "gradients are held until the step"

@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback, TrainerState
 
+from hf_dlion import DLionTrainer
+from hf_dlion.optim import agreement
+from hf_dlion.optim.bad_gradients import first_bad_gradient
 from tests.harness import run_workers, what_is_logged
 from tests.trainer import tiny
 from tests.trainer.test_trainer import weights
@@ -49,6 +53,47 @@ def test_a_worker_abstains_and_the_parameter_is_named(virtual: bool, max_grad_no
     *_, said = outcomes[0 if virtual else 1]
     assert "worker 1 abstains from a step: the gradient of parameter" in said
     assert f"({LATE}), shape (32,), has a NaN or Inf at step 1" in said
+
+
+class Spoils(TrainerCallback):
+    """Puts a NaN into one worker's gradient of the second step, after it was clipped."""
+
+    def __init__(self, run: DLionTrainer, worker: int) -> None:
+        self.run, self.worker = run, worker
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        if state.global_step == 1:
+            optimizer: Any = self.run.optimizer.optimizer
+            names = [name for name, _ in self.run.model.named_parameters()]
+            gradient = optimizer.gradients[self.worker][names.index(LATE)]
+            gradient[3] = torch.nan
+
+
+def spoiled_after_clipping(rank: int, folder: str, options: dict[str, Any]) -> tuple[list[int], float]:
+    """By step, how many gradients were read to find those that are not finite; and how often a worker abstained."""
+    run = tiny.trainer(rank, folder, logging_steps=4, **options)
+    virtual = options.get("virtual_workers", 1)
+    if virtual > 1 or rank == 1:
+        run.add_callback(Spoils(run, 1 if virtual > 1 else 0))
+    read: list[int] = []
+
+    def count(gradients: Any) -> int:
+        read.append(sum(gradient is not None for gradient in gradients))
+        return first_bad_gradient(gradients)
+
+    agreement.first_bad_gradient = count
+    run.train()
+    return read, sum(entry.get("bad_gradients", 0) for entry in run.state.log_history)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.1, 0.0])
+def test_the_norm_of_gradients_shows_that_they_are_finite(max_grad_norm: float, tmp_path: Any) -> None:
+    """So they are not read for that; but one that has changed since is."""
+    options = {"max_grad_norm": max_grad_norm}
+    (first, counted), (second, _) = run_workers(spoiled_after_clipping, 2, str(tmp_path), options)
+    assert (first, second, counted) == ([0, 0, 0, 0], [0, 1, 0, 0], 1)
+    [(read, counted)] = run_workers(spoiled_after_clipping, 1, str(tmp_path), options | {"virtual_workers": 2})
+    assert (sorted(read), counted) == ([0] * 7 + [1], 1)
 
 
 def test_all_stop_where_it_is_to_be_an_error(tmp_path: Any) -> None:
