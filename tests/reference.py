@@ -84,6 +84,7 @@ class ReferenceMuon(ReferenceLion):
         hidden_betas: of hidden parameters.
         hidden: for each hidden parameter its place among the elements, and its shape.
         cuts: for each hidden parameter the indices of its matrices' elements, each a tensor ``[rows, columns]``.
+        orthogonalize: one matrix.
     """
 
     def __init__(
@@ -92,9 +93,11 @@ class ReferenceMuon(ReferenceLion):
         hidden_betas: tuple[float, float],
         hidden: list[slice],
         cuts: list[list[Tensor]],
+        orthogonalize: Callable[[Tensor], Tensor] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
+        self.orthogonalize = orthogonalize or newton_schulz
         self.hidden = hidden
         self.cuts = cuts
         self.beta1 = torch.full_like(self.momenta[0], self.betas[0])
@@ -111,7 +114,7 @@ class ReferenceMuon(ReferenceLion):
         for place, matrices in zip(self.hidden, self.cuts, strict=True):
             own = direction[place].clone()
             for indices in matrices:
-                direction[place][indices] = newton_schulz(own[indices])
+                direction[place][indices] = self.orthogonalize(own[indices])
         return direction
 
     def _scaled(self, decision: Tensor, voters: int) -> Tensor:
@@ -131,6 +134,20 @@ def newton_schulz(u: Tensor) -> Tensor:
         a = x @ x.T
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * (a @ a)) @ x
     return x.T if u.shape[0] > u.shape[1] else x
+
+
+def three_steps(u: Tensor, dtype: torch.dtype) -> Tensor:
+    """With coefficients and a norm for as few, on the transpose as above."""
+    x = u.T.contiguous() if u.shape[0] > u.shape[1] else u
+    x = (x / (x.norm() + 1e-7)).to(dtype)
+    norm = (x @ x.T).float().norm() + 1e-7
+    first = ((x @ x.T).float() / norm).to(dtype)
+    x = (x.float() / norm.sqrt()).to(dtype)
+    x = 8.2193 * x + (-23.3375 * first + 16.6266 * (first @ first)) @ x
+    for a, b, c in ((4.0034, -2.9228, 0.5419), (3.4709, -2.5494, 0.5002)):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return (x.T if u.shape[0] > u.shape[1] else x).float()
 
 
 class ReferenceLocalSteps:

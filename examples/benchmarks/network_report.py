@@ -15,9 +15,11 @@ AFTER = "_after"
 """Of a method's name: its votes leave after backward."""
 ALTERNATE = "_alternate"
 """Of a method's name: its ties alternate, so that one bit a parameter comes back."""
+THREE_STEPS = "_three_steps"
+"""Of a method's name: it orthogonalises in three steps, in place of five."""
 STREAMED = "_streamed"
 """Of the name of local steps: four parts vote in turn, and a vote takes effect two steps later."""
-WHOLE_STEP = ("dmuon_mavo", "dlion_mavo_after", "local_16_streamed", ALONE)
+WHOLE_STEP = ("dmuon_mavo", "dmuon_mavo_three_steps", "dlion_mavo_after", "local_16_streamed", ALONE)
 """Further methods, of a whole step."""
 LOOKS = {
     "dlion_mavo": ("o", "C0"),
@@ -29,6 +31,7 @@ LOOKS = {
     "ddp_fp16": ("v", "C1"),
     "ddp_powersgd": ("D", "C2"),
     "dmuon_mavo": ("P", "C4"),
+    "dmuon_mavo_three_steps": ("p", "C4"),
     "dlion_mavo_after": ("x", "C0"),
     ALONE: (".", "0.4"),
 }

@@ -19,7 +19,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from hf_dlion import DistributedLion, DistributedMuon, LocalSteps, hidden_matrices, keep_gradients_local
 from hf_dlion.plan import measured_bandwidth
 
-from .network_report import AFTER, ALONE, ALTERNATE, STREAMED
+from .network_report import AFTER, ALONE, ALTERNATE, STREAMED, THREE_STEPS
 from .shapes import gpt2_shapes
 
 
@@ -86,7 +86,9 @@ class Contender:
         self.model = torch.nn.parallel.DistributedDataParallel(
             model, process_group=group, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb
         )
-        kind, _, aggregation = method.removesuffix(AFTER).removesuffix(ALTERNATE).partition("_")
+        kind, _, aggregation = (
+            method.removesuffix(AFTER).removesuffix(ALTERNATE).removesuffix(THREE_STEPS).partition("_")
+        )
         if kind in ("dlion", "dmuon"):
             keep_gradients_local(self.model)
             vote = {
@@ -96,7 +98,8 @@ class Contender:
                 "overlap": not method.endswith(AFTER),
             }
             if kind == "dmuon":
-                self.optimizer = DistributedMuon(hidden_matrices(model), **vote)
+                ns_steps = 3 if method.endswith(THREE_STEPS) else 5
+                self.optimizer = DistributedMuon(hidden_matrices(model), ns_steps=ns_steps, **vote)
             else:
                 tie = "alternate" if method.endswith(ALTERNATE) else "zero"
                 self.optimizer = DistributedLion(model.parameters(), tie=tie, **vote)

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..bits.orthogonal import orthogonalize_into
 from ..wire.collectives import Place
 from ..wire.groups import Group, rank_in
 from ..wire.ledger import Ledger
@@ -126,7 +125,7 @@ def orthogonalize_shards(
     held: Sequence[Tensor],
     shapes: Sequence[torch.Size],
     splits: Sequence[Split],
-    orthogonalize: Callable[[Sequence[Tensor], Sequence[Tensor]], None] = orthogonalize_into,
+    orthogonalize: Callable[[Sequence[Tensor], Sequence[Tensor]], None],
 ) -> list[Tensor]:
     """Orthogonalise at most as many weights as there are shards: rank i gathers the i-th, and gives its shards back.
 

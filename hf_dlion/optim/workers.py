@@ -299,7 +299,7 @@ def members_of(optimizer: Optimizer) -> Sequence[WorkersOptimizer]:
     return getattr(getattr(optimizer, "optimizer", optimizer), "members", ())
 
 
-def check_known(name: str, given: str, known: Sequence[str]) -> None:
+def check_known(name: str, given: str | int, known: Sequence[str | int]) -> None:
     """Raise ValueError unless the value of an argument is one of those known."""
     if given not in known:
         raise ValueError(f"{name}={given!r} is not known; it is one of {', '.join(map(repr, known))}.")

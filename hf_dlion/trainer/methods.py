@@ -134,7 +134,10 @@ def _adam_options(arguments: Any) -> dict[str, Any]:
 
 
 def _muon_options(arguments: Any) -> dict[str, Any]:
-    hidden = {"hidden_betas": (arguments.lion_beta1, arguments.muon_beta2)}
+    hidden = {
+        "hidden_betas": (arguments.lion_beta1, arguments.muon_beta2),
+        "ns_steps": arguments.muon_ns_steps,
+    }
     if arguments.muon_rest == "average":
         return {_REST: "average", **_adam_options(arguments), **hidden}
     return _lion_options(arguments) | hidden

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from hf_dlion import DistributedLion, DistributedMuon
+from hf_dlion.bits import orthogonal
+from hf_dlion.bits.orthogonal import NS_STEPS
 from hf_dlion.bits.packing import LANES
 from hf_dlion.optim import layout
 from hf_dlion.optim.virtual import VirtualWorkers
@@ -16,7 +19,7 @@ from hf_dlion.trainer.methods import METHODS
 from tests.harness import run_workers
 from tests.kernels import use_kernels
 from tests.optim.test_dlion import flatten, same_on_all_ranks
-from tests.reference import ReferenceMuon
+from tests.reference import ReferenceMuon, three_steps
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
 HIDDEN_BETAS = (0.9, 0.95)
@@ -137,6 +140,49 @@ def test_equals_the_reference(workers: int, kernels: str) -> None:
     run_workers(follow_reference, workers, workers, CASES, kernels)
 
 
+def follow_three_steps(rank: int, workers: int, bfloat16: bool) -> None:
+    orthogonal.multiplies_bfloat16 = lambda: bfloat16
+    mine = parameters()
+    optimizer = DistributedMuon(groups_of(mine), ns_steps=3, hidden_betas=HIDDEN_BETAS, **SETTINGS)
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    options = {"aggregation": "mavo", "tie": "alternate", "orthogonalize": partial(three_steps, dtype=dtype)}
+    plain = reference(mine, workers, **options)
+    for step in range(STEPS):
+        for parameter, gradient in zip(mine, gradients(rank, step, missing=False), strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        plain.step([flat_or_zeros(gradients(other, step, missing=False)) for other in range(workers)])
+        assert torch.equal(flatten(mine), plain.parameters), step
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_three_steps_equal_the_reference(workers: int, bfloat16: bool) -> None:
+    run_workers(follow_three_steps, workers, workers, bfloat16)
+
+
+@pytest.mark.parametrize("ns_steps", NS_STEPS)
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("shape", [(64, 64), (48, 200), (200, 48), (1, 30)])
+def test_singular_values_come_near_to_one(
+    shape: tuple[int, int], bfloat16: bool, ns_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(orthogonal, "multiplies_bfloat16", lambda: bfloat16)
+    rank = min(shape)
+    left, right = (torch.linalg.qr(torch.randn(size, rank, generator=seeded())).Q for size in shape)
+    values = torch.logspace(-1.5, 0, rank)
+    for scale in (1e-6, 1.0, 1e6):
+        [found] = orthogonal.orthogonalize([scale * left @ values.diag() @ right.T], ns_steps)
+        own = torch.einsum("ir,ij,jr->r", left, found.float(), right)
+        assert 0.3 < own.min() <= own.max() < 1.7, (own.min(), own.max())
+    zero = torch.zeros(shape)
+    assert torch.equal(orthogonal.orthogonalize([zero], ns_steps)[0].float(), zero)
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
 def train(method: type[DistributedLion], groups: list[dict[str, Any]], params: Any, **options: Any) -> VirtualWorkers:
     optimizer = VirtualWorkers(groups, 3, method, **SETTINGS, **options)
     for step in range(4):
@@ -191,7 +237,7 @@ def test_a_convolution_in_channels_last_is_as_any_other(name: str) -> None:
 
 def test_a_small_direction_votes_by_its_sign_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "hf_dlion.optim.muon.orthogonalize_into", lambda matrices, outputs: [o.fill_(1e-9) for o in outputs]
+        "hf_dlion.optim.muon.orthogonalize_into", lambda matrices, outputs, **_: [o.fill_(1e-9) for o in outputs]
     )
     parameter = torch.nn.Parameter(torch.ones(8, 8, dtype=torch.float16))
     optimizer = VirtualWorkers([{"params": [parameter], "orthogonal": True}], 3, DistributedMuon, lr=1.0)
