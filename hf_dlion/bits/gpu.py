@@ -149,13 +149,13 @@ def _equally_apart(rows: Sequence[Tensor]) -> tuple[Tensor, int]:
     return torch.stack(list(rows)), len(rows[0])
 
 
-def first_bad(gradients: Sequence[Tensor | None], device: torch.device, norm: Tensor | None = None) -> Tensor:
+def first_bad(gradients: Sequence[Tensor | None], device: torch.device, finite: Tensor | None = None) -> Tensor:
     """The index of the first gradient with a NaN or Inf, int64 ``[1]``; -1 if there is none.
 
     Args:
         gradients: to be judged.
         device: theirs.
-        norm: of all of them together, if it is known; they are not read if it is finite.
+        finite: bool ``[]``, whether all of them are, if that is known; they are not read then.
     """
     dense = [None if gradient is None else _dense(gradient) for gradient in gradients]
     rows: dict[tuple[torch.dtype, int], list[tuple[int, int, int]]] = {}
@@ -166,8 +166,8 @@ def first_bad(gradients: Sequence[Tensor | None], device: torch.device, norm: Te
     verdict = torch.full((1,), -1, dtype=torch.int64, device=device)
     for (dtype, align), those in rows.items():
         table = send_to(device, those, torch.int64)
-        if norm is not None:
-            table[:, 1] *= ~norm.isfinite()  # of length 0
+        if finite is not None:
+            table[:, 1] *= ~finite  # of length 0
         _launch(_first_bad, len(those) * _PARTS.value, table, verdict, TYPES[dtype], align)
     return verdict
 

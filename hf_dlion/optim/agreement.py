@@ -10,6 +10,7 @@ import logging
 import operator
 import os
 import struct
+import weakref
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from ..wire.collectives import Channel
 from ..wire.shards import Shards
 from .bad_gradients import first_bad_gradient, verdict_on
 from .replica import Replica
+from .tensors import local
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +141,7 @@ class Agreement:
         bad_gradients: workers left out of a step for a bad gradient, over all steps.
         scaled: whether a gradient scaler calls, which handles overflows itself.
         good: indices of gradients of the next step that are known to be finite.
-        hears_of_norms: whether the norm of gradients was known in the last step, by :meth:`note_norm`.
+        hears_of_norms: whether the last step knew the norm of gradients by :meth:`note_norm`.
         voting: the ranks whose votes count in this step.
         absent: indices of the parameters that no worker whose vote counts has a gradient for, in this step. They are
             left alone, as torch's optimizers do.
@@ -153,7 +155,7 @@ class Agreement:
         self.scaled = False
         self.good: Container[int] = ()
         self.hears_of_norms = False
-        self._norm: tuple[Tensor, list[tuple[Tensor, int]]] | None = None
+        self._normed: tuple[Tensor, list[tuple[weakref.ref[Tensor], int]]] | None = None
         self.absent: frozenset[int] = frozenset()
         self._comparing_gradients = True
         self._overflows = 0
@@ -164,14 +166,20 @@ class Agreement:
         """What must be the same on all ranks."""
         return {"on_bad_gradient": self.on_bad_gradient, "check_replicas_steps": self.check_replicas_steps}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_normed": None}
+
     def note_norm(self, gradients: Iterable[Tensor], norm: Tensor) -> None:
         """The norm of some gradients is known. If it is finite, the next step reads again only those that have changed.
+
+        Collectives, ``.data`` and numpy change them unseen. Shards are always read: torch does not count all changes.
 
         Args:
             gradients: those.
             norm: of all of them together.
         """
-        self._norm = norm, [(gradient, gradient._version) for gradient in gradients]
+        whole = [gradient for gradient in gradients if local(gradient) is gradient]
+        self._normed = norm.isfinite(), [(weakref.ref(gradient), gradient._version) for gradient in whole]
 
     def own_gradients(
         self,
@@ -198,9 +206,9 @@ class Agreement:
         """
         self.scaled = found_inf is not None
         if defer and not self.scaled and self.handshake_done and not self._comparing_gradients:
-            normed, norm = self._take_norm()
-            covered = norm is not None and all(g is None or id(g) in normed for g in gradients)
-            return gradients, -1, verdict_on(gradients, replica.parameters[0].device, norm if covered else None)
+            normed, finite = self._take_norm()
+            covered = all(gradient is None or id(gradient) in normed for gradient in gradients)
+            return gradients, -1, verdict_on(gradients, replica.parameters[0].device, finite if covered else None)
         present = [gradient for gradient in gradients if gradient is not None]
         if scale is not None:
             self.good = ()
@@ -219,19 +227,18 @@ class Agreement:
     def _doubtful(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Those that are not known to be finite; None in place of the others."""
         good, self.good = self.good, ()
-        normed, norm = self._take_norm()
-        if norm is None or not bool(norm.isfinite()):
+        normed, finite = self._take_norm()
+        if finite is None or not bool(finite):
             normed = frozenset()
         return [None if i in good or id(gradient) in normed else gradient for i, gradient in enumerate(gradients)]
 
     def _take_norm(self) -> tuple[frozenset[int], Tensor | None]:
-        """The ids of the gradients that are as they were when their norm was found, and that norm; once a step."""
-        found, self._norm = self._norm, None
-        self.hears_of_norms = found is not None
-        if found is None:
-            return frozenset(), None
-        norm, gradients = found
-        return frozenset(id(gradient) for gradient, version in gradients if gradient._version == version), norm
+        """The ids of the gradients that are as they were when their norm was found, and whether it is finite."""
+        found, self._normed = self._normed, None
+        finite, gradients = found or (None, [])
+        self.hears_of_norms = bool(gradients)
+        same = ((ref(), version) for ref, version in gradients)
+        return frozenset(id(g) for g, version in same if g is not None and g._version == version), finite
 
     def settled(self, judged: Judged, replica: Replica, rank: int) -> Judged:
         """As :meth:`own_gradients` without ``defer``, of what it has returned with it."""

@@ -32,13 +32,13 @@ def first_bad_gradient(gradients: Sequence[Tensor | None]) -> int:
     return next((index for index, gradient in present if not bool(gradient.isfinite().all())), -1)
 
 
-def verdict_on(gradients: Sequence[Tensor | None], device: torch.device, norm: Tensor | None = None) -> Tensor:
+def verdict_on(gradients: Sequence[Tensor | None], device: torch.device, finite: Tensor | None = None) -> Tensor:
     """As :func:`first_bad_gradient`, int64 ``[1]``; a GPU is not waited for.
 
     Args:
         gradients: to be judged.
         device: theirs.
-        norm: of all of them together, if it is known; they are not read if it is finite.
+        finite: whether the norm of all of them together is, if that is known; kernels do not read them then.
     """
     present = [
         (index, gradient) for index, gradient in enumerate(gradients) if gradient is not None and gradient.numel()
@@ -48,7 +48,7 @@ def verdict_on(gradients: Sequence[Tensor | None], device: torch.device, norm: T
     if can_launch(device):
         from ..bits.gpu import first_bad
 
-        return first_bad(gradients, device, norm)
+        return first_bad(gradients, device, finite)
     bad = ~torch.stack(list(torch._foreach_norm([gradient for _, gradient in present], float("inf")))).isfinite()
     none = len(gradients)
     first = torch.where(bad, send_to(device, [index for index, _ in present], torch.int64), none).amin()

@@ -50,8 +50,7 @@ class ClippingMixin(WorkersMixin):
             parameter.grad = None
         return torch.stack(norms).mean()
 
-    @staticmethod
-    def _clip_own(model: nn.Module, limit: float, worker: WorkersOptimizer) -> torch.Tensor:
+    def _clip_own(self, model: nn.Module, limit: float, worker: WorkersOptimizer) -> torch.Tensor:
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = whole(get_total_norm(gradients))
@@ -59,5 +58,6 @@ class ClippingMixin(WorkersMixin):
         # them may be on their way.
         if norm.device.type != "cpu" or limit < norm + 1e-6 < math.inf:
             clip_grads_with_norm_(parameters, limit, torch.where(norm.isfinite(), norm, 0.0))
-        worker.agreement.note_norm(gradients, norm)
+        if not self._callbacks_before_step:
+            worker.agreement.note_norm(gradients, norm)
         return norm

@@ -68,14 +68,12 @@ class VirtualWorkersMixin(WorkersMixin):
         return torch.stack(losses).mean()
 
     def _warn_of_unseen_gradients(self) -> None:
-        for callback in self.callback_handler.callbacks:
-            method = type(callback).on_pre_optimizer_step
-            if method.__module__.partition(".")[0] not in ("transformers", __package__.partition(".")[0]):
-                logger.warning(
-                    "%s.on_pre_optimizer_step sees no gradients with virtual_workers=%d: each worker's have been taken "
-                    "after its backward, so what it does to them is lost. Put hooks on parameters, or start processes.",
-                    type(callback).__name__, self._virtual_workers,
-                )  # fmt: skip
+        for callback in self._callbacks_before_step:
+            logger.warning(
+                "%s.on_pre_optimizer_step sees no gradients with virtual_workers=%d: each worker's have been taken "
+                "after its backward, so what it does to them is lost. Put hooks on parameters, or start processes.",
+                type(callback).__name__, self._virtual_workers,
+            )  # fmt: skip
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """As the parent, of all virtual workers."""

@@ -14,6 +14,7 @@ class WorkersMixin:
 
     args: Any
     accelerator: Any
+    callback_handler: Any
     optimizer: Any
     model: Any
     state: Any
@@ -44,6 +45,13 @@ class WorkersMixin:
     @property
     def _gradient_votes(self) -> str | None:
         return getattr(self.args, "gradient_votes", None)  # plain TrainingArguments have none
+
+    @property
+    def _callbacks_before_step(self) -> list[Any]:
+        """Those of users that are called between clipping and step, and so may change gradients."""
+        known = ("transformers", __package__.partition(".")[0])
+        before = ((callback, type(callback).on_pre_optimizer_step) for callback in self.callback_handler.callbacks)
+        return [callback for callback, method in before if method.__module__.partition(".")[0] not in known]
 
     def _own_optimizer(self) -> Any:
         """As it is, where accelerate has wrapped it."""

@@ -124,20 +124,22 @@ def check_first_bad(device: str = "cpu") -> None:
                 assert int(gpu.first_bad(gradients, torch.device(device))) == worst, (dtype, worst, place, bad)
 
 
-def check_norms() -> None:
+def check_norms(device: str = "cpu") -> None:
     """Gradients whose norm is finite are not read again, unless they have changed."""
-    good, spoiled = good_gradients(torch.float32, "cpu"), good_gradients(torch.float32, "cpu")
+    good, spoiled = good_gradients(torch.float32, device), good_gradients(torch.float32, device)
     spoiled[0][LONG // 2] = torch.nan  # type: ignore[index]
-    for norm, first in ((1.0, -1), (torch.inf, 0), (torch.nan, 0)):
-        assert int(gpu.first_bad(good, torch.device("cpu"), torch.tensor(norm))) == -1
-        assert int(gpu.first_bad(spoiled, torch.device("cpu"), torch.tensor(norm))) == first
-    use_kernels("launched")
+    for finite, first in ((True, -1), (False, 0)):
+        for gradients, expected in ((good, -1), (spoiled, first)):
+            found = gpu.first_bad(gradients, torch.device(device), torch.tensor(finite, device=device))
+            assert int(found) == expected
+    if device == "cpu":
+        use_kernels("launched")
     for counted in (False, True):
-        parameter = torch.nn.Parameter(torch.ones(50))
+        parameter = torch.nn.Parameter(torch.ones(50, device=device))
         optimizer = VirtualWorkers([parameter], 2, DistributedLion)
         for step in range(2):
             for rank, member in enumerate(optimizer.members):
-                gradient = parameter.grad = torch.full((50,), 1.0 + rank)
+                gradient = parameter.grad = torch.full((50,), 1.0 + rank, device=device)
                 optimizer.next_worker()
                 member.agreement.note_norm([gradient], gradient.norm())
             if step == 1:

@@ -290,3 +290,11 @@ def test_wrong_groups(name: str) -> None:
         make(params=[parameters()[6]], orthogonal=True, split=(0, 3, 3))
     with pytest.raises(ValueError, match="betas"):
         make(params=[parameters()[-1]], orthogonal=True, betas=(0.9, 1.0))
+
+
+def test_steps_are_five_or_three() -> None:
+    with pytest.raises(ValueError, match="ns_steps=4 is not known; it is one of 5, 3"):
+        DistributedMuon(groups_of(parameters()), ns_steps=4)
+    for ns_steps, said in ((5, {}), (3, {"ns_steps": 3})):
+        options = DistributedMuon(groups_of(parameters()), ns_steps=ns_steps).options()
+        assert {name: value for name, value in options.items() if name == "ns_steps"} == said

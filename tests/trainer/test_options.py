@@ -90,6 +90,13 @@ def test_what_adamw_takes_is_dmuon_s_where_the_rest_is_averaged(tmp_path: Path) 
         tiny.arguments(tmp_path, optim="dmuon_mavo", muon_rest="mean")
 
 
+def test_orthogonalisation_may_have_three_steps(tmp_path: Path) -> None:
+    assert optimizer(tmp_path, optim="dmuon_mavo").ns_steps == 5
+    assert optimizer(tmp_path, optim="dmuon_avg", muon_ns_steps=3).ns_steps == 3
+    with pytest.raises(ValueError, match="muon_ns_steps=4 is not known; it is one of 5, 3"):
+        tiny.arguments(tmp_path, optim="dmuon_mavo", muon_ns_steps=4)
+
+
 def test_options_of_another_method_are_named(tmp_path: Path) -> None:
     said = what_is_logged()
     tiny.arguments(tmp_path, optim="dsignum_mavo", lion_beta1=0.5, drop_share=0.5, vote_tie="zero")
