@@ -26,6 +26,8 @@ AS_GOOD_AS_ADAMW = ("dmuon_mavo", "dmuon_avg", "ddp_fp32", "ddp_bf16")  # or bet
 # Orthogonalising, of forward and backward: so many times the smaller side of the matrices, in the mean over all
 # parameters, over the tokens of a step. 2.2 to 3.7 in model_cards/orthogonal and whole_step; about 4 by the operations.
 ORTHOGONAL = 3.2
+# In three steps: 0.6 of that by the operations. CPUs that multiply bfloat16 take 0.32 to 0.39 (model_cards/orthogonal).
+IN_THREE_STEPS = 0.6
 VOCABULARY = 50257  # of a model of which only the number of parameters is given
 
 SUMMARY = "Predict the time and the bytes of a training step, for each method and for DDP."
@@ -59,13 +61,14 @@ class Method:
 
     Attributes:
         name: as ``optim=`` takes it; ``dmuon_averages`` stands for dmuon_mavo with ``muon_rest="average"``,
-            ``gradient_votes`` for votes with AdamW behind them, ``ddp_`` for DDP.
+            ``dmuon_three_steps`` for it with ``muon_ns_steps=3``, ``gradient_votes`` for votes with AdamW behind them,
+            ``ddp_`` for DDP.
         memory: bytes that its local work moves through memory, per parameter: what its measured time is at the rate of
             a copy; first those of every step, then those per bit that is sent.
         aggregation: of what votes; None for DDP.
         tie: of the votes.
         bytes_sent: of what DDP sends of a parameter.
-        orthogonal: whether it orthogonalises.
+        orthogonal: how long it orthogonalises, where 1 is five steps.
         every: steps from one vote to the next.
         hook: whether a hook of DDP sends, during backward everywhere; others do so on CPUs.
         averages_rest: whether what is no hidden matrix is averaged in 32 bits, in place of votes.
@@ -76,7 +79,7 @@ class Method:
     aggregation: str | None = None
     tie: str = "zero"
     bytes_sent: int = 0
-    orthogonal: bool = False
+    orthogonal: float = 0.0
     every: int = 1
     hook: bool = False
     averages_rest: bool = False
@@ -87,9 +90,10 @@ ALONE = 28.0  # AdamW's memory per parameter: read parameter, gradient and two s
 OF_AVERAGES = 2.4  # bytes moved per bit of an average that is sent
 _VOTE = (38.0, 24.0)
 METHODS = (
-    Method("dmuon_mavo", _VOTE, "mavo", "alternate", orthogonal=True),
-    Method("dmuon_avg", _VOTE, "avg", orthogonal=True),
-    Method("dmuon_averages", _VOTE, "mavo", "alternate", orthogonal=True, averages_rest=True),
+    Method("dmuon_mavo", _VOTE, "mavo", "alternate", orthogonal=1.0),
+    Method("dmuon_avg", _VOTE, "avg", orthogonal=1.0),
+    Method("dmuon_three_steps", _VOTE, "mavo", "alternate", orthogonal=IN_THREE_STEPS),
+    Method("dmuon_averages", _VOTE, "mavo", "alternate", orthogonal=1.0, averages_rest=True),
     Method("dlion_mavo", _VOTE, "mavo"),
     Method("dlion_avg", _VOTE, "avg"),
     # AdamW, the exchange, and the hook's own 8 ns a parameter, timed once on the same machine.
@@ -328,11 +332,11 @@ def table(found: dict[str, Any]) -> str:
         f"{setting.compute:g} s of forward and backward, {100 * setting.orthogonal:.0f} % more with orthogonalising, "
         f"memory at {setting.bandwidth / 1e9:.1f} GB/s",
         "",
-        f"{'':14} {'step, s':>10} {'x alone':>8} {'local, s':>9} {'network, s':>11} {'MB sent':>9} {'bits/param':>11}",
+        f"{'':17} {'step, s':>10} {'x alone':>8} {'local, s':>9} {'network, s':>11} {'MB sent':>9} {'bits/param':>11}",
     ]
     for one in (Prediction(**each) for each in found["predictions"]):
         lines.append(
-            f"{one.method:14} {one.step_seconds:10.3f} {one.over_alone:8.2f} {one.local_seconds:9.3f} "
+            f"{one.method:17} {one.step_seconds:10.3f} {one.over_alone:8.2f} {one.local_seconds:9.3f} "
             f"{one.network_seconds:11.3f} {one.sent_bytes / 1e6:9.1f} {one.bits_per_parameter:11.2f}"
         )
     return "\n".join([*lines, "", f"Take {found['take']}: {found['why']}."])

@@ -18,6 +18,7 @@ from hf_dlion.plan import METHODS, Setting, local_steps, predict, traffic
 
 ROOT = Path(__file__).parents[1] / "model_cards"
 BY_NAME = {method.name: method for method in METHODS} | {"ddp_fp16": METHODS[-1], "local_16": local_steps(16)}
+BY_NAME["dmuon_mavo_three_steps"] = BY_NAME["dmuon_three_steps"]
 BY_NAME["dlion_mavo_alternate"] = replace(BY_NAME["dlion_mavo"], tie="alternate")
 WRITING_GRADIENTS = 20  # bytes a parameter: all that forward and backward do in the benchmark of updates
 CLOSE = 0.25
@@ -122,6 +123,13 @@ def test_what_it_says_to_take_is_no_slower_than_ddp(capsys: pytest.CaptureFixtur
     assert "one worker sends nothing" in printed(capsys, "124M", "--workers", "1", "--link", "1gbit", "--compute", "1")
 
 
+def test_three_steps_of_orthogonalisation_take_less_than_five() -> None:
+    setting = Setting(2**20, 4, 1e9, 1.0, 1e9, latency=0.0, orthogonal=0.5)
+    five, three = (predict(BY_NAME[name], setting) for name in ("dmuon_mavo", "dmuon_three_steps"))
+    assert five.sent_bytes == three.sent_bytes
+    assert five.step_seconds - three.step_seconds == pytest.approx(0.5 * (1 - plan.IN_THREE_STEPS))
+
+
 def test_averages_beside_votes_wait_for_the_link() -> None:
     method = BY_NAME["dmuon_averages"]
     slow, fast = (Setting(2**20, 4, link, 10.0, 1e9, latency=0.0, hidden=0.75) for link in (1e6, 2e6))
@@ -138,7 +146,7 @@ def test_on_gpus_only_what_a_hook_sends_hides_behind_backward(capsys: pytest.Cap
     cpu, gpu = (json.loads(printed(capsys, *words, *more))["predictions"] for more in ([], ["--gpu"]))
     seconds = [{one["method"]: one["step_seconds"] for one in each} for each in (cpu, gpu)]
     waits = {name for name in seconds[0] if seconds[1][name] > seconds[0][name]}
-    assert waits == {"dlion_mavo", "dlion_avg", "dmuon_mavo", "dmuon_avg", "dmuon_averages"}
+    assert waits == {"dlion_mavo", "dlion_avg", "dmuon_mavo", "dmuon_avg", "dmuon_averages", "dmuon_three_steps"}
     assert plan.main([*words, "--gpu"]) == 2
     assert "--gpu without --bandwidth" in capsys.readouterr().err
 

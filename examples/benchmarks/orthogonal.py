@@ -42,10 +42,10 @@ def measure(name: str, rows: int, length: int, steps: int) -> dict[str, Any]:
     }
     times: dict[str, list[float]] = {name: [] for name in timed}
     for step in range(WARMUP_STEPS + steps):
-        for name, run in timed.items():
+        for what, run in timed.items():
             seconds = processor_seconds(run)
             if step >= WARMUP_STEPS:
-                times[name].append(seconds)
+                times[what].append(seconds)
     shares = [one / step for one, step in zip(times["orthogonalisation"], times["step"], strict=True)]
     of_five = statistics.median(
         three / five for three, five in zip(times["in_three_steps"], times["orthogonalisation"], strict=True)

@@ -202,7 +202,8 @@ def _warn_of_differences(folder: Path, manifest: Manifest, member: WorkersOptimi
     here = member.options()
     if manifest.options != here:
         others = [f"{name}={value!r}" for name, value in manifest.options.items() if here.get(name) != value]
-        logger.warning("%s was written with %s; here it is otherwise.", folder, ", ".join(others) or "fewer options")
+        others += [f"no {name}" for name in here if name not in manifest.options]
+        logger.warning("%s was written with %s; here it is otherwise.", folder, ", ".join(others))
 
 
 def _load_member(

@@ -56,13 +56,13 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
     With worker i's momentum m_i and its own, unreduced gradient g_i of a parameter::
 
         u_i = beta1 * m_i + (1 - beta1) * g_i
-        d_i = sign(NS5(u_i)) for hidden matrices, sign(u_i) for the rest      # 1 bit a parameter: what travels
+        d_i = sign(NS(u_i)) for hidden matrices, sign(u_i) for the rest      # 1 bit a parameter: what travels
         m_i = beta2 * m_i + (1 - beta2) * g_i
         D   = majority or mean of d_i                                         # aggregation "mavo" or "avg"
         x   = x - lr * (0.2 * D / rms(D) + weight_decay * x) for hidden matrices
         x   = x - lr * (0.2 * D + weight_decay * x)          for the rest
 
-    NS5 is Muon's orthogonalisation (:mod:`hf_dlion.bits.orthogonal`), of each matrix by itself; rms(D) is over the
+    NS is Muon's orthogonalisation (:mod:`hf_dlion.bits.orthogonal`), of each matrix by itself; rms(D) is over the
     elements of a parameter. Each worker orthogonalises its own direction, so what hardware rounds differently changes
     a vote and never a replica. The scale of 0.2 makes ``lr`` mean AdamW's.
 
@@ -88,7 +88,7 @@ class DistributedMuon(HiddenMatricesMixin, DistributedLion):
         eps: of that AdamW; by default 1e-8.
         rest: ``"vote"``, as in Distributed Lion, or ``"average"``.
         hidden_betas: those of hidden matrices.
-        ns_steps: of the orthogonalisation: 5, Muon's; or 3, with coefficients for as few, in 0.6 of the time.
+        ns_steps: of the orthogonalisation: 5, Muon's; or 3, with coefficients for as few, and 0.6 of the operations.
         weight_decay: decoupled, as of AdamW.
         aggregation, exchange: as in :class:`DistributedLion`.
         tie: as there; by default ``"alternate"``.

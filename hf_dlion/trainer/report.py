@@ -109,7 +109,7 @@ def _made_with(args: Any, worker: Any, name: str | None) -> dict[str, Any]:
         return made_with
     arguments: Any = args
     known = {"lr": arguments.learning_rate, **method.fixed, **method.options(arguments)}
-    return {option: made_with.get(option, value) for option, value in known.items()}
+    return {option: made_with.get(option, getattr(worker, option, value)) for option, value in known.items()}
 
 
 def _named(args: Any) -> dict[str, Any]:

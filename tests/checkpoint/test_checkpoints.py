@@ -18,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_dlion import (
     DistributedLion,
+    DistributedMuon,
     DLionTrainer,
     DLionTrainingArguments,
     keep_gradients_local,
@@ -282,6 +283,23 @@ def test_another_method_or_model_is_refused(tmp_path: Path) -> None:
         save_workers(tmp_path, torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))]))
     with pytest.raises(ValueError, match="'sum' is not known.*mean, reset, error"):
         load_workers(checkpoint, DistributedLion([torch.nn.Parameter(torch.zeros(3))]), resume_world_size_policy="sum")
+
+
+def test_options_that_differ_are_named(tmp_path: Path) -> None:
+    said = what_is_logged()
+
+    def made(**options: Any) -> DistributedMuon:
+        parameter = torch.nn.Parameter(torch.ones(8, 8))
+        parameter.grad = torch.ones(8, 8)
+        optimizer = DistributedMuon([{"params": [parameter], "orthogonal": True}], **options)
+        optimizer.step()
+        return optimizer
+
+    save_workers(tmp_path, made(tie="zero"))
+    load_workers(tmp_path, made(ns_steps=3))
+    assert [message.partition(" was written with ")[2] for message in said] == [
+        "tie='zero', no ns_steps; here it is otherwise."
+    ]
 
 
 def test_reset_needs_none_of_the_others_state(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hf_dlion import DistributedLion, DistributedMuon, LocalSteps, load_workers, save_workers
-from hf_dlion.bits.orthogonal import orthogonalize
+from hf_dlion.bits.orthogonal import NS_STEPS, orthogonalize
 from hf_dlion.optim.virtual import VirtualWorkers
 from hf_dlion.trainer.methods import METHODS
 from tests.gpu.device import DEVICE, parameters_there, run, set_gradients
@@ -25,7 +25,7 @@ from tests.optim.test_abstention import BAD, spoil
 from tests.optim.test_methods import OPTIONS, groups
 from tests.optim.test_methods import parameters as small_parameters
 from tests.optim.test_virtual import options, received
-from tests.reference import ReferenceLion, newton_schulz
+from tests.reference import ReferenceLion, newton_schulz, three_steps
 
 STEPS = 8
 ON_GPUS = ("eager", "launched") if DEVICE == "cuda" else ("eager",)
@@ -97,14 +97,15 @@ def test_muon_keeps_replicas_equal_and_momenta_exact(record_property: Any) -> No
     assert shares[0] > 0.9
 
 
+@pytest.mark.parametrize("ns_steps", NS_STEPS)
 @pytest.mark.parametrize("shape", [(256, 512), (512, 256), (64, 64)])
-def test_directions_have_the_signs_of_float32(shape: tuple[int, int], record_property: Any) -> None:
+def test_directions_have_the_signs_of_float32(shape: tuple[int, int], ns_steps: int, record_property: Any) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    [ours] = orthogonalize([matrix.to(DEVICE)]).float().cpu()
-    theirs = newton_schulz(matrix)
+    [ours] = orthogonalize([matrix.to(DEVICE)], ns_steps).float().cpu()
+    theirs = newton_schulz(matrix) if ns_steps == 5 else three_steps(matrix, torch.float32)
     alike = float((ours.sign() == theirs.sign()).float().mean())
     record_property("signs_alike", alike)
-    assert alike > 0.985  # bfloat16 on a GPU: those next to zero
+    assert alike > (0.985 if ns_steps == 5 else 0.96)  # bfloat16 on a GPU: those next to zero
     assert (ours - theirs).abs().max() < 0.05
 
 
