@@ -147,6 +147,7 @@ def vote_cases(method: type[WorkersOptimizer]) -> list[Any]:
 
 LION, SIGNUM, MUON = map(vote_cases, (DistributedLion, DistributedSignum, DistributedMuon))
 AVERAGED: list[Any] = [(method, options | {"rest": "average"}) for method, options in MUON]
+THREE_STEPS: list[Any] = [(DistributedMuon, {"ns_steps": 3})]
 MEANS: list[Any] = [(GlobalLion, {}), (GlobalAdamW, {}), (GlobalMuon, {})]
 
 
@@ -155,7 +156,7 @@ MEANS: list[Any] = [(GlobalLion, {}), (GlobalAdamW, {}), (GlobalMuon, {})]
     [
         (2, 2, [*LION, *SIGNUM[:1], *MEANS], False),
         (2, 3, [*LION[:2], SIGNUM[3], MEANS[2]], True),
-        (2, 2, [*MUON, *AVERAGED[:2]], True),
+        (2, 2, [*MUON, *AVERAGED[:2], *THREE_STEPS], True),
         (2, 3, [*MUON[:3], AVERAGED[3]], False),
         (1, 2, [LION[0], MUON[0], AVERAGED[0], MEANS[2]], False),
     ],
