@@ -206,6 +206,7 @@ class Agreement:
         """
         self.scaled = found_inf is not None
         if defer and not self.scaled and self.handshake_done and not self._comparing_gradients:
+            self.good = ()
             normed, finite = self._take_norm()
             covered = all(gradient is None or id(gradient) in normed for gradient in gradients)
             return gradients, -1, verdict_on(gradients, replica.parameters[0].device, finite if covered else None)

@@ -204,6 +204,8 @@ class LocalSteps(CodedMean):
         self._begin(plan, replica, gradients)
         made = self.param_groups[0][STEP] + 1
         if bad < 0:
+            for member in members_of(self.inner):
+                member.agreement.good = range(len(gradients))
             self.inner.step()
         else:
             self._bad_gradient = bad

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from hf_dlion import DistributedLion, DistributedMuon
+from hf_dlion.optim import agreement
+from hf_dlion.optim.bad_gradients import first_bad_gradient
 from hf_dlion.optim.gmuon import GlobalMuon
 from hf_dlion.optim.local_steps import LocalSteps
 from hf_dlion.optim.virtual import VirtualWorkers
@@ -395,3 +397,21 @@ def test_a_conversion_with_a_vote_on_its_way() -> None:
     assert first[0].dtype == torch.bfloat16
     assert all(map(torch.equal, first, second))
     torch.testing.assert_close(first[1], torch.full((300,), -0.7 * 2 * 6.0), rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("inner", [adamw, lion, signed_muon_and_adamw, muon])
+def test_gradients_are_read_once_for_bad_ones(inner: Inner, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+
+    def count(given: Sequence[Any]) -> int:
+        read.append(sum(gradient is not None for gradient in given))
+        return first_bad_gradient(given)
+
+    monkeypatch.setattr(agreement, "first_bad_gradient", count)
+    params = parameters()
+    optimizer = LocalSteps(inner(params), every=3)
+    for step in range(2):
+        for parameter, gradient in zip(params, gradients(0, step), strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+    assert sum(read) == 2 * len(params)
