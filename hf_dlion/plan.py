@@ -22,7 +22,13 @@ BACKWARD = 2 / 3  # of forward and backward
 DDP_BUCKET = 25 << 20  # bytes
 CLOSE = 1.05  # two predictions that differ by less are the same
 WORTH = 1.2  # so much longer may a step be of a method that trains better
-AS_GOOD_AS_ADAMW = ("dmuon_mavo", "dmuon_avg", "ddp_fp32", "ddp_bf16")  # or better, in most of the studies
+AS_GOOD_AS_ADAMW = (
+    "dmuon_mavo",
+    "dmuon_avg",
+    "dmuon_averages",
+    "ddp_fp32",
+    "ddp_bf16",
+)  # or better, in most of the studies
 # Orthogonalising, of forward and backward: so many times the smaller side of the matrices, in the mean over all
 # parameters, over the tokens of a step. 2.2 to 3.7 in model_cards/orthogonal and whole_step; about 4 by the operations.
 ORTHOGONAL = 3.2
@@ -30,7 +36,7 @@ ORTHOGONAL = 3.2
 IN_THREE_STEPS = 0.6
 VOCABULARY = 50257  # of a model of which only the number of parameters is given
 
-SUMMARY = "Predict the time and the bytes of a training step, for each method and for DDP."
+SUMMARY = "Predict the time and the bytes of a training step, for votes and for DDP."
 
 _PER_SECOND = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}

@@ -42,9 +42,15 @@ class ReferenceLion:
         self.momenta = [torch.zeros_like(parameters, dtype=torch.float32) for _ in range(workers)]
         self.steps = 0
 
-    def step(self, gradients: list[Tensor | None]) -> None:
-        """One step from every worker's gradient; None is a worker that abstains."""
-        cast = [self._vote(rank, g.float()) for rank, g in enumerate(gradients) if g is not None]
+    def step(self, gradients: list[Tensor | None], missing: list[Tensor] | None = None) -> None:
+        """One step from every worker's gradient; None is a worker that abstains.
+
+        Of each worker, ``missing`` says which elements it has no gradient for.
+        """
+        missing = missing or [torch.zeros_like(self.parameters, dtype=torch.bool) for _ in gradients]
+        pairs = list(zip(gradients, missing, strict=True))
+        cast = [self._vote(rank, g.float(), gone) for rank, (g, gone) in enumerate(pairs) if g is not None]
+        absent = torch.stack([gone for g, gone in pairs if g is not None]).all(0)
         total = torch.stack(cast).sum(0)
         if self.aggregation == "avg" and self.workers > 1:
             decision = total / len(cast)
@@ -55,11 +61,14 @@ class ReferenceLion:
                 decision = torch.where(total == 0, alternating, decision)
         decision = self._scaled(decision, len(cast) if self.aggregation == "avg" else 1)
         x = self.parameters.float()
-        self.parameters.copy_(self.rounding(x - self.lr * (decision + self.weight_decay * x), self.steps))
+        stepped = self.rounding(x - self.lr * (decision + self.weight_decay * x), self.steps)
+        self.parameters.copy_(torch.where(absent, self.parameters, stepped))
         self.steps += 1
 
-    def _vote(self, rank: int, gradient: Tensor) -> Tensor:
-        vote = torch.sign(self._direction(rank, gradient))
+    def _vote(self, rank: int, gradient: Tensor, missing: Tensor) -> Tensor:
+        before = self.momenta[rank]
+        vote = torch.where(missing, 0.0, torch.sign(self._direction(rank, gradient)))
+        self.momenta[rank] = torch.where(missing, before, self.momenta[rank])
         if self.workers > 1:
             alternating = ((self.lanes + rank + self.steps) % 2 * 2 - 1).float()
             vote = torch.where(vote == 0, alternating, vote)

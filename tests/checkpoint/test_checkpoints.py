@@ -133,7 +133,7 @@ def test_processes_go_on_where_virtual_workers_stopped(tmp_path: Path) -> None:
         assert all(torch.equal(own[key], states[rank][key]) for key in own)
 
 
-@pytest.mark.parametrize("optim", ["dlion_mavo", "graddrop"])
+@pytest.mark.parametrize("optim", ["dlion_mavo", "dmuon_avg", "graddrop"])
 def test_another_number_of_workers(optim: str, tmp_path: Path) -> None:
     write(0, str(tmp_path), {"optim": optim, "virtual_workers": 3})
     checkpoint = str(tmp_path / "checkpoint-2")

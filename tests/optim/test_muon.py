@@ -31,6 +31,7 @@ HIDDEN: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
     ((3, 16, 24), (0, 3)),  # experts
     ((3, 16, 24), (1, 8, 8)),  # experts with two matrices each
     ((13, 1601), ()),  # worked on in place, with a rest that is staged
+    ((0, 8), ()),
     ((8, 8), ()),
     ((8, 8), ()),
 ]
@@ -52,7 +53,7 @@ def groups_of(params: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
 
 
 def gradients(rank: int, step: int, missing: bool = True) -> list[torch.Tensor | None]:
-    """Some of them zero, one missing on rank 1, one on all."""
+    """Some of them zero; in some steps one missing on rank 1, one on rank 0, and two on all."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
     drawn: list[torch.Tensor | None] = [
         torch.randn(p.shape, generator=generator) * (torch.rand(p.shape, generator=generator) > 0.2)
@@ -60,6 +61,10 @@ def gradients(rank: int, step: int, missing: bool = True) -> list[torch.Tensor |
     ]
     if missing and rank == 1 and step % 2:
         drawn[6] = None
+    if missing and rank == 0 and step % 3 == 1:
+        drawn[4] = None
+    if missing and step == 4:
+        drawn[0] = drawn[7] = None
     if step < 3:
         drawn[-1] = torch.zeros(8, 8)
     return drawn
@@ -109,6 +114,11 @@ def flat_or_zeros(drawn: list[torch.Tensor | None]) -> torch.Tensor:
     return flatten([torch.zeros_like(p) if g is None else g for g, p in pairs])
 
 
+def missing_in(drawn: list[torch.Tensor | None]) -> torch.Tensor:
+    pairs = zip(drawn, parameters(), strict=True)
+    return torch.cat([torch.full((p.numel(),), g is None) for g, p in pairs])
+
+
 def follow_reference(rank: int, workers: int, cases: list[tuple[str, str, str]], kernels: str) -> None:
     use_kernels(kernels)
     for aggregation, tie, exchange in cases:
@@ -120,10 +130,11 @@ def follow_reference(rank: int, workers: int, cases: list[tuple[str, str, str]],
         )
         plain = reference(mine, workers, **options)
         for step in range(STEPS):
-            for parameter, gradient in zip(mine, gradients(rank, step, missing=False), strict=True):
+            everyone = [gradients(other, step) for other in range(workers)]
+            for parameter, gradient in zip(mine, everyone[rank], strict=True):
                 parameter.grad = gradient
             optimizer.step()
-            plain.step([flat_or_zeros(gradients(other, step, missing=False)) for other in range(workers)])
+            plain.step([flat_or_zeros(drawn) for drawn in everyone], [missing_in(drawn) for drawn in everyone])
             assert same_on_all_ranks(flatten(mine), workers), f"{case}: ranks differ after step {step}"
             assert torch.equal(flatten(mine), plain.parameters), f"{case}: not the reference after step {step}"
             momenta = flatten([optimizer.state[parameter]["momentum"] for parameter in mine])
@@ -159,6 +170,33 @@ def follow_three_steps(rank: int, workers: int, bfloat16: bool) -> None:
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_three_steps_equal_the_reference(workers: int, bfloat16: bool) -> None:
     run_workers(follow_three_steps, workers, workers, bfloat16)
+
+
+def follow_with_scaler(rank: int, workers: int) -> int:
+    """Rank 1 overflows in the third step, all in the fifth."""
+    mine = parameters()
+    optimizer = DistributedMuon(groups_of(mine), hidden_betas=HIDDEN_BETAS, **SETTINGS)
+    plain = reference(mine, workers, aggregation="mavo", tie="alternate")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))  # of a loss: it starts the scaler
+    for step in range(7):
+        everyone = [gradients(other, step, missing=False) for other in range(workers)]
+        for parameter, gradient in zip(mine, everyone[rank], strict=True):
+            parameter.grad = None if gradient is None else gradient * scaler.get_scale()
+        if (step, rank) == (2, 1) or step == 4:
+            mine[5].grad[0, 0] = torch.inf  # type: ignore[index]
+        scaler.step(optimizer)
+        scaler.update()
+        if step == 4:
+            plain.steps += 1
+        else:
+            plain.step([None if (step, r) == (2, 1) else flat_or_zeros(drawn) for r, drawn in enumerate(everyone)])
+        assert torch.equal(flatten(mine), plain.parameters), step
+    return optimizer.bad_gradients
+
+
+def test_with_a_gradient_scaler_who_overflows_abstains() -> None:
+    assert run_workers(follow_with_scaler, 3, 3) == [4, 4, 4]
 
 
 @pytest.mark.parametrize("ns_steps", NS_STEPS)

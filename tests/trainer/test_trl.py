@@ -53,7 +53,7 @@ def sft(rank: int, folder: str) -> Any:
     class DLionSFTConfig(DLionArgumentsMixin, trl.SFTConfig): ...
 
     rows = Dataset.from_list([{"text": counting(start)} for start in range(64)])
-    args = DLionSFTConfig(**settings(folder, "dlion_mavo"), max_length=16)
+    args = DLionSFTConfig(**settings(folder, "dmuon_mavo"), max_length=16)
     return outcome(DLionSFTTrainer(model=f"{folder}/model", args=args, train_dataset=rows))
 
 
@@ -127,7 +127,7 @@ def test_two_workers_vote(trains: Any, tmp_path: Path) -> None:
     assert moved.max() <= 4 * 3e-3 + 1e-6
     steps = [entry for entry in log if "bits_sent_per_param" in entry]
     assert len(steps) == 4
-    assert all(1 <= entry["bits_sent_per_param"] < 1.5 for entry in steps[1:])
+    assert all(1 <= entry["bits_sent_per_param"] < 2 for entry in steps[1:])  # and what fills its last blocks
 
 
 def test_the_other_trainers_vote(tmp_path: Path) -> None:
