@@ -22,13 +22,8 @@ BACKWARD = 2 / 3  # of forward and backward
 DDP_BUCKET = 25 << 20  # bytes
 CLOSE = 1.05  # two predictions that differ by less are the same
 WORTH = 1.2  # so much longer may a step be of a method that trains better
-AS_GOOD_AS_ADAMW = (
-    "dmuon_mavo",
-    "dmuon_avg",
-    "dmuon_averages",
-    "ddp_fp32",
-    "ddp_bf16",
-)  # or better, in most of the studies
+# Or better, in most of the studies.
+AS_GOOD_AS_ADAMW = ("dmuon_mavo", "dmuon_avg", "dmuon_averages", "ddp_fp32", "ddp_bf16")
 # Orthogonalising, of forward and backward: so many times the smaller side of the matrices, in the mean over all
 # parameters, over the tokens of a step. 2.2 to 3.7 in model_cards/orthogonal and whole_step; about 4 by the operations.
 ORTHOGONAL = 3.2

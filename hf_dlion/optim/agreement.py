@@ -205,17 +205,17 @@ class Agreement:
             The gradients; the index of the first bad one, -1 if there is none; and the verdict of ``StepInputs``.
         """
         self.scaled = found_inf is not None
+        good, self.good = self.good, ()
         if defer and not self.scaled and self.handshake_done and not self._comparing_gradients:
-            self.good = ()
             normed, finite = self._take_norm()
             covered = all(gradient is None or id(gradient) in normed for gradient in gradients)
             return gradients, -1, verdict_on(gradients, replica.parameters[0].device, finite if covered else None)
         present = [gradient for gradient in gradients if gradient is not None]
         if scale is not None:
-            self.good = ()
+            good = ()
             if present:
                 torch._foreach_div_(present, scale.to(present[0].device))
-        bad = first_bad_gradient(self._doubtful(gradients))
+        bad = first_bad_gradient(self._doubtful(gradients, good))
         if bad < 0 and found_inf is not None and bool(found_inf):
             bad = 0  # something else, clipping by value say, has made finite what the scaler found to be infinite
         if replica.shards is not None:
@@ -225,9 +225,8 @@ class Agreement:
         self._warn(rank, replica, bad)
         return [None] * len(gradients), bad, None
 
-    def _doubtful(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def _doubtful(self, gradients: Sequence[Tensor | None], good: Container[int]) -> list[Tensor | None]:
         """Those that are not known to be finite; None in place of the others."""
-        good, self.good = self.good, ()
         normed, finite = self._take_norm()
         if finite is None or not bool(finite):
             normed = frozenset()

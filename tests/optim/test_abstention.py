@@ -299,6 +299,18 @@ def test_gradients_of_which_the_norm_is_known_are_not_read_again(monkeypatch: py
         optimizer.step()
 
 
+def test_what_was_good_is_looked_at_once_its_scale_is_taken_off() -> None:
+    parameter = torch.nn.Parameter(torch.ones(8))
+    optimizer = DistributedLion([parameter], lr=0.1)
+    parameter.grad = torch.full((8,), 1e10)
+    optimizer.agreement.good = range(1)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1e-35), torch.zeros(1)  # as a scaler leaves them
+    optimizer.step()
+    assert optimizer.agreement.good == ()
+    assert torch.equal(parameter.detach(), torch.ones(8))
+    assert optimizer.state[parameter]["momentum"].isfinite().all()
+
+
 def test_a_known_norm_keeps_no_gradient_alive_and_is_not_saved() -> None:
     parameter = torch.nn.Parameter(torch.ones(1000))
     optimizer = DistributedLion([parameter], lr=0.1)

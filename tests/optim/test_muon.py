@@ -19,7 +19,7 @@ from hf_dlion.trainer.methods import METHODS
 from tests.harness import run_workers
 from tests.kernels import use_kernels
 from tests.optim.test_dlion import flatten, same_on_all_ranks
-from tests.reference import ReferenceMuon, three_steps
+from tests.reference import ReferenceMuon, newton_schulz, three_steps
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
 HIDDEN_BETAS = (0.9, 0.95)
@@ -119,16 +119,25 @@ def missing_in(drawn: list[torch.Tensor | None]) -> torch.Tensor:
     return torch.cat([torch.full((p.numel(),), g is None) for g, p in pairs])
 
 
-def follow_reference(rank: int, workers: int, cases: list[tuple[str, str, str]], kernels: str) -> None:
+def follow_reference(
+    rank: int,
+    workers: int,
+    cases: list[tuple[str, str, str]],
+    kernels: str,
+    ns_steps: int = 5,
+    bfloat16: bool = False,
+) -> None:
     use_kernels(kernels)
+    orthogonal.multiplies_bfloat16 = lambda: bfloat16
+    three = partial(three_steps, dtype=torch.bfloat16 if bfloat16 else torch.float32)
     for aggregation, tie, exchange in cases:
         case = f"{aggregation} {tie} {exchange}"
         mine = parameters()
         options = {"aggregation": aggregation, "tie": tie}
         optimizer = DistributedMuon(
-            groups_of(mine), exchange=exchange, hidden_betas=HIDDEN_BETAS, **SETTINGS, **options
+            groups_of(mine), exchange=exchange, hidden_betas=HIDDEN_BETAS, ns_steps=ns_steps, **SETTINGS, **options
         )
-        plain = reference(mine, workers, **options)
+        plain = reference(mine, workers, orthogonalize=three if ns_steps == 3 else newton_schulz, **options)
         for step in range(STEPS):
             everyone = [gradients(other, step) for other in range(workers)]
             for parameter, gradient in zip(mine, everyone[rank], strict=True):
@@ -151,25 +160,10 @@ def test_equals_the_reference(workers: int, kernels: str) -> None:
     run_workers(follow_reference, workers, workers, CASES, kernels)
 
 
-def follow_three_steps(rank: int, workers: int, bfloat16: bool) -> None:
-    orthogonal.multiplies_bfloat16 = lambda: bfloat16
-    mine = parameters()
-    optimizer = DistributedMuon(groups_of(mine), ns_steps=3, hidden_betas=HIDDEN_BETAS, **SETTINGS)
-    dtype = torch.bfloat16 if bfloat16 else torch.float32
-    options = {"aggregation": "mavo", "tie": "alternate", "orthogonalize": partial(three_steps, dtype=dtype)}
-    plain = reference(mine, workers, **options)
-    for step in range(STEPS):
-        for parameter, gradient in zip(mine, gradients(rank, step, missing=False), strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-        plain.step([flat_or_zeros(gradients(other, step, missing=False)) for other in range(workers)])
-        assert torch.equal(flatten(mine), plain.parameters), step
-
-
 @pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_three_steps_equal_the_reference(workers: int, bfloat16: bool) -> None:
-    run_workers(follow_three_steps, workers, workers, bfloat16)
+    run_workers(follow_reference, workers, workers, CASES[3:6], "eager", 3, bfloat16)
 
 
 def follow_with_scaler(rank: int, workers: int) -> int:

@@ -18,8 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from hf_dlion import DistributedLion, DistributedMuon, hidden_matrices
-from hf_dlion.optim import layout
+from hf_dlion.optim import layout, overlap
 from hf_dlion.optim.arrivals import Arrivals
+from hf_dlion.optim.bad_gradients import first_bad_gradient
 from hf_dlion.optim.overlap import EarlyVotes
 from hf_dlion.optim.signum import DistributedSignum
 
@@ -118,6 +119,12 @@ def infinite(rank: int, step: int, model: Any, optimizer: DistributedLion) -> No
         model.hook.remove()
 
 
+def infinite_and_normed(rank: int, step: int, model: Any, optimizer: DistributedLion) -> None:
+    infinite(rank, step, model, optimizer)
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    optimizer.agreement.note_norm(gradients, nn.utils.get_total_norm(gradients))
+
+
 def replaced(rank: int, step: int, model: nn.Module, optimizer: DistributedLion) -> None:
     for parameter in model.parameters():
         if step == 4 and parameter.grad is not None:
@@ -186,7 +193,7 @@ def gathered(rank: int, step: int, model: nn.Module, optimizer: DistributedLion)
 
 
 EVENTS = [nothing, clipped, bad, infinite, replaced, skipped, loaded, betas, turned, frozen, resized, taken_out]
-EVENTS += [infinite_and_moved_up, gathered]
+EVENTS += [infinite_and_moved_up, infinite_and_normed, gathered]
 
 
 def backward(model: nn.Module, rank: int, seed: int, blocks: tuple[int, ...] = (0, 1, 2)) -> None:
@@ -324,6 +331,27 @@ def test_all_methods_and_events_end_in_the_same_bits(
     ):
         assert same, name
         assert early > 10, name
+
+
+def _looks_early(rank: int, event: Event) -> int:
+    """How many gradients are looked at before a step for what is not finite."""
+    small_buckets()
+    looked = 0
+
+    def count(gradients: Any) -> int:
+        nonlocal looked
+        looked += sum(gradient is not None for gradient in gradients)
+        return first_bad_gradient(gradients)
+
+    overlap.first_bad_gradient = count
+    train(rank, lion, event, 1, {})
+    return looked
+
+
+@pytest.mark.parametrize("event", [nothing, infinite_and_normed])
+def test_a_step_that_knows_the_norm_needs_no_look_before(event: Event) -> None:
+    for looked in run_workers(_looks_early, 2, event):
+        assert (looked == 0) == (event is infinite_and_normed)
 
 
 def _clip_averages(rank: int) -> tuple[bool, int, list[str]]:

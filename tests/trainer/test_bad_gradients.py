@@ -72,14 +72,15 @@ class SpoilsAfterClipping(DLionTrainer):
 
 
 class Sums(TrainerCallback):
-    """Adds up a gradient over the ranks, as is done for layers that are parallel otherwise; its version stays."""
+    """Adds up a gradient over the ranks, as is done for layers that are parallel otherwise: rank 0's stays as new."""
 
     def __init__(self, run: DLionTrainer) -> None:
         self.parameter = dict(run.model.named_parameters())[LATE]
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         if state.global_step == 1:
-            self.parameter.grad[3] = torch.inf * (1 if args.process_index else -1)  # type: ignore[index]
+            if args.process_index == 1:
+                self.parameter.grad[3] = torch.inf  # type: ignore[index]
             dist.all_reduce(self.parameter.grad)
 
 

@@ -11,9 +11,9 @@ import pytest
 from huggingface_hub import EvalResult, ModelCard
 from transformers import Trainer
 
-from hf_dlion import DLionTrainer
+from hf_dlion import DistributedMuon, DLionTrainer, hidden_matrices
 from hf_dlion.trainer.card import CARD, CURVE
-from hf_dlion.trainer.report import run_report
+from hf_dlion.trainer.report import method_options, run_report
 from hf_dlion.wire.ledger import fp32_all_reduce_bytes
 from tests.harness import run_workers
 from tests.trainer import tiny
@@ -93,6 +93,14 @@ def test_the_card_says_what_is_averaged(tmp_path: Path) -> None:
         text = ModelCard.load(tmp_path / CARD).text
         assert ("AdamW on averaged gradients for what is no hidden matrix)" in text) == (rest == "average")
         assert ("| `rest` | `average` |" in text) == (rest == "average")
+
+
+def test_the_card_says_what_an_optimizer_was_made_with(tmp_path: Path) -> None:
+    model = tiny.model()
+    own = DistributedMuon(hidden_matrices(model), ns_steps=5)
+    args = tiny.arguments(tmp_path, optim="dmuon_mavo", muon_ns_steps=3)
+    assert method_options(args, own)["ns_steps"] == 5
+    assert method_options(args, DistributedMuon(hidden_matrices(model), ns_steps=3))["ns_steps"] == 3
 
 
 def test_the_card_takes_what_push_to_hub_gives() -> None:
