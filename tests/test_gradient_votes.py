@@ -17,7 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_dlion import DistributedLion, keep_gradients_local, vote_gradients
 from hf_dlion.bits.hashing import digest
+from hf_dlion.bits.native import NATIVE_FROM
 from hf_dlion.gradient_votes import VotedGradients
+from hf_dlion.optim import signed_gradients
 from hf_dlion.optim.signed_gradients import VirtualGradients
 from tests.harness import run_workers, what_is_logged
 from tests.trainer.tiny import act_as_launched
@@ -129,11 +131,12 @@ def vote_in_turns(workers: int, **options: Any) -> tuple[list[Model], VirtualGra
     return models, votes
 
 
-def vote(rank: int, settings: list[tuple[str, bool, str, torch.dtype]]) -> list[tuple[int, int]]:
+def vote(rank: int, settings: list[tuple[str, bool, str, torch.dtype, int]]) -> list[tuple[int, int]]:
     """For each setting the bytes sent and the bad gradients; decisions are compared here."""
     workers = list(range(dist.get_world_size()))
     found = []
-    for aggregation, dither, exchange, dtype in settings:
+    for aggregation, dither, exchange, dtype, native_from in settings:
+        signed_gradients.NATIVE_FROM = native_from
         model = Model(dtype)
         module = DistributedDataParallel(model, find_unused_parameters=True, bucket_cap_mb=0.02)
         votes = vote_gradients(module, aggregation, dither=dither, exchange=exchange)
@@ -144,6 +147,7 @@ def vote(rank: int, settings: list[tuple[str, bool, str, torch.dtype]]) -> list[
                 aggregation,
                 dither,
                 exchange,
+                native_from,
                 step,
             )
             model.zero_grad()
@@ -160,12 +164,12 @@ def test_gradients_are_what_the_signs_decide(workers: int) -> None:
     exchanges = ["gather", "sharded"] if workers > 1 else ["auto"]
     dtypes = [torch.float32, torch.bfloat16]
     settings = [
-        *itertools.product(["avg", "mavo"], [True, False], exchanges, dtypes[:1]),
-        ("avg", True, exchanges[0], dtypes[1]),
+        *itertools.product(["avg", "mavo"], [True, False], exchanges, dtypes[:1], [0, NATIVE_FROM]),
+        *itertools.product(["avg"], [True], exchanges[:1], dtypes[1:], [0, NATIVE_FROM]),
     ]
     parameters = sum(torch.Size(shape).numel() for shape in SHAPES)
     for counted in run_workers(vote, workers, settings):
-        for (_, _, exchange, _), (sent, bad) in zip(settings, counted, strict=True):
+        for (_, _, exchange, _, _), (sent, bad) in zip(settings, counted, strict=True):
             assert bad == 0
             bits = 8 * sent / STEPS / parameters
             assert (workers - 1) <= bits < 1.03 * (workers - 1) or exchange != "gather"

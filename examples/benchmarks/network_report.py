@@ -11,15 +11,18 @@ METHODS = ("dlion_mavo", "dlion_mavo_alternate", "dlion_avg", "local_16", "ddp_f
 BASELINE = "ddp_fp32"
 ALONE = "computing"
 """Fused AdamW on a worker's own gradients: what a whole step takes without a network."""
-AFTER = "_after"
-"""Of a method's name: its votes leave after backward."""
-ALTERNATE = "_alternate"
-"""Of a method's name: its ties alternate, so that one bit a parameter comes back."""
-THREE_STEPS = "_three_steps"
-"""Of a method's name: it orthogonalises in three steps, in place of five."""
 STREAMED = "_streamed"
 """Of the name of local steps: four parts vote in turn, and a vote takes effect two steps later."""
-WHOLE_STEP = ("dmuon_mavo", "dmuon_mavo_three_steps", "dlion_mavo_after", "local_16_streamed", ALONE)
+WHOLE_STEP = (
+    "dmuon_mavo",
+    "dmuon_three_steps",
+    "dmuon_averages",
+    "dmuon_avg",
+    "gradient_votes",
+    "dlion_mavo_after",
+    "local_16_streamed",
+    ALONE,
+)
 """Further methods, of a whole step."""
 LOOKS = {
     "dlion_mavo": ("o", "C0"),
@@ -31,7 +34,10 @@ LOOKS = {
     "ddp_fp16": ("v", "C1"),
     "ddp_powersgd": ("D", "C2"),
     "dmuon_mavo": ("P", "C4"),
-    "dmuon_mavo_three_steps": ("p", "C4"),
+    "dmuon_three_steps": ("p", "C4"),
+    "dmuon_averages": ("d", "C4"),
+    "dmuon_avg": ("H", "C8"),
+    "gradient_votes": ("<", "C7"),
     "dlion_mavo_after": ("x", "C0"),
     ALONE: (".", "0.4"),
 }

@@ -16,11 +16,30 @@ from typing import Any
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
-from hf_dlion import DistributedLion, DistributedMuon, LocalSteps, hidden_matrices, keep_gradients_local
+from hf_dlion import (
+    DistributedLion,
+    DistributedMuon,
+    LocalSteps,
+    hidden_matrices,
+    keep_gradients_local,
+    vote_gradients,
+)
 from hf_dlion.plan import measured_bandwidth
 
-from .network_report import AFTER, ALONE, ALTERNATE, STREAMED, THREE_STEPS
+from .network_report import ALONE, STREAMED
 from .shapes import gpt2_shapes
+
+VOTES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "dlion_mavo": (DistributedLion, {}),
+    "dlion_mavo_after": (DistributedLion, {"overlap": False}),
+    "dlion_mavo_alternate": (DistributedLion, {"tie": "alternate"}),
+    "dlion_avg": (DistributedLion, {"aggregation": "avg"}),
+    "dmuon_mavo": (DistributedMuon, {}),
+    "dmuon_three_steps": (DistributedMuon, {"ns_steps": 3}),
+    "dmuon_averages": (DistributedMuon, {"rest": "average"}),
+    "dmuon_avg": (DistributedMuon, {"aggregation": "avg"}),
+}
+"""Optimizers whose workers vote, by method: what is made with which options."""
 
 
 def linear_model(shapes: list[tuple[int, ...]], seed: int) -> torch.nn.Module:
@@ -86,23 +105,11 @@ class Contender:
         self.model = torch.nn.parallel.DistributedDataParallel(
             model, process_group=group, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb
         )
-        kind, _, aggregation = (
-            method.removesuffix(AFTER).removesuffix(ALTERNATE).removesuffix(THREE_STEPS).partition("_")
-        )
-        if kind in ("dlion", "dmuon"):
+        if method in VOTES:
             keep_gradients_local(self.model)
-            vote = {
-                "lr": 1e-4,
-                "aggregation": aggregation,
-                "process_group": group,
-                "overlap": not method.endswith(AFTER),
-            }
-            if kind == "dmuon":
-                ns_steps = 3 if method.endswith(THREE_STEPS) else 5
-                self.optimizer = DistributedMuon(hidden_matrices(model), ns_steps=ns_steps, **vote)
-            else:
-                tie = "alternate" if method.endswith(ALTERNATE) else "zero"
-                self.optimizer = DistributedLion(model.parameters(), tie=tie, **vote)
+            kind, special = VOTES[method]
+            parameters = hidden_matrices(model) if kind is DistributedMuon else model.parameters()
+            self.optimizer = kind(parameters, lr=1e-4, process_group=group, **special)
             return
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         if local:
@@ -111,7 +118,13 @@ class Contender:
             self.optimizer = LocalSteps(
                 self.optimizer, every=self.round, fragments=fragments, delay=delay, process_group=group
             )
-        if method == "ddp_fp16":
+        self._send_gradients(method, group)
+
+    def _send_gradients(self, method: str, group: torch.distributed.ProcessGroup) -> None:
+        """By a hook of DDP in place of its averages in float32, if that is the method."""
+        if method == "gradient_votes":
+            vote_gradients(self.model)
+        elif method == "ddp_fp16":
             self.model.register_comm_hook(group, default_hooks.fp16_compress_hook)
         elif method == "ddp_powersgd":
             state = powerSGD_hook.PowerSGDState(group, matrix_approximation_rank=4, start_powerSGD_iter=2)

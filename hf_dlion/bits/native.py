@@ -1,5 +1,5 @@
-"""The passes over parameters, the counting of votes and the check of gradients in C, for CPUs: bit for bit those of
-:mod:`kernels` and :mod:`counting`, at the speed of memory.
+"""The passes over parameters and gradients, the counting of votes and the check of gradients in C, for CPUs: bit for
+bit those of :mod:`kernels`, :mod:`dither` and :mod:`counting`, at the speed of memory.
 
 ``passes.c`` is compiled at the first use, in a second, and kept in the user's cache. It needs a C compiler (``cc``, or
 what the environment variable CC names) and no headers but the compiler's own.
@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import counting
+from . import counting, dither
 from .counting import RULES, Count, Tally
 from .kernels import EAGER, Kernels, Rows, Tensors
+from .packing import BLOCK
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,15 @@ def load_count() -> Count | None:
     """``counting.tally``; None, with a warning, where it cannot be compiled or loaded."""
     library = _library()
     return None if library is None else functools.partial(_tally, library)
+
+
+@functools.cache
+def load_dither() -> dither.Passes | None:
+    """Those of votes on gradients; None, with a warning, where they cannot be compiled or loaded."""
+    library = _library()
+    if library is None:
+        return None
+    return dither.Passes(functools.partial(_pack_dithered, library), functools.partial(_settle, library))
 
 
 @functools.cache
@@ -236,6 +246,31 @@ def _tally(library: Any, votes: Sequence[Tensor], rule: str, step: int, sample: 
         torch.get_num_threads(),
     )
     return Tally(decided, *sums)
+
+
+def _pack_dithered(
+    library: Any, flat: Tensor, sizes: Sequence[int], seeds: Sequence[int], widths: Tensor | None, turn: int
+) -> Tensor:
+    kind = _NAMES.get(flat.dtype)
+    if kind is None or not flat.is_contiguous():
+        return dither.pack(flat, sizes, seeds, widths, turn)
+    words = torch.zeros(-(-len(flat) // BLOCK) * 32, dtype=torch.int32)
+    noise = (ctypes.c_uint32 * len(seeds))(*seeds), torch.zeros(len(sizes)) if widths is None else widths.contiguous()
+    function, threads = getattr(library, f"dither_{kind}"), torch.get_num_threads()
+    _call(function, flat, _numbers(sizes), *noise, len(sizes), turn & 1, words, threads)
+    return words
+
+
+def _settle(
+    library: Any, flat: Tensor, sizes: Sequence[int], scales: Tensor, highest: int, planes: Sequence[Tensor]
+) -> None:
+    kind = _NAMES.get(flat.dtype)
+    if kind is None or highest > _MOST_VOTERS or not all(one.is_contiguous() for one in (flat, *planes)):
+        dither.settle(flat, sizes, scales, highest, planes)
+        return
+    decision = highest, _pointers(planes), len(planes)
+    function, threads = getattr(library, f"settle_{kind}"), torch.get_num_threads()
+    _call(function, flat, _numbers(sizes), scales.contiguous(), len(sizes), *decision, threads)
 
 
 def _find_bad(library: Any, tensors: Tensors) -> int:

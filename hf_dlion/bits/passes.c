@@ -1,5 +1,5 @@
-/* The passes over parameters of kernels.py, and the counting of votes of counting.py, for CPUs; each reads and writes its
-   memory once.
+/* The passes over parameters of kernels.py, those over gradients of dither.py, and the counting of votes of counting.py, for
+   CPUs; each reads and writes its memory once.
 
    Every operation is rounded as the formulas there stand: no contraction (-ffp-contract=off), no reordering. `hyper` is
    beta1, 1 - beta1, beta2, 1 - beta2, lr, weight_decay. A block is 32 rows of 32 lanes: bit k of word j is row k, lane j. */
@@ -33,12 +33,16 @@ static inline float read_bfloat16(const bfloat16 *place) { return from_bits((uin
 
 static inline void write_float(float *place, float value, uint32_t element, uint32_t seed) { *place = value; }
 
-/* As rounding.py: a hash of the element carries into the upper half. */
-static inline void write_bfloat16(bfloat16 *place, float value, uint32_t element, uint32_t seed) {
-    uint32_t hash = element ^ seed;
+/* As of hashing.py. */
+static inline uint32_t scatter(uint32_t hash) {
     hash = (hash ^ (hash >> 16)) * 0x7feb352du;
     hash = (hash ^ (hash >> 15)) * 0x846ca68bu;
-    *place = (bfloat16)((to_bits(value) + ((hash ^ (hash >> 16)) & 0xffff)) >> 16);
+    return hash ^ (hash >> 16);
+}
+
+/* As rounding.py: a hash of the element carries into the upper half. */
+static inline void write_bfloat16(bfloat16 *place, float value, uint32_t element, uint32_t seed) {
+    *place = (bfloat16)((to_bits(value) + (scatter(element ^ seed) & 0xffff)) >> 16);
 }
 
 /* To have what comes a block later underway: Intel's hardware looks no further than the page of 4 KiB, a block of floats.
@@ -241,6 +245,96 @@ APPLY(bfloat16)
 
 STEP(float)
 STEP(bfloat16)
+
+/* As dither.py: the vote of one value. */
+static inline uint32_t dithered(float value, uint32_t element, uint32_t seed, float width, uint32_t turn) {
+    float noise = (float)(int32_t)scatter(element ^ seed) * 0x1p-31f * width;
+    uint32_t zero = value == 0;
+    return (zero & (element + turn)) | ((noise + value > 0) & (zero ^ 1));
+}
+
+static inline int64_t smaller(int64_t one, int64_t other) { return one < other ? one : other; }
+static inline int64_t larger(int64_t one, int64_t other) { return one < other ? other : one; }
+
+/* Of parts of a bucket, one after the other: what is in whole blocks, and what shares its block with a neighbour. */
+#define DITHER(TYPE)                                                                                                   \
+    static inline void vote_alone_##TYPE(const TYPE *values, int64_t from, int64_t until, int64_t begin,               \
+                                         uint32_t seed, float width, uint32_t turn, int32_t *words) {                  \
+        for (int64_t i = from; i < until; i++)                                                                         \
+            words[i / BLOCK * LANES + i % LANES] |= (int32_t)(                                                         \
+                dithered(read_##TYPE(values + i), (uint32_t)(i - begin), seed, width, turn) << i % BLOCK / LANES);     \
+    }                                                                                                                  \
+                                                                                                                       \
+    /* `words` are zeros before. */                                                                                    \
+    void dither_##TYPE(const TYPE *values, const int64_t *sizes, const uint32_t *seeds, const float *widths,           \
+                       int parts, uint32_t turn, int32_t *words, int threads) {                                        \
+        int64_t begin = 0;                                                                                             \
+        for (int p = 0; p < parts; p++) {                                                                              \
+            int64_t end = begin + sizes[p], first = (begin + BLOCK - 1) / BLOCK, last = end / BLOCK;                   \
+            int64_t head = smaller(end, first * BLOCK), tail = larger(head, last * BLOCK);                             \
+            vote_alone_##TYPE(values, begin, head, begin, seeds[p], widths[p], turn, words);                           \
+            PARALLEL                                                                                                   \
+            for (int64_t block = first; block < last; block++) {                                                       \
+                uint32_t packed[LANES] = {0};                                                                          \
+                for (int row = 0; row < LANES; row++) {                                                                \
+                    const TYPE *v = values + block * BLOCK + row * LANES;                                              \
+                    uint32_t element = (uint32_t)(block * BLOCK + row * LANES - begin);                                \
+                    prefetch(v + BLOCK, LANES * sizeof *v);                                                            \
+                    for (int lane = 0; lane < LANES; lane++)                                                           \
+                        packed[lane] |= dithered(read_##TYPE(v + lane), element + lane, seeds[p], widths[p], turn)     \
+                                        << row;                                                                        \
+                }                                                                                                      \
+                for (int lane = 0; lane < LANES; lane++) words[block * LANES + lane] = (int32_t)packed[lane];          \
+            }                                                                                                          \
+            vote_alone_##TYPE(values, tail, end, begin, seeds[p], widths[p], turn, words);                             \
+            begin = end;                                                                                               \
+        }                                                                                                              \
+        for (int64_t i = begin; i % BLOCK; i++)                                                                        \
+            words[i / BLOCK * LANES + i % LANES] |= (int32_t)((((uint32_t)(i - begin) + turn) & 1) << i % BLOCK / LANES);\
+    }
+
+DITHER(float)
+DITHER(bfloat16)
+
+static inline void round_float(float *place, float value) { *place = value; }
+static inline void round_bfloat16(bfloat16 *place, float value) {
+    uint32_t bits = to_bits(value);
+    *place = value != value ? 0x7fc0 : (bfloat16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+#define SETTLE(TYPE)                                                                                                   \
+    static inline void settle_alone_##TYPE(TYPE *values, int64_t from, int64_t until, float scale, int highest,        \
+                                           const int32_t *const *planes, int count) {                                  \
+        for (int64_t i = from; i < until; i++) {                                                                       \
+            int level = 0;                                                                                             \
+            for (int p = 0; p < count; p++)                                                                            \
+                level |= (int)bit_of(planes[p], i / BLOCK, (int)(i % BLOCK / LANES), (int)(i % LANES)) << p;           \
+            round_##TYPE(values + i, (float)(2 * level - highest) / (float)highest * scale);                           \
+        }                                                                                                              \
+    }                                                                                                                  \
+                                                                                                                       \
+    void settle_##TYPE(TYPE *values, const int64_t *sizes, const float *scales, int parts, int highest,                \
+                       const int32_t *const *planes, int count, int threads) {                                         \
+        int64_t begin = 0;                                                                                             \
+        for (int p = 0; p < parts; p++) {                                                                              \
+            int64_t end = begin + sizes[p], first = (begin + BLOCK - 1) / BLOCK, last = end / BLOCK;                   \
+            int64_t head = smaller(end, first * BLOCK), tail = larger(head, last * BLOCK);                             \
+            settle_alone_##TYPE(values, begin, head, scales[p], highest, planes, count);                               \
+            PARALLEL                                                                                                   \
+            for (int64_t block = first; block < last; block++)                                                         \
+                for (int row = 0; row < LANES; row += ROWS) {                                                          \
+                    float decided[STRETCH];                                                                            \
+                    TYPE *v = values + block * BLOCK + row * LANES;                                                    \
+                    decide(decided, highest, planes, count, block, row);                                               \
+                    for (int i = 0; i < STRETCH; i++) round_##TYPE(v + i, decided[i] * scales[p]);                     \
+                }                                                                                                      \
+            settle_alone_##TYPE(values, tail, end, scales[p], highest, planes, count);                                 \
+            begin = end;                                                                                               \
+        }                                                                                                              \
+    }
+
+SETTLE(float)
+SETTLE(bfloat16)
 
 #define FIND_BAD(BITS)                                                                                                 \
     static int has_bad_##BITS(const uint##BITS##_t *values, int64_t elements, uint##BITS##_t exponent, int threads) {  \

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..bits.devices import send_to
-from ..bits.dither import WIDTH, vote_bits
+from ..bits.dither import EAGER, WIDTH
 from ..bits.hashing import digest
-from ..bits.packing import BLOCK, LANES, pack_bits, unpack_bits
+from ..bits.native import NATIVE_FROM, load_dither
 from ..wire.conversation import Conversation, run
 from ..wire.exchange import AGGREGATIONS, EXCHANGES, Ballot, Decision, Exchange, make_exchange
 from ..wire.groups import Group, group_size, make_channel, rank_in
@@ -93,11 +93,13 @@ class SignedGradients:
         self.bad_gradients = 0
         self._bad: set[int] = set()
         self._device = parameters[0].device
+        elements = sum(parameter.numel() for parameter in parameters)
+        native = load_dither() if self._device.type == "cpu" and elements >= NATIVE_FROM else None
+        self._passes = native or EAGER
         channel = make_channel(group, self.ledger)
         self._exchange: Exchange | None = None
         if channel is not None:
-            words = sum(parameter.numel() for parameter in parameters) // 32
-            self._exchange = make_exchange(exchange, channel, words, aggregation, "zero", self._device)
+            self._exchange = make_exchange(exchange, channel, elements // 32, aggregation, "zero", self._device)
 
     def vote(self, flat: Tensor, parts: Sequence[tuple[int, int]], absent: Sequence[int] = ()) -> Conversation[Tensor]:
         """Replace the gradients of a bucket by what the workers decide. A conversation of all of them.
@@ -113,7 +115,8 @@ class SignedGradients:
         Raises:
             FloatingPointError: of ``on_bad_gradient``, or all workers would abstain; on all ranks.
         """
-        rms, counted = _rms(flat, [size for _, size in parts]), [0]
+        sizes = [size for _, size in parts]
+        rms, counted = _rms(flat, sizes), [0]
         for place in absent:
             rms[place] = _ABSENT
         everyone = rms.unsqueeze(0)
@@ -124,7 +127,9 @@ class SignedGradients:
             counted = self._voters(everyone, parts)
             return counted
 
-        words = self._pack(flat, parts, rms)
+        seeds = [digest((self.step, self._source_of_noise, index)) & 0x7FFFFFFF for index, _ in parts]
+        widths = WIDTH * rms if self.dither else None
+        words = self._passes.pack(flat, sizes, seeds, widths, self.rank + self.step)
         decision: Decision | None = Decision((words,), 1)
         if self._exchange is None:
             self._voters(everyone, parts)
@@ -134,7 +139,8 @@ class SignedGradients:
         assert decision is not None  # somebody votes, or everybody has raised
         largest = everyone[counted].amax(0)
         factors = largest * 0 + (largest > 0)  # 1; 0 where all are 0; NaN where one is not finite
-        _write(flat, parts, decision, factors if self.scaler is None else factors * self.scaler.get_scale())
+        scales = factors if self.scaler is None else factors * self.scaler.get_scale()
+        self._passes.settle(flat, sizes, scales, decision.highest, decision.planes)
         return (everyone != _ABSENT).any(0)
 
     def end_step(self) -> None:
@@ -168,26 +174,6 @@ class SignedGradients:
             f"the gradient of {self.names[index]} has a NaN or Inf at step {self.step}. Look for a too large learning "
             "rate, a division by zero in the loss, or a batch without targets."
         )
-
-    def _pack(self, flat: Tensor, parts: Sequence[tuple[int, int]], rms: Tensor) -> Tensor:
-        """The votes, int32 ``[W]``; on padding, as on zeros."""
-        padded = -(-len(flat) // BLOCK) * BLOCK
-        bits = torch.empty(padded, dtype=torch.bool, device=flat.device)
-        chunk = _chunk(flat)
-        counting = torch.arange(chunk, dtype=torch.int32, device=flat.device)
-        alternating = (counting & 1) > 0
-        turn = self.rank + self.step
-        for place, first, where in _pieces(parts, chunk):
-            values = flat[where].float()
-            shift, width = (first + turn) & 1, WIDTH * rms[place] if self.dither else None
-            zero_votes = alternating[: len(values)] ^ bool(shift)
-            seed = digest((self.step, self._source_of_noise, parts[place][0])) & 0x7FFFFFFF
-            bits[where] = vote_bits(values, zero_votes, counting[: len(values)] + first, width, seed)
-        bits[len(flat) :] = alternating[: padded - len(flat)] ^ bool(turn & 1)
-        words = torch.empty(padded // 32, dtype=torch.int32, device=flat.device)
-        for some, out in zip(bits.split(chunk), words.split(chunk // 32), strict=True):
-            pack_bits(some.view(-1, LANES, LANES), out.view(-1, LANES))
-        return words
 
 
 class VirtualGradients:
@@ -315,11 +301,6 @@ def in_buckets(indices: Iterable[int], tensors: Sequence[Tensor]) -> Iterator[li
         yield bucket
 
 
-def _chunk(tensor: Tensor) -> int:
-    """Elements that are worked on at once: what stays in a CPU's cache, or what keeps a GPU busy."""
-    return BLOCK * (128 if tensor.device.type == "cpu" else 4096)
-
-
 def _rms(flat: Tensor, sizes: Sequence[int]) -> Tensor:
     """Of each part, float32; NaN or Inf if it has one."""
     norms = [
@@ -329,37 +310,3 @@ def _rms(flat: Tensor, sizes: Sequence[int]) -> Tensor:
         for part in flat.split(list(sizes))
     ]
     return torch.stack(norms) / send_to(flat.device, [max(size, 1) ** 0.5 for size in sizes], torch.float32)
-
-
-def _pieces(parts: Sequence[tuple[int, int]], chunk: int) -> Iterator[tuple[int, int, slice]]:
-    """The parts of a bucket cut where its chunks end: place of the part, first element in it, place in the bucket."""
-    begin = 0
-    for place, (_, size) in enumerate(parts):
-        end = begin + size
-        start = begin
-        while start < end:
-            stop = min(end, (start // chunk + 1) * chunk)
-            yield place, start - begin, slice(start, stop)
-            start = stop
-        begin = end
-
-
-def _write(flat: Tensor, parts: Sequence[tuple[int, int]], decision: Decision, scales: Tensor) -> None:
-    """Put a decision, times the scale of each part, into a bucket."""
-    chunk = _chunk(flat)
-    chunks = [plane.split(chunk // 32) for plane in decision.planes]
-    levels, current = flat, -1
-    for place, _, where in _pieces(parts, chunk):
-        if where.start // chunk != current:
-            current = where.start // chunk
-            levels = _levels([plane[current] for plane in chunks], decision.highest)
-        offset = current * chunk
-        flat[where] = levels[where.start - offset : where.stop - offset] * scales[place]
-
-
-def _levels(planes: Sequence[Tensor], highest: int) -> Tensor:
-    """(2c - n) / n of each element, float32."""
-    counted = unpack_bits(planes[0].view(-1, LANES)).float()
-    for bit, plane in enumerate(planes[1:], 1):
-        counted.add_(unpack_bits(plane.view(-1, LANES)), alpha=1 << bit)
-    return counted.mul_(2).sub_(highest).div_(highest).flatten()

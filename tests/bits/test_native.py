@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_dlion.bits import counting
+from hf_dlion.bits import counting, dither
 from hf_dlion.bits.counting import RULES
 from hf_dlion.bits.kernels import EAGER, Kernels
-from hf_dlion.bits.native import _compiled, load_count, load_find_bad, load_passes
+from hf_dlion.bits.native import _compiled, load_count, load_dither, load_find_bad, load_passes
 
 HYPER = torch.tensor([0.9, 1 - 0.9, 0.99, 1 - 0.99, 3e-3, 0.1])
 OTHER = torch.tensor([0.8, 1 - 0.8, 0.95, 1 - 0.95, 1e-3, 0.0])
@@ -62,7 +62,7 @@ def split(*tensors: Tensor) -> list[list[Tensor]]:
 
 def same(one: Tensor, other: Tensor) -> bool:
     """Bit for bit, signs of zeros included."""
-    kind = torch.int32 if one.element_size() == 4 else torch.int16
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
     return torch.equal(one.view(kind), other.view(kind))
 
 
@@ -169,6 +169,49 @@ def test_counting(voters: int, rule: str) -> None:
             assert (ours.unanimous, ours.ties) == (int(eager.unanimous), int(eager.ties))
             assert words < 300 or voters == 1 or 0 < ours.unanimous < 32 * len(sample)
             assert (ours.ties > 0) == (voters % 2 == 0 and words >= 300)
+
+
+SIZES = [5, 0, 1019, 1024, 3000, 33, 131072, 2047, 7 * 1024 + 1]
+"""Of parameters in a bucket: within a block, empty, of whole blocks, over edges of several; the last one is padded."""
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("noisy", [True, False])
+@pytest.mark.parametrize("turn", [6, 7])
+def test_votes_on_gradients(dtype: torch.dtype, noisy: bool, turn: int) -> None:
+    native = load_dither()
+    assert native is not None
+    flat = drawn(sum(SIZES), seed=9).clamp(-6e4, 6e4).to(dtype)
+    flat[::4001] = float("nan")
+    widths = torch.tensor([1e-3, 0.0, 1.0, float("nan"), 1e3, -2.0, 2.0, float("inf"), 30.0]) if noisy else None
+    seeds = [2**31 - 1 - 12345 * part for part in range(len(SIZES))]
+    given = flat, SIZES, seeds, widths, turn
+    one, other = dither.EAGER.pack(*given), native.pack(*given)
+    assert same(one, other)
+    assert (one == dither.EAGER.pack(*given[:-1], turn + 1)).sum() < len(one) / 10
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("highest", [1, 2, 3, 4, 7, 8, 11])
+def test_decisions_as_gradients(dtype: torch.dtype, highest: int) -> None:
+    native = load_dither()
+    assert native is not None
+    blocks = -(-sum(SIZES) // 1024)
+    levels = torch.randint(highest + 1, (blocks, 32, 32), generator=torch.Generator().manual_seed(10))
+    rows = torch.arange(32).view(1, 32, 1)
+    planes = [((levels >> p & 1) << rows).sum(1).to(torch.int32).flatten() for p in range(highest.bit_length())]
+    scales = torch.tensor([1.0, 1.0, 0.0, 1 / 3, 65536.0, 1.7, 0.3, float("nan"), 3.0])
+    one, other = (torch.zeros(sum(SIZES), dtype=dtype) for _ in range(2))
+    dither.EAGER.settle(one, SIZES, scales, highest, planes)
+    native.settle(other, SIZES, scales, highest, planes)
+    assert torch.equal(one.isnan(), other.isnan())
+    assert same(one.nan_to_num(nan=7.0), other.nan_to_num(nan=7.0))
+    expected = (2 * levels.flatten()[: sum(SIZES)] - highest).float() / highest
+    first, last = slice(0, 5), slice(-SIZES[-1], None)
+    assert torch.equal(one[first], expected[first].to(dtype))
+    assert torch.equal(one[last], (expected[last] * 3).to(dtype))
 
 
 @pytest.mark.usefixtures("threads")
