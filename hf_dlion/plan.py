@@ -29,6 +29,8 @@ AS_GOOD_AS_ADAMW = ("dmuon_mavo", "dmuon_avg", "dmuon_averages", "ddp_fp32", "dd
 ORTHOGONAL = 3.2
 # In three steps: 0.6 of that by the operations. CPUs that multiply bfloat16 take 0.32 to 0.39 (model_cards/orthogonal).
 IN_THREE_STEPS = 0.6
+# Elements of both factors of rank 1, over those of a matrix: so many over its smaller side, 1 to 2 by its shape.
+FACTORS = 1.33
 VOCABULARY = 50257  # of a model of which only the number of parameters is given
 
 SUMMARY = "Predict the time and the bytes of a training step, for votes and for DDP."
@@ -45,6 +47,7 @@ class Traffic:
         sent_bytes: by each worker.
         buckets: in how many conversations, one after the other.
         rounds: how often each of them waits for the network.
+        early: whether buckets leave during backward.
         late_bytes: of those sent, the ones that leave after backward in any case.
         late_buckets: their conversations.
     """
@@ -52,6 +55,7 @@ class Traffic:
     sent_bytes: float
     buckets: int
     rounds: int
+    early: bool = False
     late_bytes: float = 0.0
     late_buckets: int = 0
 
@@ -63,7 +67,7 @@ class Method:
     Attributes:
         name: as ``optim=`` takes it; ``dmuon_averages`` stands for dmuon_mavo with ``muon_rest="average"``,
             ``dmuon_three_steps`` for it with ``muon_ns_steps=3``, ``gradient_votes`` for votes with AdamW behind them,
-            ``ddp_`` for DDP.
+            ``ddp_`` for DDP, ``ddp_powersgd`` with PowerSGD of rank 4, in one bucket.
         memory: bytes that its local work moves through memory, per parameter: what its measured time is at the rate of
             a copy; first those of every step, then those per bit that is sent.
         aggregation: of what votes; None for DDP.
@@ -73,6 +77,7 @@ class Method:
         every: steps from one vote to the next.
         hook: whether a hook of DDP sends, during backward everywhere; others do so on CPUs.
         averages_rest: whether what is no hidden matrix is averaged in 32 bits, in place of votes.
+        rank: of the factors that are averaged in place of gradients, after backward; 0 for none.
     """
 
     name: str
@@ -84,6 +89,7 @@ class Method:
     every: int = 1
     hook: bool = False
     averages_rest: bool = False
+    rank: int = 0
 
 
 # Fitted to model_cards/network, at the rate of a copy measured there; update included.
@@ -97,10 +103,11 @@ METHODS = (
     Method("dmuon_averages", _VOTE, "mavo", "alternate", orthogonal=1.0, averages_rest=True),
     Method("dlion_mavo", _VOTE, "mavo"),
     Method("dlion_avg", _VOTE, "avg"),
-    # AdamW, the exchange, and the hook's own 8 ns a parameter, timed once on the same machine.
-    Method("gradient_votes", (200.0, 24.0), "avg", hook=True),
+    # AdamW, the exchange, and the hook's own passes, 0.8 ns a parameter, timed once on the same machine.
+    Method("gradient_votes", (60.0, 24.0), "avg", hook=True),
     Method("ddp_fp32", (ALONE, OF_AVERAGES), bytes_sent=4, hook=True),
     Method("ddp_bf16", (ALONE, 5.5), bytes_sent=2, hook=True),
+    Method("ddp_powersgd", (270.0, OF_AVERAGES), bytes_sent=4, rank=4),
 )
 
 
@@ -123,6 +130,7 @@ class Setting:
         orthogonal: what orthogonalising adds, as a share of ``compute``.
         gpu: whether the models are on GPUs.
         hidden: the share of the parameters that are hidden matrices.
+        side: the smaller side of the hidden matrices, in the mean.
     """
 
     parameters: float
@@ -134,6 +142,7 @@ class Setting:
     orthogonal: float = 0.0
     gpu: bool = False
     hidden: float = 1.0
+    side: float = 256.0
 
 
 @dataclass(frozen=True)
@@ -159,22 +168,26 @@ class Prediction:
     bits_per_parameter: float
 
 
-def traffic(method: Method, parameters: float, workers: int, hidden: float = 1.0) -> Traffic:
-    """What it sends in a step with an exchange; ``hidden`` as of :class:`Setting`."""
+def traffic(method: Method, setting: Setting) -> Traffic:
+    """What it sends in a step with an exchange."""
     from .bits.packing import BLOCK
     from .optim.averages import BUCKET
     from .optim.displacements import SCALED
-    from .optim.layout import MAX_BUCKET_BLOCKS
+    from .optim.layout import blocks_a_bucket, fills_several
     from .optim.overlap import BUCKETS
     from .wire.exchange import GatherExchange, ShardedExchange, highest_level
 
+    parameters, workers = setting.parameters, setting.workers
     if workers == 1:
         return Traffic(0, 1, 0)
     ring = 2 * (workers - 1)
+    if method.rank:
+        factors = ring / workers * method.bytes_sent * parameters * min(1.0, method.rank * FACTORS / setting.side)
+        return Traffic(factors, 1, 2 * ring, late_bytes=factors, late_buckets=2)
     if method.aggregation is None:
         of_parameters = method.bytes_sent * parameters
-        return Traffic(ring / workers * of_parameters, math.ceil(4 * parameters / DDP_BUCKET), ring)
-    voted = parameters * hidden if method.averages_rest else parameters
+        return Traffic(ring / workers * of_parameters, math.ceil(4 * parameters / DDP_BUCKET), ring, early=True)
+    voted = parameters * setting.hidden if method.averages_rest else parameters
     words = math.ceil(voted / BLOCK) * BLOCK // 32
     planes = highest_level(method.aggregation, method.tie, workers).bit_length()
     sent = {kind: kind.words_sent(words, workers, planes) for kind in (GatherExchange, ShardedExchange)}
@@ -185,8 +198,12 @@ def traffic(method: Method, parameters: float, workers: int, hidden: float = 1.0
         return Traffic(4 * sent[kind] + ring / workers * scales, math.ceil(parameters / BUCKET), rounds + ring)
     averages = ring / workers * 4 * (parameters - voted)
     late = math.ceil((parameters - voted) / BUCKET)
-    fewest = math.ceil(voted / BLOCK / MAX_BUCKET_BLOCKS)
-    return Traffic(4 * sent[kind] + averages, max(BUCKETS, fewest), rounds, averages, late)
+    early = method.hook or (not setting.gpu and fills_several(math.ceil(voted)))
+    blocks = math.ceil(voted / BLOCK)
+    buckets = math.ceil(blocks / blocks_a_bucket(blocks, BUCKETS if early else kind.buckets, setting.gpu))
+    if method.hook:
+        buckets = math.ceil(4 * parameters / DDP_BUCKET)
+    return Traffic(4 * sent[kind] + averages, buckets, rounds, early, averages, late)
 
 
 def predict(method: Method, setting: Setting) -> Prediction:
@@ -196,7 +213,7 @@ def predict(method: Method, setting: Setting) -> Prediction:
     not so for local steps, for averages beside votes, nor, on GPUs, for votes that no hook sends. Half of the rest
     hides behind the local work, or the other way round, where there are several buckets.
     """
-    sent = traffic(method, setting.parameters, setting.workers, setting.hidden)
+    sent = traffic(method, setting)
     sent_bytes = sent.sent_bytes / method.every
     fixed, of_bits = method.memory
     of_votes = 8 * (sent_bytes - sent.late_bytes) * of_bits
@@ -206,7 +223,7 @@ def predict(method: Method, setting: Setting) -> Prediction:
     early = FRAMES * 8 * (sent_bytes - sent.late_bytes) / setting.link
     early += sent.buckets * sent.rounds / method.every * setting.latency
     shown = early
-    if method.every == 1 and (method.hook or not setting.gpu):
+    if sent.early:
         last = 1 / sent.buckets
         shown = max(last * early, early - (1 - last) * BACKWARD * setting.compute)
     shown += late
@@ -320,7 +337,8 @@ def measured_bandwidth() -> float:
 def report(setting: Setting, every: int) -> dict[str, Any]:
     """The setting, the predictions, the fastest first, and which method to take."""
     predictions, local = [predict(method, setting) for method in METHODS], predict(local_steps(every), setting)
-    name, why = recommend(predictions, local)
+    # Nobody has compared here how PowerSGD trains.
+    name, why = recommend([one for one in predictions if one.method != "ddp_powersgd"], local)
     ordered = sorted([*predictions, local], key=lambda one: one.step_seconds)
     return {"setting": asdict(setting), "predictions": [asdict(one) for one in ordered], "take": name, "why": why}
 
@@ -378,6 +396,7 @@ def run(options: argparse.Namespace) -> int:
         orthogonal=ORTHOGONAL * side / options.tokens,
         gpu=options.gpu,
         hidden=hidden,
+        side=max(side / max(hidden, 1e-9), 1.0),
     )
     found = report(setting, options.local_steps)
     sys.stdout.write((json.dumps(found, indent=1) if options.json else table(found)) + "\n")

@@ -6,7 +6,7 @@ from typing import Any
 
 from hf_dlion.bits.kernels import Kernels
 from hf_dlion.bits.native import load_passes
-from hf_dlion.optim import bad_gradients, dlion
+from hf_dlion.optim import bad_gradients, dlion, signed_gradients
 from hf_dlion.wire import exchange
 
 KINDS = ("eager", "native", "launched")
@@ -23,5 +23,5 @@ def use_kernels(kind: str) -> None:
         return found
 
     dlion.make_kernels = chosen
-    bad_gradients.NATIVE_FROM = 0 if kind == "native" else 1 << 62
+    bad_gradients.NATIVE_FROM = signed_gradients.NATIVE_FROM = 0 if kind == "native" else 1 << 62
     dlion.can_launch = exchange.can_launch = bad_gradients.can_launch = lambda device: kind == "launched"

@@ -16,6 +16,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_dlion import DistributedLion, keep_gradients_local, vote_gradients
+from hf_dlion.bits.dither import EAGER
 from hf_dlion.bits.hashing import digest
 from hf_dlion.bits.native import NATIVE_FROM
 from hf_dlion.gradient_votes import VotedGradients
@@ -141,6 +142,7 @@ def vote(rank: int, settings: list[tuple[str, bool, str, torch.dtype, int]]) -> 
         module = DistributedDataParallel(model, find_unused_parameters=True, bucket_cap_mb=0.02)
         votes = vote_gradients(module, aggregation, dither=dither, exchange=exchange)
         assert votes is not None
+        assert (votes._passes is not EAGER) == (native_from == 0)
         for step in range(STEPS):
             module(gradients(rank, step, dtype)).backward()
             assert same(model, expected(workers, step, aggregation, dither, dtype)), (
@@ -178,6 +180,20 @@ def test_gradients_are_what_the_signs_decide(workers: int) -> None:
         for step, model in enumerate(models):
             assert same(model, expected(list(range(workers)), step, aggregation, True, torch.float32))
         assert votes.members[0].ledger.steps == STEPS
+
+
+def test_a_bucket_without_elements_is_passed_over() -> None:
+    empty, held = torch.nn.Parameter(torch.zeros(0, 3)), torch.nn.Parameter(torch.zeros(30, dtype=torch.float64))
+    votes = VirtualGradients(iter([("empty", empty), ("held", held)]), 2)  # of two dtypes: each a bucket
+    for rank in range(2):
+        for parameter in (empty, held):
+            parameter.grad = torch.ones_like(parameter)
+        votes.take_turn(rank)
+    votes.decide()
+    assert empty.grad is not None
+    assert empty.grad.shape == (0, 3)
+    assert held.grad is not None
+    assert held.grad.abs().max() == 1
 
 
 def steps_of_adamw(rank: int, folder: str) -> list[torch.Tensor]:

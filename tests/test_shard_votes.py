@@ -87,6 +87,7 @@ def follow(rank: int, replicas: int, settings: list[tuple[str, bool, str]]) -> l
 
     gradient_buckets.ShardedBuckets.arrive = noting  # type: ignore[method-assign]
     for number, (aggregation, dither, exchange) in enumerate(settings):
+        signed_gradients.NATIVE_FROM = 0 if number % 4 < 2 else 1 << 62
         policy = CAST if number % 2 else WIDE
         plain, model = sharded(mesh, policy), sharded(mesh, policy)
         with torch.no_grad():

@@ -34,8 +34,8 @@ LOOKS = {
     "ddp_fp16": ("v", "C1"),
     "ddp_powersgd": ("D", "C2"),
     "dmuon_mavo": ("P", "C4"),
-    "dmuon_three_steps": ("p", "C4"),
-    "dmuon_averages": ("d", "C4"),
+    "dmuon_three_steps": ("p", "navy"),
+    "dmuon_averages": ("d", "black"),
     "dmuon_avg": ("H", "C8"),
     "gradient_votes": ("<", "C7"),
     "dlion_mavo_after": ("x", "C0"),
@@ -74,7 +74,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
     rates = sorted({r["rate"] for r in report["results"]}, key=bits_per_second)
     top = 10 * max([bits_per_second(rate) for rate in rates if rate != UNLIMITED], default=1e9)
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     for method, (marker, color) in LOOKS.items():
         points = [r for r in report["results"] if r["method"] == method]
         limited = [r for r in points if r["rate"] != UNLIMITED]
@@ -90,6 +90,6 @@ def plot(report: dict[str, Any], path: Path) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    axes.set_title(f"{title(report)} (bars: min to max)")
+    figure.legend(loc="outside right center")
+    figure.suptitle(f"{title(report)} (bars: min to max)")
     figure.savefig(path, dpi=110)

@@ -6,8 +6,9 @@ Each worker has one thread, and gradients of its own for the parameters of a GPT
 or 100 M. Optimizers take turns, each on parameters of its own: fused AdamW, `dlion_mavo`, and the same as in a Trainer,
 which finds the norm of the gradients, so that they need not be read to see whether they are finite. The processor time
 of a `step()` is that of the whole process, with the threads that send and receive; and that of the calling thread
-alone, which is the local work. Memory is what a step adds to the resident set at its peak (Linux only). Writes
-`results.json`, with every time.
+alone, which is the local work. Memory is what a step adds to the resident set at its peak (Linux only). Passes are
+those in C over a single tensor, each against a copy of as much memory, both workers at once. Writes `results.json`,
+with every time.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from hf_dlion import DistributedLion
+from hf_dlion import DistributedLion, DistributedMuon
+from hf_dlion.bits.native import load_dither, load_find_bad, load_passes
+from hf_dlion.bits.packing import BLOCK, LANES
 
 from .machine import machine
 from .shapes import gpt2_shapes
@@ -37,6 +40,7 @@ SIZES: dict[str, list[tuple[int, ...]]] = {
     "16.8 M": [(1 << 24,)],
     "100 M": [(100_000_000,)],
 }
+SIZES_OF_DMUON = {"9.2 M": SIZES["9.2 M"], "46.8 M": gpt2_shapes(512, 12, 16384)}
 CLOCKS = {"process": time.process_time, "calling_thread": time.thread_time}
 
 
@@ -60,7 +64,7 @@ def processor_times(shapes: list[tuple[int, ...]], steps: int) -> dict[str, dict
         for name, optimizer in optimizers.items():
             if optimizer is in_trainer:
                 gradients = [parameter.grad for parameter in in_trainer.param_groups[0]["params"]]
-                in_trainer.agreement.note_norm(gradients, torch.ones(()))
+                in_trainer.agreement.known_finite.note_norm(gradients, torch.ones(()))
             dist.barrier()
             starts = {clock: read() for clock, read in CLOCKS.items()}
             optimizer.step()
@@ -70,17 +74,58 @@ def processor_times(shapes: list[tuple[int, ...]], steps: int) -> dict[str, dict
     return times
 
 
-def peak_mebibytes(shapes: list[tuple[int, ...]]) -> float | None:
+def dmuon(shapes: list[tuple[int, ...]]) -> DistributedMuon:
+    """Of a GPT-2's parameters, the first two of which are its embeddings."""
+    made = parameters(shapes)
+    hidden = [parameter for parameter in made[2:] if parameter.dim() == 2]
+    rest = made[:2] + [parameter for parameter in made[2:] if parameter.dim() < 2]
+    return DistributedMuon([{"params": hidden, "orthogonal": True}, {"params": rest, "orthogonal": False}])
+
+
+def peak_mebibytes(optimizer: torch.optim.Optimizer) -> float | None:
     """What the second step adds to the resident set at its peak; None where the kernel does not tell."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not reset.exists():
         return None
-    optimizer = DistributedLion(parameters(shapes))
     optimizer.step()
     reset.write_text("5")
     resident = kibibytes(status, "VmRSS")
     optimizer.step()
     return (kibibytes(status, "VmHWM") - resident) / 1024
+
+
+def pass_seconds(elements: int, turns: int) -> dict[str, dict[str, Any]]:
+    """Of each pass in C and of a copy: the bytes that it reads and writes a parameter, and seconds, in turns."""
+    passes, dither, find_bad = load_passes(), load_dither(), load_find_bad()
+    assert passes is not None
+    assert dither is not None
+    assert find_bad is not None
+    shape = (elements // BLOCK, LANES, LANES)
+    parameter, gradient, momentum = (torch.randn(shape) for _ in range(3))
+    flat, parts = gradient.flatten(), [gradient.numel()]
+    words, rows = torch.zeros(shape[:2], dtype=torch.int32), [slice(0, shape[0])]
+    hyper, zero_votes = torch.tensor([0.9, 0.1, 0.99, 0.01, 1e-4, 0.1]), torch.arange(LANES) % 2 == 0
+    seed, one = torch.ones(1, dtype=torch.int32), torch.ones(1)
+    lists = [gradient], [momentum], [hyper], zero_votes, words, rows
+    calls: dict[str, tuple[float, Any]] = {
+        "copy": (8, lambda: parameter.copy_(gradient)),
+        "check": (4, lambda: find_bad([gradient])),
+        "vote": (12.125, lambda: passes.vote(*lists)),
+        "early_vote": (8.125, lambda: passes.peek(*lists)),
+        "momentum": (12, lambda: passes.move(flat, momentum.view(-1), hyper)),
+        "update": (8.125, lambda: passes.apply([parameter], [hyper], [seed], [None], 1, [words], rows)),
+        "gradient_vote": (4.125, lambda: dither.pack(flat, parts, [1], one, 0)),
+        "voted_gradient": (4.125, lambda: dither.settle(flat, parts, one, 1, [words])),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(WARMUP_STEPS + turns):
+        for name, (_, call) in calls.items():
+            dist.barrier()
+            start = time.perf_counter()
+            call()
+            if turn >= WARMUP_STEPS:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: {"bytes_a_parameter": moved, "seconds": seconds[name]} for name, (moved, _) in calls.items()}
 
 
 def kibibytes(status: Path, key: str) -> int:
@@ -92,9 +137,14 @@ def work(rank: int, folder: str, workers: int, steps: int) -> None:
     torch.manual_seed(rank)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=workers)
     found: dict[str, Any] = {
-        size: {"processor_seconds": processor_times(shapes, steps), "peak_mebibytes": peak_mebibytes(shapes)}
+        size: {
+            "processor_seconds": processor_times(shapes, steps),
+            "peak_mebibytes": peak_mebibytes(DistributedLion(parameters(shapes))),
+        }
         for size, shapes in SIZES.items()
     }
+    found["peak_mebibytes_of_dmuon"] = {size: peak_mebibytes(dmuon(shapes)) for size, shapes in SIZES_OF_DMUON.items()}
+    found["16.8 M"]["passes"] = pass_seconds(1 << 24, steps)
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
@@ -119,6 +169,8 @@ def main() -> None:
     for size in SIZES:
         for rank, found in enumerate(ranks):
             print(f"{size}, rank {rank}: {describe(found[size])}")
+    for rank, found in enumerate(ranks):
+        print(f"dmuon_mavo, rank {rank}: peak memory in MiB {found['peak_mebibytes_of_dmuon']}")
 
 
 def describe(found: dict[str, Any]) -> str:
@@ -129,6 +181,12 @@ def describe(found: dict[str, Any]) -> str:
             pairs = zip(times["adamw_fused"], times[name], strict=True)
             lower, median, upper = statistics.quantiles([own / adamw for adamw, own in pairs], n=4)
             words.append(f"{clock} {name} {median:.2f} times fused AdamW (quartiles {lower:.2f} to {upper:.2f})")
+    passes = found.get("passes", {})
+    for name, one in passes.items():
+        pairs = zip(passes["copy"]["seconds"], one["seconds"], strict=True)
+        worth = one["bytes_a_parameter"] / passes["copy"]["bytes_a_parameter"]
+        share = statistics.median(copy * worth / own for copy, own in pairs)
+        words.append(f"{name} at {100 * share:.0f} % of the rate of a copy")
     peak = found["peak_mebibytes"]
     return ", ".join([*words, "peak memory unknown" if peak is None else f"peak memory {peak:.1f} MiB"])
 

@@ -25,6 +25,7 @@ from hf_dlion import (
     vote_gradients,
 )
 from hf_dlion.plan import measured_bandwidth
+from hf_dlion.wire.ledger import Ledger
 
 from .network_report import ALONE, STREAMED
 from .shapes import gpt2_shapes
@@ -90,6 +91,7 @@ class Contender:
         else:
             model = linear_model(gpt2_shapes(options.hidden, options.layers, options.vocab), options.seed + 1 + rank)
         self.interface: str | None = options.interface
+        self.ledger: Ledger | None = None
         self.optimizer: torch.optim.Optimizer
         local = method.startswith("local_")
         self.round = int(method.removeprefix("local_").removesuffix(STREAMED)) if local else 1
@@ -102,7 +104,7 @@ class Contender:
         # of another on some ranks only, and the run breaks: so it gets all gradients in one.
         bucket_mb = 2**14 if method == "ddp_powersgd" else None
         # The view spares DDP a copy of the gradients each way: the baseline at its best.
-        self.model = torch.nn.parallel.DistributedDataParallel(
+        self.model = ddp = torch.nn.parallel.DistributedDataParallel(
             model, process_group=group, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb
         )
         if method in VOTES:
@@ -118,17 +120,7 @@ class Contender:
             self.optimizer = LocalSteps(
                 self.optimizer, every=self.round, fragments=fragments, delay=delay, process_group=group
             )
-        self._send_gradients(method, group)
-
-    def _send_gradients(self, method: str, group: torch.distributed.ProcessGroup) -> None:
-        """By a hook of DDP in place of its averages in float32, if that is the method."""
-        if method == "gradient_votes":
-            vote_gradients(self.model)
-        elif method == "ddp_fp16":
-            self.model.register_comm_hook(group, default_hooks.fp16_compress_hook)
-        elif method == "ddp_powersgd":
-            state = powerSGD_hook.PowerSGDState(group, matrix_approximation_rank=4, start_powerSGD_iter=2)
-            self.model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+        self.ledger = send_gradients(ddp, method, group)
 
     def bandwidth(self) -> float:
         """Bytes a second that a copy reads and writes."""
@@ -162,9 +154,23 @@ class Contender:
         if self.interface:
             counter = Path("/sys/class/net", self.interface, "statistics/tx_bytes")
             counts["interface"] = int(counter.read_text()) / self.round
-        if hasattr(self.optimizer, "ledger"):
-            counts["ledger"] = self.optimizer.ledger.sent_bytes / self.round
+        ledger = getattr(self.optimizer, "ledger", self.ledger)
+        if ledger is not None:
+            counts["ledger"] = ledger.sent_bytes / self.round
         return counts
+
+
+def send_gradients(ddp: Any, method: str, group: torch.distributed.ProcessGroup) -> Ledger | None:
+    """By a hook of DDP in place of its averages in float32, if that is the method. Returns the ledger of votes."""
+    if method == "gradient_votes":
+        votes = vote_gradients(ddp)
+        return None if votes is None else votes.ledger
+    if method == "ddp_fp16":
+        ddp.register_comm_hook(group, default_hooks.fp16_compress_hook)
+    elif method == "ddp_powersgd":
+        state = powerSGD_hook.PowerSGDState(group, matrix_approximation_rank=4, start_powerSGD_iter=2)
+        ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    return None
 
 
 def work(rank: int, channel: Connection) -> None:

@@ -91,8 +91,8 @@ def _library() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
         logger.warning(
-            "the optimizer steps in eager mode, which is several times slower: its passes in C could not be compiled. "
-            "A C compiler (gcc, clang) on the path, or named by CC, makes it work. The cause: %s",
+            "votes are made and applied in eager mode, which is several times slower: the passes in C could not be "
+            "compiled. A C compiler (gcc, clang) on the path, or named by CC, makes it work. The cause: %s",
             said,
         )
         return None
@@ -252,10 +252,11 @@ def _pack_dithered(
     library: Any, flat: Tensor, sizes: Sequence[int], seeds: Sequence[int], widths: Tensor | None, turn: int
 ) -> Tensor:
     kind = _NAMES.get(flat.dtype)
-    if kind is None or not flat.is_contiguous():
+    if kind is None or flat.device.type != "cpu" or not flat.is_contiguous():
         return dither.pack(flat, sizes, seeds, widths, turn)
-    words = torch.zeros(-(-len(flat) // BLOCK) * 32, dtype=torch.int32)
-    noise = (ctypes.c_uint32 * len(seeds))(*seeds), torch.zeros(len(sizes)) if widths is None else widths.contiguous()
+    words = flat.new_zeros(-(-len(flat) // BLOCK) * 32, dtype=torch.int32)
+    given = flat.new_zeros(len(sizes), dtype=torch.float32) if widths is None else widths.contiguous()
+    noise = (ctypes.c_uint32 * len(seeds))(*seeds), given
     function, threads = getattr(library, f"dither_{kind}"), torch.get_num_threads()
     _call(function, flat, _numbers(sizes), *noise, len(sizes), turn & 1, words, threads)
     return words
@@ -265,7 +266,8 @@ def _settle(
     library: Any, flat: Tensor, sizes: Sequence[int], scales: Tensor, highest: int, planes: Sequence[Tensor]
 ) -> None:
     kind = _NAMES.get(flat.dtype)
-    if kind is None or highest > _MOST_VOTERS or not all(one.is_contiguous() for one in (flat, *planes)):
+    known = kind is not None and flat.device.type == "cpu" and highest <= _MOST_VOTERS
+    if not known or not all(one.is_contiguous() for one in (flat, *planes)):
         dither.settle(flat, sizes, scales, highest, planes)
         return
     decision = highest, _pointers(planes), len(planes)

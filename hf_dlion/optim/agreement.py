@@ -10,8 +10,7 @@ import logging
 import operator
 import os
 import struct
-import weakref
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -22,9 +21,8 @@ from torch import Tensor
 from ..bits.hashing import checksum, digest
 from ..wire.collectives import Channel
 from ..wire.shards import Shards
-from .bad_gradients import first_bad_gradient, verdict_on
+from .bad_gradients import KnownFinite, first_bad_gradient, verdict_on
 from .replica import Replica
-from .tensors import local
 
 logger = logging.getLogger(__name__)
 
@@ -140,8 +138,7 @@ class Agreement:
         handshake_done: whether the workers have found that they fit together; not so before the first step.
         bad_gradients: workers left out of a step for a bad gradient, over all steps.
         scaled: whether a gradient scaler calls, which handles overflows itself.
-        good: indices of gradients of the next step that are known to be finite.
-        hears_of_norms: whether the last step knew the norm of gradients by :meth:`note_norm`.
+        known_finite: gradients of the next step that need no look.
         voting: the ranks whose votes count in this step.
         absent: indices of the parameters that no worker whose vote counts has a gradient for, in this step. They are
             left alone, as torch's optimizers do.
@@ -153,9 +150,7 @@ class Agreement:
         self.handshake_done = False
         self.bad_gradients = 0
         self.scaled = False
-        self.good: Container[int] = ()
-        self.hears_of_norms = False
-        self._normed: tuple[Tensor, list[tuple[weakref.ref[Tensor], int]]] | None = None
+        self.known_finite = KnownFinite()
         self.absent: frozenset[int] = frozenset()
         self._comparing_gradients = True
         self._overflows = 0
@@ -165,21 +160,6 @@ class Agreement:
     def options(self) -> dict[str, Any]:
         """What must be the same on all ranks."""
         return {"on_bad_gradient": self.on_bad_gradient, "check_replicas_steps": self.check_replicas_steps}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_normed": None}
-
-    def note_norm(self, gradients: Iterable[Tensor], norm: Tensor) -> None:
-        """The norm of some gradients is known. If it is finite, the next step reads again only those that have changed.
-
-        Collectives, ``.data`` and numpy change them unseen. Shards are always read: torch does not count all changes.
-
-        Args:
-            gradients: those.
-            norm: of all of them together.
-        """
-        whole = [gradient for gradient in gradients if local(gradient) is gradient]
-        self._normed = norm.isfinite(), [(weakref.ref(gradient), gradient._version) for gradient in whole]
 
     def own_gradients(
         self,
@@ -205,17 +185,15 @@ class Agreement:
             The gradients; the index of the first bad one, -1 if there is none; and the verdict of ``StepInputs``.
         """
         self.scaled = found_inf is not None
-        good, self.good = self.good, ()
         if defer and not self.scaled and self.handshake_done and not self._comparing_gradients:
-            normed, finite = self._take_norm()
-            covered = all(gradient is None or id(gradient) in normed for gradient in gradients)
-            return gradients, -1, verdict_on(gradients, replica.parameters[0].device, finite if covered else None)
+            device = replica.parameters[0].device
+            return gradients, -1, verdict_on(gradients, device, self.known_finite.take_verdict(gradients))
         present = [gradient for gradient in gradients if gradient is not None]
         if scale is not None:
-            good = ()
+            self.known_finite.good = ()
             if present:
                 torch._foreach_div_(present, scale.to(present[0].device))
-        bad = first_bad_gradient(self._doubtful(gradients, good))
+        bad = first_bad_gradient(self.known_finite.take_doubtful(gradients))
         if bad < 0 and found_inf is not None and bool(found_inf):
             bad = 0  # something else, clipping by value say, has made finite what the scaler found to be infinite
         if replica.shards is not None:
@@ -224,21 +202,6 @@ class Agreement:
             return gradients, bad, None
         self._warn(rank, replica, bad)
         return [None] * len(gradients), bad, None
-
-    def _doubtful(self, gradients: Sequence[Tensor | None], good: Container[int]) -> list[Tensor | None]:
-        """Those that are not known to be finite; None in place of the others."""
-        normed, finite = self._take_norm()
-        if finite is None or not bool(finite):
-            normed = frozenset()
-        return [None if i in good or id(gradient) in normed else gradient for i, gradient in enumerate(gradients)]
-
-    def _take_norm(self) -> tuple[frozenset[int], Tensor | None]:
-        """The ids of the gradients that are as they were when their norm was found, and whether it is finite."""
-        found, self._normed = self._normed, None
-        finite, gradients = found or (None, [])
-        self.hears_of_norms = bool(gradients)
-        same = ((ref(), version) for ref, version in gradients)
-        return frozenset(id(g) for g, version in same if g is not None and g._version == version), finite
 
     def settled(self, judged: Judged, replica: Replica, rank: int) -> Judged:
         """As :meth:`own_gradients` without ``defer``, of what it has returned with it."""

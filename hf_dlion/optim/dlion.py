@@ -250,7 +250,7 @@ class DistributedLion(WorkersOptimizer):
     @override
     def _take_part(self, gradients: list[Tensor | None], *scaler: Tensor | None) -> None:
         if self._early is not None:
-            self.agreement.good = self._early.good_gradients()
+            self.agreement.known_finite.good = self._early.good_gradients()
         super()._take_part(gradients, *scaler)
 
     @override

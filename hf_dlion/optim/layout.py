@@ -140,8 +140,7 @@ def make_buckets(
     buckets = [Bucket()]
     blocks = sum(-(-parameter.numel() // BLOCK) for members in groups for _, parameter in members)
     on_gpu = any(parameter.device.type == "cuda" for members in groups for _, parameter in members)
-    most = MAX_BUCKET_BLOCKS * (GPU_BUCKETS if on_gpu else 1)
-    limit = min(max(-(-blocks // count), MIN_BUCKET_BLOCKS), most)
+    limit = blocks_a_bucket(blocks, count, on_gpu)
 
     def append(group: int, spans: list[Span], starts: list[int], dtype: torch.dtype, staged: bool) -> None:
         blocks = -(-(starts[-1] + spans[-1].length) // BLOCK)
@@ -164,6 +163,11 @@ def make_buckets(
         for part in batches(spans, SEGMENT_BLOCKS * BLOCK):
             append(group, part, _starts(part, parities), dtype, staged=True)
     return buckets
+
+
+def blocks_a_bucket(blocks: int, count: int, on_gpu: bool) -> int:
+    """How large a bucket is at most, where all together have so many blocks, and so many buckets are asked for."""
+    return min(max(-(-blocks // count), MIN_BUCKET_BLOCKS), MAX_BUCKET_BLOCKS * (GPU_BUCKETS if on_gpu else 1))
 
 
 def fills_several(elements: int) -> bool:

@@ -49,6 +49,8 @@ ANCHOR, BUFFER, OWN, SENT = "anchor", "momentum_buffer", "parameter", "sent"
 SINCE, OUTER_LR, OUTER_MOMENTUM = "steps_since_vote", "outer_lr", "outer_momentum"
 
 _COMPARED = ("lr", "weight_decay", "betas", "momentum", "eps")
+_OF_VOTES = ("aggregation", "tie", "exchange", "overlap")
+"""Options of an optimizer that mean nothing to one inside, which votes with nobody."""
 
 
 @dataclass(kw_only=True)
@@ -205,7 +207,7 @@ class LocalSteps(CodedMean):
         made = self.param_groups[0][STEP] + 1
         if bad < 0:
             for member in members_of(self.inner):
-                member.agreement.good = range(len(gradients))
+                member.agreement.known_finite.good = range(len(gradients))
             self.inner.step()
         else:
             self._bad_gradient = bad
@@ -257,7 +259,9 @@ class LocalSteps(CodedMean):
         if self.schedule.fragments > 1 or self.schedule.delay:
             votes |= {"fragments": self.schedule.fragments, "delay": self.schedule.delay}
         outer = {"every": self.schedule.every, "nesterov": self.nesterov, "aggregation": self.aggregation, **votes}
-        return outer | super().options()
+        found = {name: value for member in members_of(self.inner) for name, value in member.options().items()}
+        inner = {name: value for name, value in found.items() if name not in _OF_VOTES}
+        return inner | outer | super().options()
 
     @override
     def hyperparameters(self) -> tuple[str, ...]:

@@ -290,7 +290,7 @@ class EarlyVotes:
             gradient = local_gradient(parameters[index], type(self._owner()).__name__)
             gradients[index] = None if gradient is None else views.flat(index, gradient)
         # While packing brings them into the cache; unless the step will know their norm.
-        if views.device.type == "cpu" and not self._agreement.hears_of_norms:
+        if views.device.type == "cpu" and not self._agreement.known_finite.hears_of_norms:
             new = [index for index in bucket.parameters if index not in self._checked]
             if first_bad_gradient([gradients[index] for index in new]) < 0:
                 self._good.update(new)

@@ -116,6 +116,8 @@ class SignedGradients:
             FloatingPointError: of ``on_bad_gradient``, or all workers would abstain; on all ranks.
         """
         sizes = [size for _, size in parts]
+        if not len(flat):
+            return torch.ones(len(parts), dtype=torch.bool, device=flat.device)
         rms, counted = _rms(flat, sizes), [0]
         for place in absent:
             rms[place] = _ABSENT

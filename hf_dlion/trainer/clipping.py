@@ -54,10 +54,10 @@ class ClippingMixin(WorkersMixin):
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = whole(get_total_norm(gradients))
-        # On a CPU, which need not wait for the norm, gradients that are short enough are not multiplied by 1: votes on
-        # them may be on their way.
-        if norm.device.type != "cpu" or limit < norm + 1e-6 < math.inf:
+        # Votes may be on their way: gradients that are short enough are not multiplied by 1. On a GPU, which would have
+        # to be waited for, that goes for no limit only.
+        if limit < math.inf and (norm.device.type != "cpu" or limit < norm + 1e-6 < math.inf):
             clip_grads_with_norm_(parameters, limit, torch.where(norm.isfinite(), norm, 0.0))
         if not self._callbacks_before_step:
-            worker.agreement.note_norm(gradients, norm)
+            worker.agreement.known_finite.note_norm(gradients, norm)
         return norm

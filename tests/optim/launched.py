@@ -141,7 +141,7 @@ def check_norms(device: str = "cpu") -> None:
             for rank, member in enumerate(optimizer.members):
                 gradient = parameter.grad = torch.full((50,), 1.0 + rank, device=device)
                 optimizer.next_worker()
-                member.agreement.note_norm([gradient], gradient.norm())
+                member.agreement.known_finite.note_norm([gradient], gradient.norm())
             if step == 1:
                 (gradient if counted else gradient.data)[3] = torch.nan
             optimizer.step()

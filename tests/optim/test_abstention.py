@@ -284,16 +284,16 @@ def test_gradients_of_which_the_norm_is_known_are_not_read_again(monkeypatch: py
         return given
 
     given = give_gradients()
-    optimizer.agreement.note_norm(given, get_total_norm(given))
+    optimizer.agreement.known_finite.note_norm(given, get_total_norm(given))
     assert looked_at(optimizer, monkeypatch) == [0]
     assert looked_at(optimizer, monkeypatch) == [3], "for one step"
-    optimizer.agreement.note_norm(given, get_total_norm(given))
+    optimizer.agreement.known_finite.note_norm(given, get_total_norm(given))
     mine[1].grad = torch.ones(8)
     given[2].mul_(2)
     assert looked_at(optimizer, monkeypatch) == [2]
     given[0][3] = torch.nan
     norm = get_total_norm(given)
-    optimizer.agreement.note_norm(given, norm)
+    optimizer.agreement.known_finite.note_norm(given, norm)
     norm.fill_(1.0)
     with pytest.raises(FloatingPointError, match=r"parameter 0"):
         optimizer.step()
@@ -303,10 +303,10 @@ def test_what_was_good_is_looked_at_once_its_scale_is_taken_off() -> None:
     parameter = torch.nn.Parameter(torch.ones(8))
     optimizer = DistributedLion([parameter], lr=0.1)
     parameter.grad = torch.full((8,), 1e10)
-    optimizer.agreement.good = range(1)
+    optimizer.agreement.known_finite.good = range(1)
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(1e-35), torch.zeros(1)  # as a scaler leaves them
     optimizer.step()
-    assert optimizer.agreement.good == ()
+    assert optimizer.agreement.known_finite.good == ()
     assert torch.equal(parameter.detach(), torch.ones(8))
     assert optimizer.state[parameter]["momentum"].isfinite().all()
 
@@ -316,7 +316,7 @@ def test_a_known_norm_keeps_no_gradient_alive_and_is_not_saved() -> None:
     optimizer = DistributedLion([parameter], lr=0.1)
     without = len(pickle.dumps(optimizer))
     parameter.grad = torch.ones(1000)
-    optimizer.agreement.note_norm([parameter.grad], torch.ones(()))
+    optimizer.agreement.known_finite.note_norm([parameter.grad], torch.ones(()))
     assert len(pickle.dumps(optimizer)) < without + 4096
     copy.deepcopy(optimizer)
     kept = weakref.ref(parameter.grad)

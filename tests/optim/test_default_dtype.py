@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_dlion import DistributedLion, DistributedMuon
+from hf_dlion.optim import bad_gradients, signed_gradients
 from hf_dlion.optim.dgc import DeepGradientCompression
 from hf_dlion.optim.gadamw import GlobalAdamW
 from hf_dlion.optim.gmuon import GlobalMuon
@@ -30,6 +31,7 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
     (GradDrop, {}),
     (DeepGradientCompression, {}),
     (VirtualGradients, {}),
+    (VirtualGradients, {"dither": False}),
 ]
 
 
@@ -37,6 +39,8 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
 def back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("optim.dlion.make_kernels", "optim.dlion.can_launch", "wire.exchange.can_launch"):
         monkeypatch.setattr(f"hf_dlion.{name}", None)  # put back after use_kernels
+    for module in (bad_gradients, signed_gradients):
+        monkeypatch.setattr(module, "NATIVE_FROM", module.NATIVE_FROM)
     yield
     torch.set_default_dtype(torch.float32)
 

@@ -122,7 +122,7 @@ def infinite(rank: int, step: int, model: Any, optimizer: DistributedLion) -> No
 def infinite_and_normed(rank: int, step: int, model: Any, optimizer: DistributedLion) -> None:
     infinite(rank, step, model, optimizer)
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    optimizer.agreement.note_norm(gradients, nn.utils.get_total_norm(gradients))
+    optimizer.agreement.known_finite.note_norm(gradients, nn.utils.get_total_norm(gradients))
 
 
 def replaced(rank: int, step: int, model: nn.Module, optimizer: DistributedLion) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hf_dlion import DistributedLion
 from tests.harness import run_workers, what_is_logged
 from tests.optim.test_overlap import small_buckets
 
@@ -47,3 +49,16 @@ def test_the_trainer_overlaps_and_changes_no_bit(tmp_path: Path) -> None:
             assert same, name
             assert (early == 0) == (name == "clipped"), (name, early)
             assert len(said) == (name == "clipped" and rank == 0)
+
+
+def test_on_other_devices_gradients_are_left_alone_where_there_is_no_limit(tmp_path: Path) -> None:
+    run = tiny.trainer(0, str(tmp_path))
+    model = torch.nn.Linear(3, 2, device="meta")
+    optimizer = DistributedLion(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    run._clip_own(model, math.inf, optimizer)
+    assert [gradient._version for gradient in gradients] == [0, 0]
+    run._clip_own(model, 1e9, optimizer)
+    assert min(gradient._version for gradient in gradients) > 0

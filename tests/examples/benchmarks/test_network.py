@@ -44,6 +44,18 @@ def test_loopback_compares_with_ddp(tmp_path: Path) -> None:
     assert 1.125 / 16 <= results["local_16"]["ledger_bits_per_parameter"] <= 1.005 * 1.125 / 16
 
 
+def test_whole_steps(tmp_path: Path) -> None:
+    methods = ["computing", "dmuon_three_steps", "dmuon_averages", "dmuon_avg", "gradient_votes"]
+    small = ["--hidden", "64", "--layers", "1", "--vocab", "128", "--tokens", "128", "--steps", "3"]
+    done = run(tmp_path, "--workers", "2", "--loopback", *small, "--methods", *methods)
+    assert done.returncode == 0, done.stderr
+    results = {result["method"]: result for result in json.loads((tmp_path / "results.json").read_text())["results"]}
+    bits = {method: result["ledger_bits_per_parameter"] for method, result in results.items()}
+    assert bits.pop("computing") is None
+    assert 10 < bits.pop("dmuon_averages") < 32
+    assert all(1 <= sent < 1.2 for sent in bits.values()), bits
+
+
 def test_an_unknown_rate_says_what_is_known(tmp_path: Path) -> None:
     done = run(tmp_path, "--rates", "fast")
     assert done.returncode == 1
