@@ -6,9 +6,9 @@ Each worker has one thread, and gradients of its own for the parameters of a GPT
 or 100 M. Optimizers take turns, each on parameters of its own: fused AdamW, `dlion_mavo`, and the same as in a Trainer,
 which finds the norm of the gradients, so that they need not be read to see whether they are finite. The processor time
 of a `step()` is that of the whole process, with the threads that send and receive; and that of the calling thread
-alone, which is the local work. Memory is what a step adds to the resident set at its peak (Linux only). Passes are
-those in C over a single tensor, each against a copy of as much memory, both workers at once. Writes `results.json`,
-with every time.
+alone, which is the local work. Memory is what steps add to the resident set at its peak, besides the state (Linux
+only). Passes are those in C over a single tensor, each against a copy of as much memory, both workers at once. Writes
+`results.json`, with every time.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CLOCKS = {"process": time.process_time, "calling_thread": time.thread_time}
 
 
 def parameters(shapes: list[tuple[int, ...]]) -> list[torch.nn.Parameter]:
-    made = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    made = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
     for parameter in made:
         parameter.grad = torch.randn_like(parameter)
     return made
@@ -83,15 +83,19 @@ def dmuon(shapes: list[tuple[int, ...]]) -> DistributedMuon:
 
 
 def peak_mebibytes(optimizer: torch.optim.Optimizer) -> float | None:
-    """What the second step adds to the resident set at its peak; None where the kernel does not tell."""
+    """What two steps add to the resident set at its peak, besides the state; None where the kernel does not tell.
+
+    The first one is counted for what its allocator keeps.
+    """
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not reset.exists():
         return None
-    optimizer.step()
     reset.write_text("5")
     resident = kibibytes(status, "VmRSS")
     optimizer.step()
-    return (kibibytes(status, "VmHWM") - resident) / 1024
+    optimizer.step()
+    state = sum(value.nbytes for held in optimizer.state.values() for value in held.values())
+    return (kibibytes(status, "VmHWM") - resident) / 1024 - state / 2**20
 
 
 def pass_seconds(elements: int, turns: int) -> dict[str, dict[str, Any]]:
