@@ -40,7 +40,7 @@ SIZES: dict[str, list[tuple[int, ...]]] = {
     "16.8 M": [(1 << 24,)],
     "100 M": [(100_000_000,)],
 }
-SIZES_OF_DMUON = {"9.2 M": SIZES["9.2 M"], "46.8 M": gpt2_shapes(512, 12, 16384)}
+SHAPES_OF_DMUON = gpt2_shapes(512, 12, 16384)  # 46.7 M
 CLOCKS = {"process": time.process_time, "calling_thread": time.thread_time}
 
 
@@ -140,14 +140,15 @@ def work(rank: int, folder: str, workers: int, steps: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(rank)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=workers)
+    peak_mebibytes(DistributedLion(parameters([(1 << 20,)])))  # so that all code is in memory
+    # Before anything else, whose freed memory would be used again unseen.
+    peaks = {size: peak_mebibytes(DistributedLion(parameters(shapes))) for size, shapes in SIZES.items()}
+    of_dmuon = peak_mebibytes(dmuon(SHAPES_OF_DMUON))
     found: dict[str, Any] = {
-        size: {
-            "processor_seconds": processor_times(shapes, steps),
-            "peak_mebibytes": peak_mebibytes(DistributedLion(parameters(shapes))),
-        }
+        size: {"processor_seconds": processor_times(shapes, steps), "peak_mebibytes": peaks[size]}
         for size, shapes in SIZES.items()
     }
-    found["peak_mebibytes_of_dmuon"] = {size: peak_mebibytes(dmuon(shapes)) for size, shapes in SIZES_OF_DMUON.items()}
+    found["peak_mebibytes_of_dmuon"] = of_dmuon
     found["16.8 M"]["passes"] = pass_seconds(1 << 24, steps)
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
@@ -174,7 +175,7 @@ def main() -> None:
         for rank, found in enumerate(ranks):
             print(f"{size}, rank {rank}: {describe(found[size])}")
     for rank, found in enumerate(ranks):
-        print(f"dmuon_mavo, rank {rank}: peak memory in MiB {found['peak_mebibytes_of_dmuon']}")
+        print(f"46.7 M, rank {rank}: peak memory of dmuon_mavo in MiB: {found['peak_mebibytes_of_dmuon']}")
 
 
 def describe(found: dict[str, Any]) -> str:
