@@ -73,9 +73,10 @@ class Method:
         aggregation: of what votes; None for DDP.
         tie: of the votes.
         bytes_sent: of what DDP sends of a parameter.
+        eager_on_gpu: bytes more on a GPU, where its passes are not compiled.
         orthogonal: how long it orthogonalises, where 1 is five steps.
         every: steps from one vote to the next.
-        hook: whether a hook of DDP sends, during backward everywhere; others do so on CPUs.
+        hook: whether a hook of DDP sends during backward, on GPUs as well; others do so on CPUs.
         averages_rest: whether what is no hidden matrix is averaged in 32 bits, in place of votes.
         rank: of the factors that are averaged in place of gradients, after backward; 0 for none.
     """
@@ -85,6 +86,7 @@ class Method:
     aggregation: str | None = None
     tie: str = "zero"
     bytes_sent: int = 0
+    eager_on_gpu: float = 0.0
     orthogonal: float = 0.0
     every: int = 1
     hook: bool = False
@@ -104,7 +106,7 @@ METHODS = (
     Method("dlion_mavo", _VOTE, "mavo"),
     Method("dlion_avg", _VOTE, "avg"),
     # AdamW, the exchange, and the hook's own passes, 0.8 ns a parameter, timed once on the same machine.
-    Method("gradient_votes", (60.0, 24.0), "avg", hook=True),
+    Method("gradient_votes", (60.0, 24.0), "avg", eager_on_gpu=140.0, hook=True),
     Method("ddp_fp32", (ALONE, OF_AVERAGES), bytes_sent=4, hook=True),
     Method("ddp_bf16", (ALONE, 5.5), bytes_sent=2, hook=True),
     Method("ddp_powersgd", (270.0, OF_AVERAGES), bytes_sent=4, rank=4),
@@ -210,13 +212,14 @@ def predict(method: Method, setting: Setting) -> Prediction:
     """A whole step of each worker, or the average of a round of local steps.
 
     Buckets are complete at even intervals of backward, and what the network takes is hidden behind what is left of it;
-    not so for local steps, for averages beside votes, nor, on GPUs, for votes that no hook sends. Half of the rest
-    hides behind the local work, or the other way round, where there are several buckets.
+    not so for local steps, PowerSGD, averages beside votes, models that make one bucket, nor, on GPUs, for votes that
+    no hook sends. Half of the rest hides behind the local work, or the other way round, where there are several.
     """
     sent = traffic(method, setting)
     sent_bytes = sent.sent_bytes / method.every
     fixed, of_bits = method.memory
     of_votes = 8 * (sent_bytes - sent.late_bytes) * of_bits
+    fixed += method.eager_on_gpu if setting.gpu else 0.0
     moved = fixed * setting.parameters + of_votes + 8 * sent.late_bytes * OF_AVERAGES
     local = moved / setting.bandwidth
     late = FRAMES * 8 * sent.late_bytes / setting.link + 2 * sent.late_buckets * setting.latency
@@ -245,7 +248,7 @@ def recommend(predictions: Sequence[Prediction], local: Prediction) -> tuple[str
         return "ddp_fp32", "one worker sends nothing: stay with your optimizer"
     if by_name["ddp_fp32"].step_seconds <= CLOSE * fastest.step_seconds:
         return "ddp_fp32", "the link is fast enough for averaged gradients: stay with your optimizer"
-    name, why = fastest.method, "the fastest that exchanges at every step"
+    name, why = fastest.method, "the fastest of the compared ones that exchange at every step"
     if good.step_seconds <= WORTH * fastest.step_seconds:
         name = good.method
         why = "of those that train as well as AdamW or better, the fastest that exchanges at every step"

@@ -18,6 +18,7 @@ from hf_dlion.plan import METHODS, Setting, local_steps, predict, traffic
 
 ROOT = Path(__file__).parents[1] / "model_cards"
 BY_NAME = {method.name: method for method in METHODS} | {"local_16": local_steps(16)}
+BY_NAME["dmuon_mavo_three_steps"] = BY_NAME["dmuon_three_steps"]  # as the benchmark called it before
 BY_NAME["ddp_fp16"] = BY_NAME["ddp_bf16"]
 BY_NAME["dlion_mavo_after"] = BY_NAME["dlion_mavo"]
 BY_NAME["local_16_streamed"] = local_steps(16)
@@ -135,6 +136,12 @@ def test_what_it_says_to_take_is_no_slower_than_ddp(capsys: pytest.CaptureFixtur
     assert "one worker sends nothing" in printed(capsys, "124M", "--workers", "1", "--link", "1gbit", "--compute", "1")
 
 
+def test_powersgd_is_shown_and_not_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(printed(capsys, "1B", "--workers", "16", "--link", "100mbit", "--compute", "5", "--json"))
+    assert [one["method"] for one in found["predictions"][:2]] == ["local_16", "ddp_powersgd"]
+    assert found["take"] == "dmuon_mavo"
+
+
 def test_three_steps_of_orthogonalisation_take_less_than_five() -> None:
     setting = Setting(2**20, 4, 1e9, 1.0, 1e9, latency=0.0, orthogonal=0.5)
     five, three = (predict(BY_NAME[name], setting) for name in ("dmuon_mavo", "dmuon_three_steps"))
@@ -165,7 +172,10 @@ def test_on_gpus_only_what_a_hook_sends_hides_behind_backward(capsys: pytest.Cap
     cpu, gpu = (json.loads(printed(capsys, *words, *more))["predictions"] for more in ([], ["--gpu"]))
     seconds = [{one["method"]: one["step_seconds"] for one in each} for each in (cpu, gpu)]
     waits = {name for name in seconds[0] if seconds[1][name] > seconds[0][name]}
-    assert waits == {"dlion_mavo", "dlion_avg", "dmuon_mavo", "dmuon_avg", "dmuon_averages", "dmuon_three_steps"}
+    eager = {"gradient_votes"}
+    assert (
+        waits == {"dlion_mavo", "dlion_avg", "dmuon_mavo", "dmuon_avg", "dmuon_averages", "dmuon_three_steps"} | eager
+    )
     assert plan.main([*words, "--gpu"]) == 2
     assert "--gpu without --bandwidth" in capsys.readouterr().err
 

@@ -40,7 +40,8 @@ SIZES: dict[str, list[tuple[int, ...]]] = {
     "16.8 M": [(1 << 24,)],
     "100 M": [(100_000_000,)],
 }
-SHAPES_OF_DMUON = gpt2_shapes(512, 12, 16384)  # 46.7 M
+OF_DMUON = "dmuon, 46.7 M"
+SHAPES_OF_DMUON = gpt2_shapes(512, 12, 16384)
 CLOCKS = {"process": time.process_time, "calling_thread": time.thread_time}
 
 
@@ -132,23 +133,28 @@ def pass_seconds(elements: int, turns: int) -> dict[str, dict[str, Any]]:
     return {name: {"bytes_a_parameter": moved, "seconds": seconds[name]} for name, (moved, _) in calls.items()}
 
 
+def work_for_memory(rank: int, folder: str, workers: int, size: str) -> None:
+    """In processes of their own: memory that was freed before would be used again unseen."""
+    begin(rank, folder, workers, size)
+    peak_mebibytes(DistributedLion(parameters([(1 << 20,)])))  # so that all code is in memory
+    optimizer = dmuon(SHAPES_OF_DMUON) if size == OF_DMUON else DistributedLion(parameters(SIZES[size]))
+    Path(folder, f"{size}.{rank}.json").write_text(json.dumps(peak_mebibytes(optimizer)))
+    dist.destroy_process_group()
+
+
 def kibibytes(status: Path, key: str) -> int:
     return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
 
 
-def work(rank: int, folder: str, workers: int, steps: int) -> None:
+def begin(rank: int, folder: str, workers: int, name: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(rank)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=workers)
-    peak_mebibytes(DistributedLion(parameters([(1 << 20,)])))  # so that all code is in memory
-    # Before anything else, whose freed memory would be used again unseen.
-    peaks = {size: peak_mebibytes(DistributedLion(parameters(shapes))) for size, shapes in SIZES.items()}
-    of_dmuon = peak_mebibytes(dmuon(SHAPES_OF_DMUON))
-    found: dict[str, Any] = {
-        size: {"processor_seconds": processor_times(shapes, steps), "peak_mebibytes": peaks[size]}
-        for size, shapes in SIZES.items()
-    }
-    found["peak_mebibytes_of_dmuon"] = of_dmuon
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store {name}", rank=rank, world_size=workers)
+
+
+def work(rank: int, folder: str, workers: int, steps: int) -> None:
+    begin(rank, folder, workers, "times")
+    found: dict[str, Any] = {size: {"processor_seconds": processor_times(SIZES[size], steps)} for size in SIZES}
     found["16.8 M"]["passes"] = pass_seconds(1 << 24, steps)
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
@@ -163,7 +169,13 @@ def main() -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if platform.system() == "Linux" else "lo0")
     with tempfile.TemporaryDirectory() as folder:
         spawn(work, (folder, options.workers, options.steps), nprocs=options.workers)
+        for size in (*SIZES, OF_DMUON):
+            spawn(work_for_memory, (folder, options.workers, size), nprocs=options.workers)
         ranks = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(options.workers)]
+        for rank, found in enumerate(ranks):
+            for size in (*SIZES, OF_DMUON):
+                peak = json.loads(Path(folder, f"{size}.{rank}.json").read_text())
+                found.setdefault(size, {})["peak_mebibytes"] = peak
     report = {
         "command": f"python -m examples.benchmarks.step --workers {options.workers} --steps {options.steps}",
         "machine": machine(),
@@ -175,13 +187,13 @@ def main() -> None:
         for rank, found in enumerate(ranks):
             print(f"{size}, rank {rank}: {describe(found[size])}")
     for rank, found in enumerate(ranks):
-        print(f"46.7 M, rank {rank}: peak memory of dmuon_mavo in MiB: {found['peak_mebibytes_of_dmuon']}")
+        print(f"{OF_DMUON}, rank {rank}: {describe(found[OF_DMUON])}")
 
 
 def describe(found: dict[str, Any]) -> str:
     """One size on one rank, for people: the median ratio to fused AdamW over pairs of steps, and the memory."""
     words = []
-    for clock, times in found["processor_seconds"].items():
+    for clock, times in found.get("processor_seconds", {}).items():
         for name in ("dlion_mavo", "of_known_norm"):
             pairs = zip(times["adamw_fused"], times[name], strict=True)
             lower, median, upper = statistics.quantiles([own / adamw for adamw, own in pairs], n=4)

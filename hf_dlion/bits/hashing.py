@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _PIECE = 1 << 20
-"""Elements that are summed at once: a CPU widens them first, to 8 bytes each."""
+"""Elements that are summed at once on a CPU, which widens them first, to 8 bytes each."""
 
 
 def digest(value: Any) -> int:
@@ -24,12 +24,14 @@ def checksum(tensors: Sequence[Tensor]) -> int:
     total = 0
     for index, tensor in enumerate(tensors):
         integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-        pieces = tensor.contiguous().view(integers).flatten().split(_PIECE)
+        bits = tensor.contiguous().view(integers).flatten()
+        size = _PIECE if bits.device.type == "cpu" else max(len(bits), 1)
+        pieces = bits.split(size)
         # Sums at several strides, so that a permutation shows.
         for stride in (1, 3, 7):
             of_stride = torch.zeros((), dtype=torch.int64, device=tensor.device)
             for at, piece in enumerate(pieces):
-                of_stride += piece[-at * _PIECE % stride :: stride].sum(dtype=torch.int64)
+                of_stride += piece[-at * size % stride :: stride].sum(dtype=torch.int64)
             total = (total * 1000003 + (index + 1) * int(of_stride)) % (1 << 62)
     return total
 

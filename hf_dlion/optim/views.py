@@ -164,8 +164,7 @@ class SegmentViews(Views):
         """
         for state, gradient, group in zip(self.states, gradients, self._group_of, strict=True):
             if gradient is not None and state_name in state:
-                hyper = hypers[group]
-                (self.kernels if len(gradient) >= BLOCK else EAGER).move(gradient, state[state_name], hyper)
+                self._move(gradient, state[state_name], hypers[group])
 
     def apply(
         self,
@@ -262,15 +261,17 @@ class SegmentViews(Views):
         for index in indices:
             gradient, momentum, hyper = gradients[index], self.states[index][state_name], hypers[self._group_of[index]]
             assert gradient is not None
-            wide = gradient.float()
-            found.append(hyper[0] * momentum + hyper[1] * wide)
+            found.append((hyper[0] * momentum).add_(hyper[1] * gradient.float()))
             if not keep:
-                momentum.copy_(hyper[2] * momentum + hyper[3] * wide)
+                self._move(gradient, momentum, hyper)
         return found
 
     def apply_alone(self, index: int, decision: Tensor, hyper: Tensor, step: int, scale: Tensor) -> None:
         """The update of one parameter by a flat decision; arguments as of :meth:`apply`."""
         apply_signs(self.parameters[index], decision, hyper, self._seed_of(index, step), scale)
+
+    def _move(self, gradient: Tensor, momentum: Tensor, hyper: Tensor) -> None:
+        (self.kernels if len(gradient) >= BLOCK else EAGER).move(gradient, momentum, hyper)
 
     def _seed_of(self, index: int, step: int) -> Tensor:
         return self._seed(self.parameters[index].dtype, step, Span(index, 0, len(self.parameters[index])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from hf_dlion import DistributedLion, load_workers, save_workers
 from hf_dlion.optim.local_steps import LocalSteps
 from hf_dlion.optim.virtual import VirtualWorkers
+from hf_dlion.wire.exchange import TIES
 from tests.harness import run_workers
 from tests.optim.test_local_steps import adamw, give, one, received, sgd, step_once
 from tests.optim.test_methods import parameters
@@ -95,7 +97,9 @@ def test_with_a_gradient_scaler_who_overflows_leaves_a_step_out() -> None:
 
 def wrong_use(rank: int, case: str) -> str:
     parameter = nn.Parameter(torch.ones(300) * (1 + rank * (case == "parameters")))
-    kind = torch.optim.SGD if rank and case == "inner" else torch.optim.AdamW
+    kind: Any = torch.optim.SGD if rank and case == "inner" else torch.optim.AdamW
+    if case == "inner option":
+        kind = partial(DistributedLion, norm_gradients=rank == 1, tie=TIES[rank])  # ties are nothing to one alone
     options: dict[str, Any] = {"every": 3 + rank * (case == "every"), "outer_lr": 0.5 + rank * (case == "outer_lr")}
     optimizer = LocalSteps(kind([parameter], lr=0.1), **options)
     for step in range(3):
@@ -115,6 +119,10 @@ def wrong_use(rank: int, case: str) -> str:
         ("parameters", "0: the parameters differ between the ranks before the first step"),
         ("gradients", "0: all 2 workers have exactly the same gradients"),
         ("inner", "0: the ranks do not optimize the same parameters in the same way: method is LocalSteps(AdamW) on"),
+        (
+            "inner option",
+            "0: the ranks do not optimize the same parameters in the same way: norm_gradients is absent on rank 0 and",
+        ),
         ("every", "0: the ranks do not optimize the same parameters in the same way: every is 3 on rank 0 and 4 on"),
         ("outer_lr", "2: the ranks have different hyperparameters: outer_lr of param group 0 is 0.5 on rank 0 and 1.5"),
         ("lr", "2: the ranks have different hyperparameters: lr of param group 0 is 0.2 on rank 0 and 1.2 on rank 1"),
