@@ -340,8 +340,9 @@ def measured_bandwidth() -> float:
 def report(setting: Setting, every: int) -> dict[str, Any]:
     """The setting, the predictions, the fastest first, and which method to take."""
     predictions, local = [predict(method, setting) for method in METHODS], predict(local_steps(every), setting)
-    # Nobody has compared here how PowerSGD trains.
-    name, why = recommend([one for one in predictions if one.method != "ddp_powersgd"], local)
+    # Nobody has compared here how PowerSGD trains, nor timed votes on gradients on a GPU.
+    left_out = {"ddp_powersgd", *(method.name for method in METHODS if setting.gpu and method.eager_on_gpu)}
+    name, why = recommend([one for one in predictions if one.method not in left_out], local)
     ordered = sorted([*predictions, local], key=lambda one: one.step_seconds)
     return {"setting": asdict(setting), "predictions": [asdict(one) for one in ordered], "take": name, "why": why}
 
