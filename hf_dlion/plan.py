@@ -175,7 +175,7 @@ def traffic(method: Method, setting: Setting) -> Traffic:
     from .bits.packing import BLOCK
     from .optim.averages import BUCKET
     from .optim.displacements import SCALED
-    from .optim.layout import blocks_a_bucket, fills_several
+    from .optim.layout import blocks_a_bucket
     from .optim.overlap import BUCKETS
     from .wire.exchange import GatherExchange, ShardedExchange, highest_level
 
@@ -200,11 +200,12 @@ def traffic(method: Method, setting: Setting) -> Traffic:
         return Traffic(4 * sent[kind] + ring / workers * scales, math.ceil(parameters / BUCKET), rounds + ring)
     averages = ring / workers * 4 * (parameters - voted)
     late = math.ceil((parameters - voted) / BUCKET)
-    early = method.hook or (not setting.gpu and fills_several(math.ceil(voted)))
-    blocks = math.ceil(voted / BLOCK)
-    buckets = math.ceil(blocks / blocks_a_bucket(blocks, BUCKETS if early else kind.buckets, setting.gpu))
+    early = method.hook or not setting.gpu
     if method.hook:
         buckets = math.ceil(4 * parameters / DDP_BUCKET)
+    else:
+        blocks = math.ceil(voted / BLOCK)
+        buckets = math.ceil(blocks / blocks_a_bucket(blocks, BUCKETS if early else kind.buckets, setting.gpu))
     return Traffic(4 * sent[kind] + averages, buckets, rounds, early, averages, late)
 
 
