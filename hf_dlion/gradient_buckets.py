@@ -37,11 +37,11 @@ class Conversations:
 
     def __init__(self, votes: SignedGradients) -> None:
         self.votes = votes
-        self.running: list[Conversation[None]] = []
+        self.running: list[Conversation[Any]] = []
         self.voted = False  # since an optimizer's last step
         self._warned = False
 
-    def start(self, conversation: Conversation[None]) -> None:
+    def start(self, conversation: Conversation[Any]) -> None:
         """Take it, and then those before it, to their next wait."""
         if self.voted and not self._warned and self.votes.scaler is None:  # which leaves steps out
             self._warned = True
@@ -60,6 +60,7 @@ class Conversations:
         self.running = []
         while running:
             running = one_turn(running)
+        self.votes.hear()
         self.votes.end_step()
         self.voted = True
 
@@ -75,6 +76,9 @@ class Buckets(Conversations):
     def __init__(self, votes: SignedGradients, parameters: Sequence[Tensor]) -> None:
         super().__init__(votes)
         self.index = {id(parameter): index for index, parameter in enumerate(parameters)}
+        # Elsewhere, backward would be held up at each bucket. A scaler looks itself, when all are there.
+        votes.unheard = parameters[0].device.type != "cpu" and votes.scaler is None
+        self._promised: list[tuple[torch.futures.Future[Tensor], Tensor]] = []
 
     def add(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """Start the conversation of a bucket; after the last one, all have ended."""
@@ -87,15 +91,17 @@ class Buckets(Conversations):
         future: torch.futures.Future[Tensor] = torch.futures.Future(
             devices=None if buffer.device.type == "cpu" else [buffer.device]
         )
-        self.start(self._conversation(bucket, buffer, future))
-        if bucket.is_last():
-            self.end()
-        return future
-
-    def _conversation(self, bucket: Any, buffer: Tensor, future: torch.futures.Future[Tensor]) -> Conversation[None]:
+        promised = [*self._promised, (future, buffer)]
+        self._promised = []  # should something raise
         parts = [(self.index[id(parameter)], parameter.numel()) for parameter in bucket.parameters()]
-        yield from self.votes.vote(buffer, parts)
-        future.set_result(buffer)
+        self.start(self.votes.vote(buffer, parts))
+        if not bucket.is_last():
+            self._promised = promised
+            return future
+        self.end()
+        for ready, decided in promised:
+            ready.set_result(decided)
+        return future
 
 
 class ShardedBuckets(Conversations):

@@ -73,7 +73,6 @@ class Method:
         aggregation: of what votes; None for DDP.
         tie: of the votes.
         bytes_sent: of what DDP sends of a parameter.
-        eager_on_gpu: bytes more on a GPU, where its passes are not compiled.
         orthogonal: how long it orthogonalises, where 1 is five steps.
         every: steps from one vote to the next.
         hook: whether a hook of DDP sends during backward, on GPUs as well; others do so on CPUs.
@@ -86,7 +85,6 @@ class Method:
     aggregation: str | None = None
     tie: str = "zero"
     bytes_sent: int = 0
-    eager_on_gpu: float = 0.0
     orthogonal: float = 0.0
     every: int = 1
     hook: bool = False
@@ -106,7 +104,7 @@ METHODS = (
     Method("dlion_mavo", _VOTE, "mavo"),
     Method("dlion_avg", _VOTE, "avg"),
     # AdamW, the exchange, and the hook's own passes, 0.8 ns a parameter, timed once on the same machine.
-    Method("gradient_votes", (60.0, 24.0), "avg", eager_on_gpu=140.0, hook=True),
+    Method("gradient_votes", (60.0, 24.0), "avg", hook=True),
     Method("ddp_fp32", (ALONE, OF_AVERAGES), bytes_sent=4, hook=True),
     Method("ddp_bf16", (ALONE, 5.5), bytes_sent=2, hook=True),
     Method("ddp_powersgd", (270.0, OF_AVERAGES), bytes_sent=4, rank=4),
@@ -220,7 +218,6 @@ def predict(method: Method, setting: Setting) -> Prediction:
     sent_bytes = sent.sent_bytes / method.every
     fixed, of_bits = method.memory
     of_votes = 8 * (sent_bytes - sent.late_bytes) * of_bits
-    fixed += method.eager_on_gpu if setting.gpu else 0.0
     moved = fixed * setting.parameters + of_votes + 8 * sent.late_bytes * OF_AVERAGES
     local = moved / setting.bandwidth
     late = FRAMES * 8 * sent.late_bytes / setting.link + 2 * sent.late_buckets * setting.latency
@@ -342,7 +339,7 @@ def report(setting: Setting, every: int) -> dict[str, Any]:
     """The setting, the predictions, the fastest first, and which method to take."""
     predictions, local = [predict(method, setting) for method in METHODS], predict(local_steps(every), setting)
     # Nobody has compared here how PowerSGD trains, nor timed votes on gradients on a GPU.
-    left_out = {"ddp_powersgd", *(method.name for method in METHODS if setting.gpu and method.eager_on_gpu)}
+    left_out = {"ddp_powersgd"} | ({"gradient_votes"} if setting.gpu else set())
     name, why = recommend([one for one in predictions if one.method not in left_out], local)
     ordered = sorted([*predictions, local], key=lambda one: one.step_seconds)
     return {"setting": asdict(setting), "predictions": [asdict(one) for one in ordered], "take": name, "why": why}

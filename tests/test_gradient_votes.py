@@ -136,13 +136,14 @@ def vote(rank: int, settings: list[tuple[str, bool, str, torch.dtype, int]]) -> 
     """For each setting the bytes sent and the bad gradients; decisions are compared here."""
     workers = list(range(dist.get_world_size()))
     found = []
-    for aggregation, dither, exchange, dtype, native_from in settings:
+    for number, (aggregation, dither, exchange, dtype, native_from) in enumerate(settings):
         signed_gradients.NATIVE_FROM = native_from
         model = Model(dtype)
         module = DistributedDataParallel(model, find_unused_parameters=True, bucket_cap_mb=0.02)
         votes = vote_gradients(module, aggregation, dither=dither, exchange=exchange)
         assert votes is not None
         assert (votes._passes is not EAGER) == (native_from == 0)
+        votes.unheard = number % 3 == 0
         for step in range(STEPS):
             module(gradients(rank, step, dtype)).backward()
             assert same(model, expected(workers, step, aggregation, dither, dtype)), (
@@ -247,17 +248,23 @@ def test_votes_on_a_decision_are_warned_of() -> None:
 def bad_gradients(rank: int) -> list[Any]:
     """Of a worker with an infinite gradient in the last parameter: what each rule makes of it."""
     found: list[Any] = []
-    for rule, bad_ranks in (("abstain", [1]), ("raise", [1]), ("abstain", [0, 1, 2])):
+    cases = (("abstain", [1]), ("raise", [1]), ("abstain", [0, 1, 2]))
+    for unheard, (rule, bad_ranks) in itertools.product((False, True), cases):
         model = Model()
-        module = DistributedDataParallel(model, find_unused_parameters=True, bucket_cap_mb=0.02)
+        module = DistributedDataParallel(model, find_unused_parameters=True, bucket_cap_mb=0.004)
         votes = vote_gradients(module, on_bad_gradient=rule)
         assert votes is not None
-        own = gradients(rank, 0)
+        votes.unheard = unheard
+        module(gradients(rank, 0)).backward()  # then DDP has cut its buckets anew
+        model.zero_grad()
+        votes.vote_shares()
+        votes.step = 2
+        own = gradients(rank, 2)
         if rank in bad_ranks:
             own[4][5, 6] = float("inf")  # type: ignore[index]
         try:
             module(own).backward()
-            found.append([model.weights[4].grad, votes.bad_gradients])
+            found.append([[weight.grad for weight in model.weights], votes.bad_gradients, votes.vote_shares()])
         except FloatingPointError as error:
             found.append(str(error))
     return found
@@ -265,12 +272,18 @@ def bad_gradients(rank: int) -> list[Any]:
 
 def test_a_bad_gradient() -> None:
     everyone = run_workers(bad_gradients, 3)
-    without = expected([0, 2], 0, "avg", True, torch.float32)[4]
-    for (abstained, left_out), raised, all_bad in everyone:
-        assert torch.equal(abstained.flatten(), without)
+    by_all = expected([0, 1, 2], 2, "avg", True, torch.float32)[:2]
+    without = expected([0, 2], 2, "avg", True, torch.float32)[2:]
+    for (abstained, left_out, shares), raised, all_bad, *unheard in everyone:
+        assert all(map(torch.equal, map(flat, abstained), [*by_all, *without]))
         assert left_out == 1
-        assert raised.startswith("rank 1: the gradient of weights.4 has a NaN or Inf at step 0")
+        assert raised.startswith("rank 1: the gradient of weights.4 has a NaN or Inf at step 2")
         assert all_bad.startswith("rank 0: the gradient of weights.4 has a NaN or Inf")
+        assert shares is not None
+        (decided, *counted, no_shares), *errors = unheard
+        assert all(map(torch.equal, decided, abstained))
+        assert (counted, errors) == ([left_out], [raised, all_bad])
+        assert no_shares is None  # of a step with abstentions
 
 
 def test_after_an_error_workers_take_their_turns_anew() -> None:

@@ -178,8 +178,7 @@ def test_on_gpus_only_what_a_hook_sends_hides_behind_backward(capsys: pytest.Cap
     cpu, gpu = (json.loads(printed(capsys, *words, *more))["predictions"] for more in ([], ["--gpu"]))
     seconds = [{one["method"]: one["step_seconds"] for one in each} for each in (cpu, gpu)]
     waits = {name for name in seconds[0] if seconds[1][name] > seconds[0][name]}
-    votes = {"dlion_mavo", "dlion_avg", "dmuon_mavo", "dmuon_avg", "dmuon_averages", "dmuon_three_steps"}
-    assert waits == votes | {"gradient_votes"}  # whose passes are eager there
+    assert waits == {"dlion_mavo", "dlion_avg", "dmuon_mavo", "dmuon_avg", "dmuon_averages", "dmuon_three_steps"}
     assert plan.main([*words, "--gpu"]) == 2
     assert "--gpu without --bandwidth" in capsys.readouterr().err
 

@@ -1,4 +1,5 @@
-"""The passes over parameters in Triton, for GPUs: bit for bit those of :mod:`kernels`, one launch for many tensors.
+"""The passes over parameters and gradients in Triton, for GPUs: bit for bit those of :mod:`kernels` and :mod:`dither`,
+one launch for many tensors.
 
 Tensors are given by their addresses, by parameter, 0 for none: ``given``, int64 ``[parameters]``, the gradients or
 directions of a step; ``held``, int64 ``[parameters, 4]``, the parameter, its momentum, its length and the number of its
@@ -29,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import dither
 from .counting import Tally
 from .devices import alignment, send_to
 from .packing import BLOCK, LANES
@@ -86,8 +88,7 @@ def apply(
     """
     first, apart = _equally_apart(planes)
     tensors = blocks, pieces, held, absent, hypers, places, scales, first
-    exact = highest & highest - 1 == 0  # a power of 2, whose reciprocal is exact
-    sizes = step, apart, highest, 1 / highest, exact, len(planes)
+    sizes = step, apart, *_division_by(highest), len(planes)
     _launch(_apply, len(blocks), *tensors, *sizes, TYPES[dtype], align, warps=_WARPS_OF_A_BLOCK)
 
 
@@ -138,6 +139,38 @@ def tally(votes: Sequence[Tensor], rule: str, step: int, sample: range) -> Tally
     sizes = words, apart, step & 1, sample.stop, sample.step
     _launch(_tally, -(-words // _WORDS.value), first, decided, sums, *sizes, voters, rule, planes, width)
     return Tally(list(decided), sums[0], sums[1])
+
+
+def pack_dithered(flat: Tensor, sizes: Sequence[int], seeds: Sequence[int], widths: Tensor | None, turn: int) -> Tensor:
+    """As :func:`hf_dlion.bits.dither.pack`."""
+    if flat.dtype not in TYPES or not flat.is_contiguous():
+        return dither.pack(flat, sizes, seeds, widths, turn)
+    words = torch.empty(-(-len(flat) // BLOCK) * LANES, dtype=torch.int32, device=flat.device)
+    ends, those = send_to(flat.device, [list(itertools.accumulate(sizes)), seeds], torch.int64)
+    tensors = flat, ends, those, ends if widths is None else widths.contiguous(), words
+    numbers = len(flat), len(sizes), turn & 1, widths is not None
+    _launch(_pack_dithered, len(words) // LANES, *tensors, *numbers, warps=_WARPS_OF_A_BLOCK)
+    return words
+
+
+def settle(flat: Tensor, sizes: Sequence[int], scales: Tensor, highest: int, planes: Sequence[Tensor]) -> None:
+    """As :func:`hf_dlion.bits.dither.settle`."""
+    if flat.dtype not in TYPES or not flat.is_contiguous():
+        dither.settle(flat, sizes, scales, highest, planes)
+        return
+    first, apart = _equally_apart(planes)
+    ends = send_to(flat.device, list(itertools.accumulate(sizes)), torch.int64)
+    numbers = len(flat), len(sizes), apart, *_division_by(highest), len(planes)
+    tensors = flat, ends, scales.contiguous(), first
+    _launch(_settle, -(-len(flat) // BLOCK), *tensors, *numbers, warps=_WARPS_OF_A_BLOCK)
+
+
+DITHER = dither.Passes(pack_dithered, settle)
+
+
+def _division_by(highest: int) -> tuple[int, float, bool]:
+    """What kernels divide by, its reciprocal, and whether that is exact, of a power of 2."""
+    return highest, 1 / highest, highest & highest - 1 == 0
 
 
 def _equally_apart(rows: Sequence[Tensor]) -> tuple[Tensor, int]:
@@ -195,6 +228,8 @@ def try_out(device: torch.device) -> None:
         direct(chunks, held, given, None, hypers, verdict, dtype, align=1)
         step(chunks, held, given, hypers, number, 0, 1.0, dtype, align=1)
         first_bad([values], device)
+        pack_dithered(values, [1], [1], momentum, 0)
+        settle(values, [1], momentum, 1, [planes[0]])
     squares(blocks, pieces, [planes[0]], totals, 1)
     tally([planes[0]], "zero", 0, range(1))
 
@@ -316,11 +351,7 @@ def _apply(
 ):
     entry = blocks + 3 * tl.program_id(0)
     level, place = _levels(planes, apart, tl.load(entry), PLANES)
-    decision = (2 * level - highest).to(tl.float32)
-    if EXACT:
-        decision *= inverse
-    else:
-        decision = tl.div_rn(decision, (tl.zeros((_ROWS, _ROWS), tl.int32) + highest).to(tl.float32))
+    decision = _mean(level, highest, inverse, EXACT)
     p = tl.load(entry + 1)
     while p < tl.load(entry + 2):  # the interpreter of Triton 3.6 has no range over tensors with NumPy 2.4
         piece = pieces + 5 * p
@@ -335,6 +366,16 @@ def _apply(
         elements = place - tl.load(piece + 4).to(tl.int32)
         _store(pointer, updated, elements, tl.load(places + p), step, inside, TYPE)
         p += 1
+
+
+@triton.jit
+def _mean(level, highest, inverse, EXACT: tl.constexpr):
+    decision = (2 * level - highest).to(tl.float32)
+    if EXACT:
+        decision *= inverse
+    else:
+        decision = tl.div_rn(decision, (tl.zeros((_ROWS, _ROWS), tl.int32) + highest).to(tl.float32))
+    return decision
 
 
 @triton.jit
@@ -358,6 +399,70 @@ def _levels(planes, apart, block, PLANES: tl.constexpr):
     for plane in tl.static_range(PLANES):
         level += ((tl.load(planes + plane * apart + block * _ROWS + lanes) >> rows) & 1) << plane
     return level, block * _BLOCK + rows * _ROWS + lanes
+
+
+@triton.jit(do_not_specialize=["parts", "turn"])
+def _pack_dithered(flat, ends, seeds, widths, words, elements, parts, turn, NOISY: tl.constexpr):
+    block = tl.program_id(0)
+    rows, lanes = _rows_and_lanes()
+    place = block * _BLOCK + rows * _ROWS + lanes
+    x = tl.load(flat + place, place < elements, 0.0).to(tl.float32)
+    moved = x
+    element = place - elements  # of padding
+    p = _first_part(ends, parts, block * _BLOCK)
+    begin = tl.load(ends + p - 1, p > 0, 0)
+    while (p < parts) & (begin < (block + 1) * _BLOCK):
+        end = tl.load(ends + p)
+        inside = (place >= begin) & (place < end)
+        element = tl.where(inside, place - begin.to(tl.int32), element)
+        if NOISY:
+            noise = _scatter(place - begin.to(tl.int32), tl.load(seeds + p).to(tl.int32)).to(tl.float32)
+            moved = tl.where(inside, noise * 4.656612873077393e-10 * tl.load(widths + p) + x, moved)  # 2^-31
+        begin = end
+        p += 1
+    votes = tl.where(x == 0, ((element + turn) & 1) != 0, moved > 0)
+    tl.store(words + block * _ROWS + tl.arange(0, _ROWS), tl.sum(votes.to(tl.int32) << rows, 0))
+
+
+@triton.jit(do_not_specialize=["parts", "apart"])
+def _settle(
+    flat,
+    ends,
+    scales,
+    planes,
+    elements,
+    parts,
+    apart,
+    highest,
+    inverse,
+    EXACT: tl.constexpr,
+    PLANES: tl.constexpr,
+):
+    block = tl.program_id(0)
+    level, place = _levels(planes, apart, block, PLANES)
+    scale = tl.zeros((_ROWS, _ROWS), tl.float32)
+    p = _first_part(ends, parts, block * _BLOCK)
+    begin = tl.load(ends + p - 1, p > 0, 0)
+    while (p < parts) & (begin < (block + 1) * _BLOCK):
+        end = tl.load(ends + p)
+        scale = tl.where((place >= begin) & (place < end), tl.load(scales + p), scale)
+        begin = end
+        p += 1
+    decided = _mean(level, highest, inverse, EXACT) * scale
+    tl.store(flat + place, decided, place < elements)
+
+
+@triton.jit
+def _first_part(ends, parts, place):
+    """Of the parts that end there, in order: the number of that with a place."""
+    low = tl.full((), 0, tl.int32)
+    high = low + parts
+    while low < high:
+        middle = (low + high) // 2
+        before = tl.load(ends + middle) <= place
+        low = tl.where(before, middle + 1, low)
+        high = tl.where(before, high, middle)
+    return low
 
 
 @triton.jit

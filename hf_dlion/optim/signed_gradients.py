@@ -6,18 +6,27 @@ Nothing is kept from step to step but counters, so there is nothing to save.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..bits.devices import send_to
-from ..bits.dither import EAGER, WIDTH
+from ..bits.devices import can_launch, send_to
+from ..bits.dither import EAGER, WIDTH, Passes
 from ..bits.hashing import digest
 from ..bits.native import NATIVE_FROM, load_dither
 from ..wire.conversation import Conversation, run
-from ..wire.exchange import AGGREGATIONS, EXCHANGES, Ballot, Decision, Exchange, make_exchange
+from ..wire.exchange import (
+    AGGREGATIONS,
+    EXCHANGES,
+    Ballot,
+    Decision,
+    Exchange,
+    VoteStatistics,
+    make_exchange,
+)
 from ..wire.groups import Group, group_size, make_channel, rank_in
 from ..wire.ledger import Ledger
 from ..wire.local import LocalGroup, LocalWorker
@@ -30,6 +39,11 @@ logger = logging.getLogger(__name__)
 
 _BUCKET = 25 << 20  # bytes, as DDP's
 _ABSENT = -1.0  # the size of a gradient that a worker does not have
+
+
+_Voters = Callable[[Tensor, Sequence[tuple[int, int]]], list[int]]
+_Decided = tuple[Tensor, Sequence[tuple[int, int]], Callable[[_Voters], Conversation[Tensor]]]
+"""Everyone's rms, float32 ``[N, parts]``; the parts of a bucket; and how to decide it anew, with those who vote."""
 
 
 class SignedGradients:
@@ -66,6 +80,8 @@ class SignedGradients:
         ledger: what this worker has sent and received.
         step: the number of the next step.
         bad_gradients: workers left out of a step, in a bucket at least, over all steps.
+        unheard: whether buckets are decided before this worker knows who abstains, so that a GPU is waited for once a
+            step; call :meth:`hear` after the last one then.
     """
 
     def __init__(
@@ -91,11 +107,13 @@ class SignedGradients:
         self.ledger = Ledger()
         self.step = 0
         self.bad_gradients = 0
+        self.unheard = False
         self._bad: set[int] = set()
         self._device = parameters[0].device
         elements = sum(parameter.numel() for parameter in parameters)
-        native = load_dither() if self._device.type == "cpu" and elements >= NATIVE_FROM else None
-        self._passes = native or EAGER
+        self._passes = _fastest_passes(self._device, elements)
+        self._decided: list[_Decided] = []
+        self._statistics: VoteStatistics | None = None
         channel = make_channel(group, self.ledger)
         self._exchange: Exchange | None = None
         if channel is not None:
@@ -118,32 +136,63 @@ class SignedGradients:
         sizes = [size for _, size in parts]
         if not len(flat):
             return torch.ones(len(parts), dtype=torch.bool, device=flat.device)
-        rms, counted = _rms(flat, sizes), [0]
+        rms = _rms(flat, sizes)
         for place in absent:
             rms[place] = _ABSENT
-        everyone = rms.unsqueeze(0)
-
-        def voters(headers: Tensor) -> Sequence[int]:
-            nonlocal everyone, counted
-            everyone = headers.view(torch.float32)
-            counted = self._voters(everyone, parts)
-            return counted
-
         seeds = [digest((self.step, self._source_of_noise, index)) & 0x7FFFFFFF for index, _ in parts]
         widths = WIDTH * rms if self.dither else None
         words = self._passes.pack(flat, sizes, seeds, widths, self.rank + self.step)
-        decision: Decision | None = Decision((words,), 1)
-        if self._exchange is None:
-            self._voters(everyone, parts)
-        else:
-            ballot = Ballot(words, rms.view(torch.int32), self.step, 1 - len(flat) / (32 * len(words)))
-            decision = yield from self._exchange.decide(ballot, voters)
-        assert decision is not None  # somebody votes, or everybody has raised
-        largest = everyone[counted].amax(0)
-        factors = largest * 0 + (largest > 0)  # 1; 0 where all are 0; NaN where one is not finite
-        scales = factors if self.scaler is None else factors * self.scaler.get_scale()
-        self._passes.settle(flat, sizes, scales, decision.highest, decision.planes)
+        ballot = Ballot(words, rms.view(torch.int32), self.step, 1 - len(flat) / (32 * len(words)))
+        if self.unheard and not self._decided and self._exchange is not None:
+            self._statistics = self._exchange.statistics.copy()
+        everyone = yield from self._decide(flat, parts, ballot, self._all if self.unheard else self._voters)
+        if self.unheard:
+            self._decided.append((everyone, parts, partial(self._decide, flat, parts, ballot)))
         return (everyone != _ABSENT).any(0)
+
+    def hear(self) -> None:
+        """Decide again where a worker abstains, now that it is known. A collective, like the buckets before it.
+
+        Raises:
+            FloatingPointError: as :meth:`vote`.
+        """
+        decided, self._decided = self._decided, []
+        if not decided:
+            return
+        finite = torch.cat([everyone.isfinite() for everyone, _, _ in decided], 1).cpu()
+        if bool(finite.all()):
+            return
+        if self._exchange is not None and self._statistics is not None:
+            self._exchange.statistics = self._statistics  # of a step with abstentions there are none
+        places = finite.split([len(parts) for _, parts, _ in decided], 1)
+        for of_bucket, (_, _, again) in zip(places, decided, strict=True):
+            if not bool(of_bucket.all()):
+                run(again(self._voters))
+
+    def _decide(
+        self, flat: Tensor, parts: Sequence[tuple[int, int]], ballot: Ballot, voters: _Voters
+    ) -> Conversation[Tensor]:
+        """Send a ballot, and put into the bucket what those decide that do not abstain; everyone's rms."""
+        everyone, counted = ballot.header.view(torch.float32).unsqueeze(0), [0]
+
+        def hear(headers: Tensor) -> Sequence[int]:
+            nonlocal everyone, counted
+            everyone = headers.view(torch.float32).clone()  # apart from the words that it came with
+            counted = voters(everyone, parts)
+            return counted
+
+        decision: Decision | None = Decision((ballot.words,), 1)
+        if self._exchange is None:
+            voters(everyone, parts)
+        else:
+            decision = yield from self._exchange.decide(ballot, hear)
+        assert decision is not None  # somebody votes, or everybody has raised
+        largest = (everyone if len(counted) == len(everyone) else everyone[counted]).amax(0)
+        scales = largest * 0 + (largest > 0)  # 1; 0 where all are 0; NaN where one is not finite
+        if self.scaler is not None:
+            scales = self.scaler.scale(scales)
+        self._passes.settle(flat, [size for _, size in parts], scales, decision.highest, decision.planes)
+        return everyone
 
     def end_step(self) -> None:
         """All buckets of a step have been voted on."""
@@ -157,10 +206,13 @@ class SignedGradients:
         exchange = self._exchange
         return None if exchange is None else shares_of(exchange, exchange.channel)
 
+    def _all(self, everyone: Tensor, parts: Sequence[tuple[int, int]]) -> list[int]:
+        return list(range(len(everyone)))
+
     def _voters(self, everyone: Tensor, parts: Sequence[tuple[int, int]]) -> list[int]:
         """The ranks that do not abstain, by everyone's rms, ``[N, parts]``."""
         if self.scaler is not None:  # it looks itself
-            return list(range(len(everyone)))
+            return self._all(everyone, parts)
         finite = everyone.isfinite().tolist()
         bad = {rank: row.index(False) for rank, row in enumerate(finite) if not all(row)}
         if bad and (self.on_bad_gradient == "raise" or len(bad) == len(finite)):
@@ -303,12 +355,19 @@ def in_buckets(indices: Iterable[int], tensors: Sequence[Tensor]) -> Iterator[li
         yield bucket
 
 
+def _fastest_passes(device: torch.device, elements: int) -> Passes:
+    if can_launch(device):
+        from ..bits.gpu import DITHER
+
+        return DITHER
+    native = load_dither() if device.type == "cpu" and elements >= NATIVE_FROM else None
+    return native or EAGER
+
+
 def _rms(flat: Tensor, sizes: Sequence[int]) -> Tensor:
     """Of each part, float32; NaN or Inf if it has one."""
-    norms = [
-        torch.linalg.vector_norm(part.float())
-        if part.dtype == torch.float64
-        else torch.linalg.vector_norm(part, dtype=torch.float32)
-        for part in flat.split(list(sizes))
-    ]
-    return torch.stack(norms) / send_to(flat.device, [max(size, 1) ** 0.5 for size in sizes], torch.float32)
+    parts = flat.split(list(sizes))
+    if flat.dtype == torch.float64:
+        parts = tuple(part.float() for part in parts)
+    norms = torch.stack(list(torch._foreach_norm(parts, 2, dtype=torch.float32)))
+    return norms / send_to(flat.device, [max(size, 1) ** 0.5 for size in sizes], torch.float32)

@@ -34,7 +34,7 @@ def run(conversation: Conversation[T]) -> T:
             return outcome
 
 
-def one_turn(conversations: Iterable[Conversation[None]]) -> list[Conversation[None]]:
+def one_turn(conversations: Iterable[Conversation[T]]) -> list[Conversation[T]]:
     """Those that wait again after one turn each, which starts those that have not been."""
     ended = object()
     return [one for one in conversations if next(one, ended) is not ended]

@@ -242,6 +242,7 @@ def as_by_eager_kernels(rank: int, method: str) -> None:
     launched.check_first_bad(DEVICE)
     launched.check_norms(DEVICE)
     launched.check_counts(DEVICE)
+    launched.check_dither(DEVICE)
 
 
 @pytest.mark.skipif(

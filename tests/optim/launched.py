@@ -18,10 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_dlion import DistributedLion, DistributedMuon
-from hf_dlion.bits import counting, gpu
+from hf_dlion.bits import counting, dither, gpu
 from hf_dlion.bits.devices import alignment
 from hf_dlion.optim import layout
 from hf_dlion.optim.overlap import EarlyVotes
+from hf_dlion.optim.signed_gradients import VirtualGradients
 from hf_dlion.optim.virtual import VirtualWorkers
 from tests.harness import run_workers
 from tests.kernels import use_kernels
@@ -104,6 +105,67 @@ def check_counts(device: str = "cpu") -> None:
             ours, eager = gpu.tally(cast, rule, step, sample), counting.tally(cast, rule, step, sample)
             assert all(itertools.starmap(torch.equal, zip(ours.planes, eager.planes, strict=True)))
             assert (int(ours.unanimous), int(ours.ties)) == (int(eager.unanimous), int(eager.ties))
+
+
+def gradients_of_all_sizes(size: int) -> Tensor:
+    """With zeros, and NaN and Inf."""
+    source = torch.Generator().manual_seed(size)
+    drawn = torch.randn(size, generator=source) * 10 ** torch.randn(size, generator=source).mul(3).clamp(-5, 5)
+    drawn[torch.rand(size, generator=source) < 0.2] = 0.0
+    drawn[::1003], drawn[1::1009] = torch.nan, -torch.inf
+    return drawn.clamp(-6e4, 6e4)
+
+
+def check_dither(device: str = "cpu") -> None:
+    """Votes on gradients, of parts within a block, empty, of whole blocks, and over the edges of several."""
+    for sizes in ([5, 0, 1019, 1024, 3000, 33, 0], [1], [0, 2048], [0, 0, 7]):
+        elements, parts = sum(sizes), len(sizes)
+        widths = torch.tensor([1e-3, 0.0, torch.nan, 1.0, 1e3, -2.0, torch.inf], device=device)[:parts]
+        seeds = [2**31 - 1 - 12345 * part for part in range(parts)]
+        for dtype in (*gpu.TYPES, torch.float64):
+            flat = gradients_of_all_sizes(elements).to(device, dtype)
+            for noise, turn in ((widths, 6), (widths, 7), (None, 7)):
+                ours, eager = (pack(flat, sizes, seeds, noise, turn) for pack in (gpu.pack_dithered, dither.pack))
+                assert torch.equal(ours, eager), (sizes, dtype, turn)
+            for highest in (1, 2, 3, 7, 8):
+                check_settled(flat, sizes, highest)
+
+
+def check_voted() -> None:
+    """Votes on gradients of three workers, from end to end."""
+    decided = {}
+    for kernels in ("launched", "eager"):
+        use_kernels(kernels)
+        parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+        votes = VirtualGradients(((str(i), parameter) for i, parameter in enumerate(parameters)), 3)
+        assert all((member._passes is gpu.DITHER) == (kernels == "launched") for member in votes.members)
+        for step in range(STEPS):
+            for rank in range(3):
+                for parameter, gradient in zip(parameters, gradients(rank, step, torch.float32), strict=True):
+                    parameter.grad = gradient
+                votes.take_turn(rank)
+            votes.decide()
+            decided[kernels, step] = [torch.zeros(1) if p.grad is None else p.grad for p in parameters]
+        assert votes.bad_gradients == 1
+    for step in range(STEPS):
+        assert all(map(torch.equal, decided["launched", step], decided["eager", step]))
+        assert any((gradient.abs() == 1).any() for gradient in decided["eager", step])
+
+
+def check_settled(flat: Tensor, sizes: list[int], highest: int) -> None:
+    scales = [0.5, 65536.0, torch.nan, 0.0, 1.7, 2.0, 1 / 3]
+    if flat.device.type == "cpu" and flat.dtype == torch.bfloat16:  # which the interpreter does not round to nearest
+        highest, scales = 1 << highest.bit_length() - 1, [0.5, 4.0, 0.25, 0.0, 1.0, 2.0, 8.0]
+    source = torch.Generator().manual_seed(highest)
+    levels = torch.randint(highest + 1, (-(-len(flat) // 1024), 32, 32), generator=source)
+    rows = torch.arange(32).view(1, 32, 1)
+    planes = [((levels >> p & 1) << rows).sum(1).int().flatten() for p in range(highest.bit_length())]
+    given = sizes, torch.tensor(scales[: len(sizes)]).to(flat.device), highest, [one.to(flat.device) for one in planes]
+    ours, eager = flat.clone(), flat.clone()
+    gpu.settle(ours, *given)
+    dither.settle(eager, *given)
+    assert torch.equal(ours.isnan(), eager.isnan())
+    assert torch.equal(ours.nan_to_num(nan=7.0), eager.nan_to_num(nan=7.0)), (sizes, flat.dtype, highest)
 
 
 def good_gradients(dtype: torch.dtype, device: str) -> list[Tensor | None]:
@@ -315,6 +377,8 @@ if __name__ == "__main__":
     if sys.argv[1] == "counts":
         gpu.try_out(torch.device("cpu"))
         check_counts()
+        check_dither()
+        check_voted()
         check_norms()
         check_what_kernels_are_told()
         check_first_bad()
