@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from .optim.signed_gradients import SignedGradients, in_buckets
+from .bits.streams import follow, mark, stream_beside
+from .optim.signed_gradients import SignedGradients, Unheard, in_buckets
 from .optim.tensors import device_of_backward, local, placed_as
 from .wire.conversation import Conversation, one_turn
 
@@ -33,13 +34,20 @@ class Conversations:
 
     Args:
         votes: this worker's part.
+        waits: whether a bucket waits to know who votes on it; else all count at first.
     """
 
-    def __init__(self, votes: SignedGradients) -> None:
+    def __init__(self, votes: SignedGradients, *, waits: bool = True) -> None:
         self.votes = votes
-        self.running: list[Conversation[Any]] = []
+        self.waits = waits
         self.voted = False  # since an optimizer's last step
         self._warned = False
+        self.begin()
+
+    def begin(self) -> None:
+        """A step; a backward that raised has left nothing behind."""
+        self.running: list[Conversation[Any]] = []
+        self.unheard = None if self.waits else Unheard()
 
     def start(self, conversation: Conversation[Any]) -> None:
         """Take it, and then those before it, to their next wait."""
@@ -56,11 +64,12 @@ class Conversations:
 
     def end(self) -> None:
         """All conversations of a step, which have been started."""
-        running = self.running
-        self.running = []
+        running, unheard = self.running, self.unheard
+        self.begin()
         while running:
             running = one_turn(running)
-        self.votes.hear()
+        if unheard is not None:
+            self.votes.hear(unheard)
         self.votes.end_step()
         self.voted = True
 
@@ -74,11 +83,20 @@ class Buckets(Conversations):
     """
 
     def __init__(self, votes: SignedGradients, parameters: Sequence[Tensor]) -> None:
-        super().__init__(votes)
+        device = parameters[0].device
+        # A GPU would be waited for at each bucket, and backward held up. A scaler looks itself, when all are there.
+        super().__init__(votes, waits=device.type == "cpu" or votes.scaler is not None)
         self.index = {id(parameter): index for index, parameter in enumerate(parameters)}
-        # Elsewhere, backward would be held up at each bucket. A scaler looks itself, when all are there.
-        votes.unheard = parameters[0].device.type != "cpu" and votes.scaler is None
+        self._beside = stream_beside(device)  # where backward does not wait for the network
+
+    def begin(self) -> None:
+        """As the parent."""
+        super().begin()
         self._promised: list[tuple[torch.futures.Future[Tensor], Tensor]] = []
+
+    def before_forward(self, module: nn.Module, inputs: object) -> None:
+        """A hook of the module."""
+        self.begin()
 
     def add(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """Start the conversation of a bucket; after the last one, all have ended."""
@@ -91,16 +109,17 @@ class Buckets(Conversations):
         future: torch.futures.Future[Tensor] = torch.futures.Future(
             devices=None if buffer.device.type == "cpu" else [buffer.device]
         )
-        promised = [*self._promised, (future, buffer)]
-        self._promised = []  # should something raise
+        self._promised.append((future, buffer))
         parts = [(self.index[id(parameter)], parameter.numel()) for parameter in bucket.parameters()]
-        self.start(self.votes.vote(buffer, parts))
-        if not bucket.is_last():
-            self._promised = promised
-            return future
-        self.end()
-        for ready, decided in promised:
-            ready.set_result(decided)
+        there = mark(buffer.device)
+        with self._beside:
+            follow(there, buffer)
+            self.start(self.votes.vote(buffer, parts, (), self.unheard))
+            if bucket.is_last():
+                promised = self._promised
+                self.end()
+                for ready, decided in promised:
+                    ready.set_result(decided)
         return future
 
 
@@ -124,8 +143,9 @@ class ShardedBuckets(Conversations):
         self._error: Exception | None = None
 
     def before_forward(self, module: nn.Module, inputs: object) -> None:
-        """A backward that raised has left nothing behind."""
-        self._arrived, self._started, self._in_backward, self.running = set(), 0, False, []
+        """A hook of the module."""
+        self.begin()
+        self._arrived, self._started, self._in_backward = set(), 0, False
         self._error = None
 
     def after_forward(self, module: nn.Module, inputs: object, outputs: object) -> None:

@@ -198,7 +198,7 @@ def test_local_gradients_know_optimizers_alone() -> None:
 def test_gradient_votes_know_no_trainer() -> None:
     known = {layer(module) for module in imported(PACKAGE / "gradient_votes.py")}
     assert known == {"gradient_buckets", "local_gradients", "optim", "wire"}
-    assert {layer(module) for module in imported(PACKAGE / "gradient_buckets.py")} == {"optim", "wire"}
+    assert {layer(module) for module in imported(PACKAGE / "gradient_buckets.py")} == {"bits", "optim", "wire"}
 
 
 def test_optim_is_not_deep() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from typing import Any
@@ -19,7 +20,7 @@ from hf_dlion import DistributedLion, keep_gradients_local, vote_gradients
 from hf_dlion.bits.dither import EAGER
 from hf_dlion.bits.hashing import digest
 from hf_dlion.bits.native import NATIVE_FROM
-from hf_dlion.gradient_votes import VotedGradients
+from hf_dlion.gradient_votes import VotedGradients, _voting
 from hf_dlion.optim import signed_gradients
 from hf_dlion.optim.signed_gradients import VirtualGradients
 from tests.harness import run_workers, what_is_logged
@@ -117,6 +118,13 @@ def same(model: Model, decided: list[Any]) -> bool:
     )
 
 
+def look_late(module: DistributedDataParallel, late: bool) -> None:
+    """Whether buckets wait to know who votes on them; they do not on GPUs."""
+    buckets = _voting[module]
+    buckets.waits = not late
+    buckets.begin()
+
+
 def vote_in_turns(workers: int, **options: Any) -> tuple[list[Model], VirtualGradients]:
     """The model after each step, with the gradients that virtual workers decided."""
     models = []
@@ -143,7 +151,10 @@ def vote(rank: int, settings: list[tuple[str, bool, str, torch.dtype, int]]) -> 
         votes = vote_gradients(module, aggregation, dither=dither, exchange=exchange)
         assert votes is not None
         assert (votes._passes is not EAGER) == (native_from == 0)
-        votes.unheard = number % 3 == 0
+        if number % 3 == 0:
+            look_late(module, True)
+            votes._voters = None  # type: ignore[assignment,method-assign]  # looks at each bucket, and there is no need
+        signed_gradients._MOST_UNHEARD = 0 if number % 2 else 1 << 20
         for step in range(STEPS):
             module(gradients(rank, step, dtype)).backward()
             assert same(model, expected(workers, step, aggregation, dither, dtype)), (
@@ -249,12 +260,12 @@ def bad_gradients(rank: int) -> list[Any]:
     """Of a worker with an infinite gradient in the last parameter: what each rule makes of it."""
     found: list[Any] = []
     cases = (("abstain", [1]), ("raise", [1]), ("abstain", [0, 1, 2]))
-    for unheard, (rule, bad_ranks) in itertools.product((False, True), cases):
+    for late, exchange, (rule, bad_ranks) in itertools.product((False, True), ("gather", "sharded"), cases):
         model = Model()
-        module = DistributedDataParallel(model, find_unused_parameters=True, bucket_cap_mb=0.004)
-        votes = vote_gradients(module, on_bad_gradient=rule)
+        module = DistributedDataParallel(model, find_unused_parameters=True, bucket_cap_mb=1e-5)
+        votes = vote_gradients(module, on_bad_gradient=rule, exchange=exchange)
         assert votes is not None
-        votes.unheard = unheard
+        look_late(module, late)
         module(gradients(rank, 0)).backward()  # then DDP has cut its buckets anew
         model.zero_grad()
         votes.vote_shares()
@@ -272,18 +283,45 @@ def bad_gradients(rank: int) -> list[Any]:
 
 def test_a_bad_gradient() -> None:
     everyone = run_workers(bad_gradients, 3)
-    by_all = expected([0, 1, 2], 2, "avg", True, torch.float32)[:2]
-    without = expected([0, 2], 2, "avg", True, torch.float32)[2:]
-    for (abstained, left_out, shares), raised, all_bad, *unheard in everyone:
-        assert all(map(torch.equal, map(flat, abstained), [*by_all, *without]))
-        assert left_out == 1
-        assert raised.startswith("rank 1: the gradient of weights.4 has a NaN or Inf at step 2")
-        assert all_bad.startswith("rank 0: the gradient of weights.4 has a NaN or Inf")
-        assert shares is not None
-        (decided, *counted, no_shares), *errors = unheard
-        assert all(map(torch.equal, decided, abstained))
-        assert (counted, errors) == ([left_out], [raised, all_bad])
-        assert no_shares is None  # of a step with abstentions
+    by_all = expected([0, 1, 2], 2, "avg", True, torch.float32)[:4]
+    without = expected([0, 2], 2, "avg", True, torch.float32)[4]
+    for found in everyone:
+        for number, (outcome, raised, all_bad) in enumerate(zip(*[iter(found)] * 3, strict=True)):
+            abstained, left_out, shares = outcome
+            assert all(map(torch.equal, map(flat, abstained), [*by_all, without]))
+            assert left_out == 1
+            assert raised.startswith("rank 1: the gradient of weights.4 has a NaN or Inf at step 2")
+            assert all_bad.startswith("rank 0: the gradient of weights.4 has a NaN or Inf")
+            assert (shares is None) == (number >= 2)  # looking late, of a step with abstentions
+
+
+def failed(rank: int) -> list[int]:
+    """Buckets that wait to be looked at after a backward that raised, and after the next forward."""
+    model = Model()
+    module = DistributedDataParallel(model, bucket_cap_mb=1e-5)
+    vote_gradients(module)
+    look_late(module, True)
+    module(gradients(rank, 0)).backward()  # then DDP has cut its buckets anew
+    buckets, found = _voting[module], []
+
+    def fail(gradient: torch.Tensor) -> None:
+        raise ValueError("in backward")
+
+    model.weights[1].register_hook(fail)
+    with pytest.raises(ValueError, match="in backward"):
+        module(gradients(rank, 2)).backward()
+    assert buckets.unheard is not None
+    found.append(len(buckets.unheard.decided) + len(buckets.running))
+    with contextlib.suppress(RuntimeError):  # DDP may refuse
+        module(gradients(rank, 2))
+    found.append(len(buckets.unheard.decided) + len(buckets.running))
+    return found
+
+
+def test_a_failed_backward_leaves_no_buckets() -> None:
+    for started, left in run_workers(failed, 2):
+        assert started > 1
+        assert left == 0
 
 
 def test_after_an_error_workers_take_their_turns_anew() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -38,12 +39,28 @@ from .workers import check_known
 logger = logging.getLogger(__name__)
 
 _BUCKET = 25 << 20  # bytes, as DDP's
+_MOST_UNHEARD = 64 << 20  # bytes of votes
 _ABSENT = -1.0  # the size of a gradient that a worker does not have
 
 
 _Voters = Callable[[Tensor, Sequence[tuple[int, int]]], list[int]]
-_Decided = tuple[Tensor, Sequence[tuple[int, int]], Callable[[_Voters], Conversation[Tensor]]]
-"""Everyone's rms, float32 ``[N, parts]``; the parts of a bucket; and how to decide it anew, with those who vote."""
+
+
+@dataclass
+class Unheard:
+    """Buckets of a step that are decided before this worker knows who abstains, so that a GPU is not waited for.
+
+    Attributes:
+        decided: of each, everyone's rms, float32 ``[N, parts]``; its parts; and how those who vote decide it anew.
+        nbytes: of votes that are kept for that.
+        statistics: as they were before the step.
+    """
+
+    decided: list[tuple[Tensor, Sequence[tuple[int, int]], Callable[[_Voters], Conversation[Tensor]]]] = field(
+        default_factory=list
+    )
+    nbytes: int = 0
+    statistics: VoteStatistics | None = None
 
 
 class SignedGradients:
@@ -80,8 +97,6 @@ class SignedGradients:
         ledger: what this worker has sent and received.
         step: the number of the next step.
         bad_gradients: workers left out of a step, in a bucket at least, over all steps.
-        unheard: whether buckets are decided before this worker knows who abstains, so that a GPU is waited for once a
-            step; call :meth:`hear` after the last one then.
     """
 
     def __init__(
@@ -107,25 +122,30 @@ class SignedGradients:
         self.ledger = Ledger()
         self.step = 0
         self.bad_gradients = 0
-        self.unheard = False
         self._bad: set[int] = set()
         self._device = parameters[0].device
         elements = sum(parameter.numel() for parameter in parameters)
         self._passes = _fastest_passes(self._device, elements)
-        self._decided: list[_Decided] = []
-        self._statistics: VoteStatistics | None = None
         channel = make_channel(group, self.ledger)
         self._exchange: Exchange | None = None
         if channel is not None:
             self._exchange = make_exchange(exchange, channel, elements // 32, aggregation, "zero", self._device)
 
-    def vote(self, flat: Tensor, parts: Sequence[tuple[int, int]], absent: Sequence[int] = ()) -> Conversation[Tensor]:
+    def vote(
+        self,
+        flat: Tensor,
+        parts: Sequence[tuple[int, int]],
+        absent: Sequence[int] = (),
+        unheard: Unheard | None = None,
+    ) -> Conversation[Tensor]:
         """Replace the gradients of a bucket by what the workers decide. A conversation of all of them.
 
         Args:
             flat: this worker's gradients, one after the other, ``[E]``; overwritten.
             parts: of each, the index of its parameter and how many elements it has.
             absent: the parts that this worker has no gradient of, and zeros in its place.
+            unheard: of the step: all votes count at first, and :meth:`hear` is to be called after the last bucket, with
+                what was decided still in its place; None waits to know who votes.
 
         Returns:
             Bool ``[parts]``, whether any worker has a gradient.
@@ -143,27 +163,30 @@ class SignedGradients:
         widths = WIDTH * rms if self.dither else None
         words = self._passes.pack(flat, sizes, seeds, widths, self.rank + self.step)
         ballot = Ballot(words, rms.view(torch.int32), self.step, 1 - len(flat) / (32 * len(words)))
-        if self.unheard and not self._decided and self._exchange is not None:
-            self._statistics = self._exchange.statistics.copy()
-        everyone = yield from self._decide(flat, parts, ballot, self._all if self.unheard else self._voters)
-        if self.unheard:
-            self._decided.append((everyone, parts, partial(self._decide, flat, parts, ballot)))
+        if unheard is not None and unheard.statistics is None and self._exchange is not None:
+            unheard.statistics = self._exchange.statistics.copy()
+        everyone = yield from self._decide(flat, parts, ballot, self._voters if unheard is None else self._all)
+        if unheard is not None:
+            unheard.decided.append((everyone, parts, partial(self._decide, flat, parts, ballot)))
+            unheard.nbytes += words.nbytes
+            if unheard.nbytes > _MOST_UNHEARD:
+                self.hear(unheard)
         return (everyone != _ABSENT).any(0)
 
-    def hear(self) -> None:
+    def hear(self, unheard: Unheard) -> None:
         """Decide again where a worker abstains, now that it is known. A collective, like the buckets before it.
 
         Raises:
             FloatingPointError: as :meth:`vote`.
         """
-        decided, self._decided = self._decided, []
+        decided, unheard.decided, unheard.nbytes = unheard.decided, [], 0
         if not decided:
             return
         finite = torch.cat([everyone.isfinite() for everyone, _, _ in decided], 1).cpu()
         if bool(finite.all()):
             return
-        if self._exchange is not None and self._statistics is not None:
-            self._exchange.statistics = self._statistics  # of a step with abstentions there are none
+        if self._exchange is not None and unheard.statistics is not None:  # they leave such a step out
+            self._exchange.statistics = unheard.statistics.copy()
         places = finite.split([len(parts) for _, parts, _ in decided], 1)
         for of_bucket, (_, _, again) in zip(places, decided, strict=True):
             if not bool(of_bucket.all()):
@@ -368,6 +391,7 @@ def _rms(flat: Tensor, sizes: Sequence[int]) -> Tensor:
     """Of each part, float32; NaN or Inf if it has one."""
     parts = flat.split(list(sizes))
     if flat.dtype == torch.float64:
-        parts = tuple(part.float() for part in parts)
-    norms = torch.stack(list(torch._foreach_norm(parts, 2, dtype=torch.float32)))
-    return norms / send_to(flat.device, [max(size, 1) ** 0.5 for size in sizes], torch.float32)
+        norms = [torch.linalg.vector_norm(part.float()) for part in parts]
+    else:
+        norms = list(torch._foreach_norm(parts, 2, dtype=torch.float32))
+    return torch.stack(norms) / send_to(flat.device, [max(size, 1) ** 0.5 for size in sizes], torch.float32)
