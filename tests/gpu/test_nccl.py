@@ -14,13 +14,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
+from hf_dlion import vote_gradients
 from hf_dlion.wire.collectives import ProcessChannel
 from hf_dlion.wire.ledger import Ledger
+from tests import test_gradient_votes as hooked
 from tests.gpu import test_groups as groups
 from tests.gpu import test_overlap as early
 from tests.gpu import test_votes as votes
 from tests.gpu.device import DEVICE, run
+from tests.gpu.test_training import waits
 from tests.optim import test_overlap as overlap
 
 
@@ -76,3 +80,35 @@ def test_ddp_with_local_gradients(tmp_path: Path) -> None:
 
 def test_votes_on_gradients(tmp_path: Path) -> None:
     run(joined, 2, str(tmp_path), groups.voted)
+
+
+def late(rank: int) -> tuple[int, list[bool]]:
+    """In several buckets: how often a step of votes on gradients waits for the GPU, and what a bad gradient does."""
+    model = hooked.Model().to(DEVICE)
+    module = DistributedDataParallel(model, bucket_cap_mb=1e-5)
+    votes = vote_gradients(module, dither=False)
+    assert votes is not None
+
+    def step(spoil: bool = False) -> None:
+        model.zero_grad()
+        own = [one.to(DEVICE) for one in hooked.gradients(rank, 0) if one is not None]
+        own[4][5, 6] = torch.inf if spoil else 0.0
+        module(own).backward()
+
+    counted = sum(waits(step).values())
+    votes.step = 0
+    step(spoil=rank == 1)
+    assert votes.bad_gradients == 1
+    by_all = hooked.expected([0, 1], 0, "avg", False, torch.float32)[:4]
+    gradients = [hooked.flat(weight.grad).cpu() for weight in model.weights if weight.grad is not None]
+    own = hooked.flat(hooked.gradients(0, 0)[4])  # type: ignore[arg-type]
+    own[5 * 1601 + 6] = 0.0
+    signs = torch.where(own == 0, torch.where(torch.arange(len(own)) % 2 == 1, 1.0, -1.0), own.sign())
+    return counted, list(map(torch.equal, gradients, [*by_all, signs]))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU is never waited for")
+def test_votes_on_gradients_wait_once_a_step(tmp_path: Path) -> None:
+    for counted, same in run(joined, 2, str(tmp_path), late):
+        assert counted == 1
+        assert same == [True] * 5

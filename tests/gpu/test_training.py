@@ -10,7 +10,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +166,10 @@ def in_a_step(model: torch.nn.Module, optimizer: Any, workers: int) -> None:
     optimizer.step()
 
 
-def waits(model: torch.nn.Module, optimizer: Any, workers: int) -> collections.Counter[str]:
+def waits(step: Callable[[], Any]) -> collections.Counter[str]:
     """Where in this package one step makes the host wait for the GPU, and how often; after some that do not count."""
     for _ in range(3):
-        in_a_step(model, optimizer, workers)
+        step()
     found: collections.Counter[str] = collections.Counter()
 
     def note(message: Any, *_: Any) -> None:
@@ -183,7 +183,7 @@ def waits(model: torch.nn.Module, optimizer: Any, workers: int) -> collections.C
         warnings.showwarning = note
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            in_a_step(model, optimizer, workers)
+            step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return found
@@ -200,7 +200,7 @@ def test_what_a_step_waits_for(workers: int, name: str, record_property: Any) ->
     made: Any = DistributedMuon if name == "dmuon" else DistributedLion
     params: Any = hidden_matrices(model) if name == "dmuon" else model.parameters()
     optimizer = made(params) if workers == 1 else VirtualWorkers(params, workers, made, check_replicas_steps=0)
-    found = waits(model, optimizer, workers)
+    found = waits(lambda: in_a_step(model, optimizer, workers))
     for where, count in found.most_common():
         print(f"{count} x {where}")  # noqa: T201
     record_property("waits", sum(found.values()))
