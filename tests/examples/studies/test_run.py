@@ -440,6 +440,6 @@ def test_our_studies_are_read(path: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     study = Study.read(path)
     rates = runs.usual_rates(study)
-    assert set(study.methods) == set(METHODS)
+    assert {study.optim(label) for label in study.methods} == set(METHODS)
     folders = {run.folder for run in [*runs.ordinary(study, rates), *runs.attacked(study, rates)]}
-    assert len(folders) == {"cifar10_vit": 7 * 3 * 3 + 5 * 3 + 4 * 3 * 2, "digits_vit": 12 * 2}[path.stem]
+    assert len(folders) == {"cifar10_vit": 8 * 3 * 3 + 5 * 3 + 4 * 3 * 2, "digits_vit": 12 * 2}[path.stem]
