@@ -208,14 +208,14 @@ def test_a_bucket_without_elements_is_passed_over() -> None:
     assert held.grad.abs().max() == 1
 
 
-def steps_of_adamw(rank: int, folder: str) -> list[torch.Tensor]:
-    """Accelerate with accumulation, AdamW and clipping: votes are on the sum of two micro-batches."""
+def steps_of(rank: int, name: str) -> list[torch.Tensor]:
+    """Accelerate with accumulation, an optimizer of torch, and clipping: votes are on the sum of two micro-batches."""
     act_as_launched(rank)
     torch.manual_seed(rank)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     vote_gradients(accelerator)
-    inner = torch.nn.Linear(5, 3)
-    model, optimizer = accelerator.prepare(inner, torch.optim.AdamW(inner.parameters(), lr=0.1))
+    inner = torch.nn.Linear(5, 3, bias=name != "Muon")  # which takes matrices
+    model, optimizer = accelerator.prepare(inner, getattr(torch.optim, name)(inner.parameters(), lr=0.1))
     assert isinstance(accelerator.ddp_handler, VotedGradients)
     [votes] = accelerator.ddp_handler.votes
     for step in range(4):
@@ -231,8 +231,9 @@ def steps_of_adamw(rank: int, folder: str) -> list[torch.Tensor]:
     return [parameter.detach() for parameter in inner.parameters()]
 
 
-def test_an_accelerate_loop_with_accumulation() -> None:
-    first, second = run_workers(steps_of_adamw, 2, "")
+@pytest.mark.parametrize("name", ["AdamW", *(["Muon"] if hasattr(torch.optim, "Muon") else [])])
+def test_an_accelerate_loop_with_accumulation(name: str) -> None:
+    first, second = run_workers(steps_of, 2, name)
     assert all(map(torch.equal, first, second))
 
 
