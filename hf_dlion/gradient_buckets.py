@@ -34,20 +34,20 @@ class Conversations:
 
     Args:
         votes: this worker's part.
-        waits: whether a bucket waits to know who votes on it; else all count at first.
+        asks_first: whether it is asked who votes on a bucket before it is decided; else all count at first.
     """
 
-    def __init__(self, votes: SignedGradients, *, waits: bool = True) -> None:
+    def __init__(self, votes: SignedGradients, *, asks_first: bool = True) -> None:
         self.votes = votes
-        self.waits = waits
+        self.asks_first = asks_first
         self.voted = False  # since an optimizer's last step
         self._warned = False
         self.begin()
 
     def begin(self) -> None:
-        """A step; a backward that raised has left nothing behind."""
+        """A step; a backward that raised leaves nothing to it."""
         self.running: list[Conversation[Any]] = []
-        self.unheard = None if self.waits else Unheard()
+        self.unheard = None if self.asks_first else Unheard()
 
     def start(self, conversation: Conversation[Any]) -> None:
         """Take it, and then those before it, to their next wait."""
@@ -68,9 +68,7 @@ class Conversations:
         self.begin()
         while running:
             running = one_turn(running)
-        if unheard is not None:
-            self.votes.hear(unheard)
-        self.votes.end_step()
+        self.votes.end_step(unheard)
         self.voted = True
 
 
@@ -84,8 +82,8 @@ class Buckets(Conversations):
 
     def __init__(self, votes: SignedGradients, parameters: Sequence[Tensor]) -> None:
         device = parameters[0].device
-        # A GPU would be waited for at each bucket, and backward held up. A scaler looks itself, when all are there.
-        super().__init__(votes, waits=device.type == "cpu" or votes.scaler is not None)
+        # To ask, the host would wait for a GPU at each bucket, and backward for the host. With a scaler all count.
+        super().__init__(votes, asks_first=device.type == "cpu" or votes.scaler is not None)
         self.index = {id(parameter): index for index, parameter in enumerate(parameters)}
         self._beside = stream_beside(device)  # where backward does not wait for the network
 
@@ -93,10 +91,6 @@ class Buckets(Conversations):
         """As the parent."""
         super().begin()
         self._promised: list[tuple[torch.futures.Future[Tensor], Tensor]] = []
-
-    def before_forward(self, module: nn.Module, inputs: object) -> None:
-        """A hook of the module."""
-        self.begin()
 
     def add(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """Start the conversation of a bucket; after the last one, all have ended."""
@@ -109,6 +103,8 @@ class Buckets(Conversations):
         future: torch.futures.Future[Tensor] = torch.futures.Future(
             devices=None if buffer.device.type == "cpu" else [buffer.device]
         )
+        if bucket.index() == 0:  # they come in order
+            self.begin()
         self._promised.append((future, buffer))
         parts = [(self.index[id(parameter)], parameter.numel()) for parameter in bucket.parameters()]
         there = mark(buffer.device)

@@ -170,7 +170,6 @@ def _vote_on(module: DistributedDataParallel, options: dict[str, Any]) -> Signed
     votes = SignedGradients(parameters, [name for name, _ in trained], module.process_group, **options)
     buckets = _voting[module] = Buckets(votes, parameters)
     module.register_comm_hook(buckets, _vote)
-    module.register_forward_pre_hook(buckets.before_forward)
     module.register_forward_pre_hook(refuse_join)
     return votes
 

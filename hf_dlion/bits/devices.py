@@ -25,9 +25,9 @@ def can_launch(device: torch.device) -> bool:
         gpu.try_out(device)
     except Exception as error:  # whatever Triton raises: no C compiler, no folder to write to, a GPU that is too old
         logger.warning(
-            "the optimizer steps in eager mode on %s, which is many times slower: Triton's kernels do not work there. "
-            "A C compiler on the path, and a home or TRITON_CACHE_DIR that can be written to, may be what is missing. "
-            "The cause: %s",
+            "optimizers and votes work in eager mode on %s, which is many times slower: Triton's kernels do not work "
+            "there. A C compiler on the path, and a home or TRITON_CACHE_DIR that can be written to, may be what is "
+            "missing. The cause: %s",
             device,
             error,
         )

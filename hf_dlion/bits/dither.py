@@ -110,5 +110,5 @@ def _levels(planes: Sequence[Tensor], highest: int) -> Tensor:
     counted = unpack_bits(planes[0].view(-1, LANES)).float()
     for bit, plane in enumerate(planes[1:], 1):
         counted.add_(unpack_bits(plane.view(-1, LANES)), alpha=1 << bit)
-    # A GPU multiplies by the inverse of a number.
+    # By a tensor, since a GPU multiplies by the inverse of a number of Python's.
     return counted.mul_(2).sub_(highest).div_(counted.new_full((), highest)).flatten()

@@ -143,7 +143,7 @@ def tally(votes: Sequence[Tensor], rule: str, step: int, sample: range) -> Tally
 
 def pack_dithered(flat: Tensor, sizes: Sequence[int], seeds: Sequence[int], widths: Tensor | None, turn: int) -> Tensor:
     """As :func:`hf_dlion.bits.dither.pack`."""
-    if flat.dtype not in TYPES or not flat.is_contiguous():
+    if not _takes(flat):
         return dither.pack(flat, sizes, seeds, widths, turn)
     words = torch.empty(-(-len(flat) // BLOCK) * LANES, dtype=torch.int32, device=flat.device)
     ends, those = send_to(flat.device, [list(itertools.accumulate(sizes)), seeds], torch.int64)
@@ -155,7 +155,7 @@ def pack_dithered(flat: Tensor, sizes: Sequence[int], seeds: Sequence[int], widt
 
 def settle(flat: Tensor, sizes: Sequence[int], scales: Tensor, highest: int, planes: Sequence[Tensor]) -> None:
     """As :func:`hf_dlion.bits.dither.settle`."""
-    if flat.dtype not in TYPES or not flat.is_contiguous():
+    if not _takes(flat):
         dither.settle(flat, sizes, scales, highest, planes)
         return
     first, apart = _equally_apart(planes)
@@ -163,6 +163,11 @@ def settle(flat: Tensor, sizes: Sequence[int], scales: Tensor, highest: int, pla
     numbers = len(flat), len(sizes), apart, *_division_by(highest), len(planes)
     tensors = flat, ends, scales.contiguous(), first
     _launch(_settle, -(-len(flat) // BLOCK), *tensors, *numbers, warps=_WARPS_OF_A_BLOCK)
+
+
+def _takes(flat: Tensor) -> bool:
+    """Whether kernels can: places are int32."""
+    return flat.dtype in TYPES and flat.is_contiguous() and len(flat) <= (1 << 31) - 2 * BLOCK
 
 
 DITHER = dither.Passes(pack_dithered, settle)

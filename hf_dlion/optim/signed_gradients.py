@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -46,21 +45,35 @@ _ABSENT = -1.0  # the size of a gradient that a worker does not have
 _Voters = Callable[[Tensor, Sequence[tuple[int, int]]], list[int]]
 
 
+@dataclass(frozen=True)
+class _Bucket:
+    """That all workers have decided, abstaining or not.
+
+    Attributes:
+        flat, parts: as of :meth:`SignedGradients.vote`.
+        ballot: this worker's.
+        everyone: their rms, float32 ``[N, parts]``.
+    """
+
+    flat: Tensor
+    parts: Sequence[tuple[int, int]]
+    ballot: Ballot
+    everyone: Tensor
+
+
 @dataclass
 class Unheard:
     """Buckets of a step that are decided before this worker knows who abstains, so that a GPU is not waited for.
 
     Attributes:
-        decided: of each, everyone's rms, float32 ``[N, parts]``; its parts; and how those who vote decide it anew.
-        nbytes: of votes that are kept for that.
+        decided: those.
         statistics: as they were before the step.
+        abstained: whether a worker has, as far as it is known.
     """
 
-    decided: list[tuple[Tensor, Sequence[tuple[int, int]], Callable[[_Voters], Conversation[Tensor]]]] = field(
-        default_factory=list
-    )
-    nbytes: int = 0
+    decided: list[_Bucket] = field(default_factory=list)
     statistics: VoteStatistics | None = None
+    abstained: bool = False
 
 
 class SignedGradients:
@@ -144,8 +157,8 @@ class SignedGradients:
             flat: this worker's gradients, one after the other, ``[E]``; overwritten.
             parts: of each, the index of its parameter and how many elements it has.
             absent: the parts that this worker has no gradient of, and zeros in its place.
-            unheard: of the step: all votes count at first, and :meth:`hear` is to be called after the last bucket, with
-                what was decided still in its place; None waits to know who votes.
+            unheard: of the step: all votes count at first, and :meth:`end_step` corrects in ``flat`` what was decided;
+                None waits to know who votes.
 
         Returns:
             Bool ``[parts]``, whether any worker has a gradient.
@@ -167,30 +180,21 @@ class SignedGradients:
             unheard.statistics = self._exchange.statistics.copy()
         everyone = yield from self._decide(flat, parts, ballot, self._voters if unheard is None else self._all)
         if unheard is not None:
-            unheard.decided.append((everyone, parts, partial(self._decide, flat, parts, ballot)))
-            unheard.nbytes += words.nbytes
-            if unheard.nbytes > _MOST_UNHEARD:
-                self.hear(unheard)
+            unheard.decided.append(_Bucket(flat, parts, ballot, everyone))
+            if sum(bucket.ballot.words.nbytes for bucket in unheard.decided) > _MOST_UNHEARD:
+                self._hear(unheard)
         return (everyone != _ABSENT).any(0)
 
-    def hear(self, unheard: Unheard) -> None:
-        """Decide again where a worker abstains, now that it is known. A collective, like the buckets before it.
-
-        Raises:
-            FloatingPointError: as :meth:`vote`.
-        """
-        decided, unheard.decided, unheard.nbytes = unheard.decided, [], 0
+    def _hear(self, unheard: Unheard) -> None:
+        """Vote again on buckets of which a worker abstains; the same ones on all ranks."""
+        decided, unheard.decided = unheard.decided, []
         if not decided:
             return
-        finite = torch.cat([everyone.isfinite() for everyone, _, _ in decided], 1).cpu()
-        if bool(finite.all()):
-            return
-        if self._exchange is not None and unheard.statistics is not None:  # they leave such a step out
-            self._exchange.statistics = unheard.statistics.copy()
-        places = finite.split([len(parts) for _, parts, _ in decided], 1)
-        for of_bucket, (_, _, again) in zip(places, decided, strict=True):
-            if not bool(of_bucket.all()):
-                run(again(self._voters))
+        finite = torch.cat([bucket.everyone.isfinite() for bucket in decided], 1).cpu()
+        for found, bucket in zip(finite.split([len(one.parts) for one in decided], 1), decided, strict=True):
+            if not bool(found.all()):
+                unheard.abstained = True
+                run(self._decide(bucket.flat, bucket.parts, bucket.ballot, self._voters))
 
     def _decide(
         self, flat: Tensor, parts: Sequence[tuple[int, int]], ballot: Ballot, voters: _Voters
@@ -198,9 +202,9 @@ class SignedGradients:
         """Send a ballot, and put into the bucket what those decide that do not abstain; everyone's rms."""
         everyone, counted = ballot.header.view(torch.float32).unsqueeze(0), [0]
 
-        def hear(headers: Tensor) -> Sequence[int]:
+        def who_counts(headers: Tensor) -> Sequence[int]:
             nonlocal everyone, counted
-            everyone = headers.view(torch.float32).clone()  # apart from the words that it came with
+            everyone = headers.view(torch.float32).clone()  # a view would keep everyone's words
             counted = voters(everyone, parts)
             return counted
 
@@ -208,7 +212,7 @@ class SignedGradients:
         if self._exchange is None:
             voters(everyone, parts)
         else:
-            decision = yield from self._exchange.decide(ballot, hear)
+            decision = yield from self._exchange.decide(ballot, who_counts)
         assert decision is not None  # somebody votes, or everybody has raised
         largest = (everyone if len(counted) == len(everyone) else everyone[counted]).amax(0)
         scales = largest * 0 + (largest > 0)  # 1; 0 where all are 0; NaN where one is not finite
@@ -217,8 +221,16 @@ class SignedGradients:
         self._passes.settle(flat, [size for _, size in parts], scales, decision.highest, decision.planes)
         return everyone
 
-    def end_step(self) -> None:
-        """All buckets of a step have been voted on."""
+    def end_step(self, unheard: Unheard | None = None) -> None:
+        """All buckets of a step have been voted on. A collective if some are unheard.
+
+        Raises:
+            FloatingPointError: as :meth:`vote`.
+        """
+        if unheard is not None:
+            self._hear(unheard)
+            if unheard.abstained and self._exchange is not None and unheard.statistics is not None:
+                self._exchange.statistics = unheard.statistics  # which leave such a step out
         self.bad_gradients += len(self._bad)
         self._bad = set()
         self.step += 1

@@ -173,7 +173,7 @@ def waits(step: Callable[[], Any]) -> collections.Counter[str]:
     found: collections.Counter[str] = collections.Counter()
 
     def note(message: Any, *_: Any) -> None:
-        if "synchroniz" in str(message):
+        if "called a synchronizing" in str(message):
             ours = [frame for frame in traceback.extract_stack() if "hf_dlion/" in frame.filename]
             where = f"{ours[-1].filename.split('hf_dlion/')[-1]}:{ours[-1].lineno} {ours[-1].line}" if ours else "?"
             found[where] += 1

@@ -22,6 +22,10 @@ FUNCTIONS |= {"_chunk", "_add"}
 """Those that kernels call."""
 
 
+INEXACT = ("fma.", "mad.rn.", "div.full.", "div.approx.", "rcp.")
+"""How instructions begin that round otherwise, in PTX."""
+
+
 class Driver:
     """As far as a compilation asks one."""
 
@@ -48,7 +52,7 @@ def compile_all(capability: int) -> None:
         # What the eager passes round twice is rounded twice, and no number is too small; of what is divided, none is.
         assert made.asm["cubin"]
         words = set(code.replace("div.rn.ftz.", "div.rn.").split())
-        inexact = [w for w in words if w.startswith(("fma.", "div.full.", "div.approx.")) or ".ftz" in w]
+        inexact = {word for word in words if word.startswith(INEXACT) or ".ftz" in word}
         assert not inexact, (kernel, inexact)
         compiled.add(kernel.__name__)
 
