@@ -30,8 +30,9 @@ _COLOURS = (
     "#bcbd22",
     "#7f7f7f",
     "#c49c94",
+    "#aec7e8",
 )
-_MARKERS = "osD^vPX*<>hd"
+_MARKERS = "osD^vPX*<>hd"  # one fewer than colours, so that more methods still look different
 _STYLES = ("-", "--", ":", "-.")  # of a method's numbers of workers, from few to many
 _PANEL, _LEGEND, _HEIGHT = 3.4, 1.7, 3.6
 
