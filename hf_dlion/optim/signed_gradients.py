@@ -67,11 +67,13 @@ class Unheard:
 
     Attributes:
         decided: those.
+        nbytes: of their votes.
         statistics: as they were before the step.
         abstained: whether a worker has, as far as it is known.
     """
 
     decided: list[_Bucket] = field(default_factory=list)
+    nbytes: int = 0
     statistics: VoteStatistics | None = None
     abstained: bool = False
 
@@ -181,13 +183,14 @@ class SignedGradients:
         everyone = yield from self._decide(flat, parts, ballot, self._voters if unheard is None else self._all)
         if unheard is not None:
             unheard.decided.append(_Bucket(flat, parts, ballot, everyone))
-            if sum(bucket.ballot.words.nbytes for bucket in unheard.decided) > _MOST_UNHEARD:
+            unheard.nbytes += words.nbytes
+            if unheard.nbytes > _MOST_UNHEARD:
                 self._hear(unheard)
         return (everyone != _ABSENT).any(0)
 
     def _hear(self, unheard: Unheard) -> None:
         """Vote again on buckets of which a worker abstains; the same ones on all ranks."""
-        decided, unheard.decided = unheard.decided, []
+        decided, unheard.decided, unheard.nbytes = unheard.decided, [], 0
         if not decided:
             return
         finite = torch.cat([bucket.everyone.isfinite() for bucket in decided], 1).cpu()
